@@ -1,0 +1,147 @@
+"""Stage 3: reinforcement learning (GRPO) on exact grids from stage 2's merge, then merge.
+
+Reads   OUTPUT/Llama-3.2-1B-Final-merged/ (or --base_model) and the task files in --dataset_dir.
+Writes  OUTPUT/Llama-3.2-1B-Final-RL-lora/ and -merged/.
+
+On a CUDA box:  python train_grpo.py --dataset_dir dataset
+On a laptop:    python train_grpo.py --config demo/demo_grpo.yaml --dataset_dir demo_dataset
+
+What is there already is not made again: with -lora there and -merged missing, only the merge runs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from arc_loader import ArcDataset
+from inference_tools import longest_reply
+from model_tools import LINEAR_MODULES, add_lora, load_model
+from training_tools import (
+    RunSettings,
+    Stage,
+    StageRun,
+    grpo_trainer,
+    heldout_measure,
+    load_data,
+    lora_options,
+    metrics_callback,
+    parse_settings,
+    report_prompts,
+    setting,
+    user_errors,
+)
+
+STAGE = Stage("Final-RL", parent="Final", script="train_grpo.py", parent_script="base_finetune_final.py")
+
+
+@dataclass
+class Settings(RunSettings):
+    """Settings of the reinforcement learning; what is not decided here stands in training_tools.RunSettings."""
+
+    seed: int = setting(44, "seed of order, augmentation and sampling: other views than the earlier stages'")
+    # The embeddings stay as stage 2 left them: a few hundred policy steps have nothing new to say about 79 tokens.
+    target_modules: list[str] = setting(LINEAR_MODULES, "layers that LoRA is added to")
+    num_generations: int = setting(8, "completions sampled for each prompt: a group")
+    per_device_train_batch_size: int = setting(16, "completions of one forward pass")
+    gradient_accumulation_steps: int = setting(2, "forward passes of one step")
+    max_steps: int = setting(250, "optimizer steps")
+    learning_rate: float = setting(5e-6, "highest rate of the LoRA matrices")
+    warmup_ratio: float = setting(0.05, "share of the steps in which the rate rises")
+    temperature: float = setting(1.0, "of the sampling")
+    beta: float = setting(0.0, "weight of the KL divergence to the start; 0: none, and no reference pass")
+    loss_type: str = setting("dapo", "how trl weighs tokens: dapo, grpo, dr_grpo, bnpo")
+    logging_steps: int = setting(1, "steps between log lines")
+    eval_steps: int = setting(50, "steps between measurements on the held-out puzzles; 0: never")
+    save_steps: int = setting(50, "steps between checkpoints; 0: none")
+    reward_exact: float = setting(1.0, "reward of the exact grid")
+    reward_cells: float = setting(0.1, "reward of a wrong grid of the right shape, times its share of right cells")
+
+
+class Verdict(NamedTuple):
+    """What a reply earns, and whether it is exactly right."""
+
+    reward: float
+    exact: bool
+
+
+def judge_reply(
+    dataset: ArcDataset,
+    key: str,
+    reply: str,
+    *,
+    reply_end: str,
+    lines_sep: str = "\n",
+    reward_exact: float = 1.0,
+    reward_cells: float = 0.1,
+) -> Verdict:
+    """Reward of one reply: most for the exact grid, a little for cells of a right-shaped one, else nothing.
+
+    Args:
+        dataset: holds the solution.
+        key: the view that was asked for; the reply is mapped back through its transforms.
+        reply: the whole reply as text, its end token included.
+        reply_end: what a reply must end with: one without it was cut off and earns nothing.
+        lines_sep: between rows.
+        reward_exact: for the exact grid.
+        reward_cells: for a wrong grid of the right shape, times the share of its cells that are right.
+
+    Returns:
+        The verdict. Text that does not decode strictly (see ArcDataset.decode) earns 0.
+    """
+    grid, correct, _ = dataset.decode(reply, lines_sep, key=key, reply_end=reply_end)
+    if grid is None or correct is None:
+        return Verdict(0.0, False)
+    if correct:
+        return Verdict(reward_exact, True)
+    base_key, reply_number = dataset.get_base_key_and_reply_num(key)
+    solution = dataset.solutions[base_key][reply_number]
+    share = float((grid == solution).mean()) if grid.shape == solution.shape else 0.0
+    return Verdict(reward_cells * share, False)
+
+
+def reward_functions(
+    dataset: ArcDataset, tokenizer: Any, settings: Settings, reply_end: str
+) -> list[Callable[..., Any]]:
+    """The reward, and the exact match beside it (weight 0: only logged), as trl calls them.
+
+    Both read `completion_ids`: trl's decoded `completions` have lost their end tokens, so a reply that was cut off
+    would look like one that ended.
+    """
+
+    def verdicts(completion_ids: list[list[int]], keys: list[str]) -> list[Verdict]:
+        replies = tokenizer.batch_decode(completion_ids, skip_special_tokens=False)
+        weights = {"reward_exact": settings.reward_exact, "reward_cells": settings.reward_cells}
+        return [judge_reply(dataset, k, r, reply_end=reply_end, **weights) for k, r in zip(keys, replies, strict=True)]
+
+    def grid_reward(completion_ids: list[list[int]], key: list[str], **_: Any) -> list[float]:
+        return [verdict.reward for verdict in verdicts(completion_ids, key)]
+
+    def exact_match(completion_ids: list[list[int]], key: list[str], **_: Any) -> list[float]:
+        return [float(verdict.exact) for verdict in verdicts(completion_ids, key)]
+
+    return [grid_reward, exact_match]
+
+
+def main() -> None:
+    """Train and merge, each unless its result is there."""
+    settings = parse_settings(Settings)
+    run = StageRun(STAGE, settings)
+    if run.needs_training():
+        with user_errors():
+            data = load_data(run)
+            longest = longest_reply(data.split.train, data.split.train.keys, data.tokenizer)
+            report_prompts(run, data, longest)
+        run.stop_if_dry()
+        model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
+        model = add_lora(model, run.precision, **lora_options(settings))
+        rewards = reward_functions(data.split.train, data.tokenizer, settings, data.format["reply_end"])
+        trainer = grpo_trainer(model, run, data, rewards, reward_weights=[1.0, 0.0], max_completion_length=longest)
+        trainer.add_callback(metrics_callback(run, heldout_measure(model, run, data)))
+        run.train(trainer)
+        run.save(model, data)
+        del model, trainer
+    run.merge()
+
+
+if __name__ == "__main__":
+    main()
