@@ -675,8 +675,8 @@ def report_prompts(run: StageRun, data: StageData, max_completion_length: int) -
     completions = batch_size(settings)
     if settings.num_generations < 2 or completions % settings.num_generations:
         raise ValueError(
-            f"--num_generations is {settings.num_generations}: expected a number from 2 that divides the completions of "
-            f"a step, per_device_train_batch_size x gradient_accumulation_steps = {completions}"
+            f"--num_generations is {settings.num_generations}: expected a number from 2 that divides the completions "
+            f"of a step, per_device_train_batch_size x gradient_accumulation_steps = {completions}"
         )
     row = PromptRows(data).__getitems__([0])[0]
     print(f"key {row['key']}\n{row['prompt']}")

@@ -2,9 +2,9 @@
 
     python benchmarks/pipeline.py --base_model MODEL --dataset_dir dataset --output_dir output
 
-Runs the scripts as a user does, then again (everything must be skipped), loads every -merged with plain transformers and
-every -lora with plain peft, counts how much of the trained embedding moved, compares each merge with the model as trained,
-and repeats a few steps of stage 1 in float16. Further flags go to all three scripts. Writes --results.
+Runs the scripts as a user does, then again (everything must be skipped), loads every -merged with plain transformers
+and every -lora with plain peft, counts how much of the trained embedding moved, compares each merge with the model as
+trained, and repeats a few steps of stage 1 in float16. Further flags go to all three scripts. Writes --results.
 """
 
 from __future__ import annotations

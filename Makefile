@@ -1,0 +1,72 @@
+# make env     the environment .venv, from requirements-cpu.txt
+# make lint    ruff
+# make test    env, lint and all tests that need no CUDA
+# make demo    env, then the three stages on generated data and a tiny model
+# make clean   caches of tools only: no environment, no data, no models
+#
+# Variables, as in `make env PYTHON=python3.12`:
+#   PYTHON       the Python that the environment is made from, 3.11 or later
+#   TORCH        the PyTorch to install
+#   TORCH_INDEX  where from: empty for pip's default. Where that gives a CUDA build of several GB and you want the small one,
+#                set it to the address of PyTorch's CPU wheels, as PyTorch's page of install commands shows it (--index-url)
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Named by what was installed: another requirements file or PyTorch is another stamp, whatever the files' times say.
+STAMP := $(VENV)/.installed-$(shell { cat requirements-cpu.txt; echo '$(TORCH) $(TORCH_INDEX)'; } | cksum | cut -d' ' -f1)
+
+# Tests: two processes, each file in one of them, so that what a file's tests share is made once.
+WORKERS ?= 2
+PYTEST_FLAGS ?= -q -n $(WORKERS) --dist loadfile
+# More threads than cores slow small models down manyfold: with two workers, one each.
+TEST_THREADS ?= $(if $(filter 0 1,$(WORKERS)),2,1)
+
+DEMO_DATASET ?= demo_dataset
+DEMO_BASE ?= demo_base
+DEMO_OUTPUT ?= demo/output
+# Of all three stages; their small settings stand in demo/*.yaml.
+DEMO_FLAGS ?= --dataset_dir $(DEMO_DATASET) --output_dir $(DEMO_OUTPUT)
+
+.DEFAULT_GOAL := help
+.PHONY: help env lint test demo clean
+
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
+
+env: $(STAMP)
+
+# PyTorch first and alone, so that no other package picks its build; its line in the file is for those who do without make.
+$(STAMP): requirements-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1 || true): Python 3.11 or later is needed; name one: make PYTHON=python3.12" >&2; \
+	  exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	grep -v '^torch==' requirements-cpu.txt > $(VENV)/requirements-without-torch.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(VENV)/requirements-without-torch.txt
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Offline: a test that would fetch a model or data fails at once instead of waiting for a network.
+test: env lint
+	OMP_NUM_THREADS=$(TEST_THREADS) OPENBLAS_NUM_THREADS=$(TEST_THREADS) MKL_NUM_THREADS=$(TEST_THREADS) \
+	TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+demo: env
+	$(BIN)/python demo/make_dataset.py --out $(DEMO_DATASET)
+	$(BIN)/python demo/make_base.py --out $(DEMO_BASE)
+	$(BIN)/python base_finetune.py --config demo/demo.yaml $(DEMO_FLAGS) --base_model $(DEMO_BASE)
+	$(BIN)/python base_finetune_final.py --config demo/demo.yaml $(DEMO_FLAGS)
+	$(BIN)/python train_grpo.py --config demo/demo_grpo.yaml $(DEMO_FLAGS)
+
+clean:
+	rm -rf .pytest_cache .ruff_cache .hypothesis unsloth_compiled_cache
+	find . -name .venv -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -1,0 +1,42 @@
+"""What several test files share: a generated dataset, a tiny base, and running a script as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = (
+    ROOT.parent / "shared"
+)  # larger inputs that a checkout may have beside it; tests that need them say so when it has not
+
+
+def run(script, *flags, cwd=ROOT, expect=0):
+    """Run a script of the project; returns what it printed (both streams), after checking its exit code."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, flags)],
+        capture_output=True, text=True, encoding="utf-8", cwd=cwd, env=environment,
+        stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+    printed = done.stdout + done.stderr
+    assert done.returncode == expect, f"{script} ended with {done.returncode}:\n{printed[-5000:]}"
+    return printed
+
+
+@pytest.fixture(scope="session")
+def demo_dataset(tmp_path_factory):
+    """A small generated dataset in the course's format."""
+    folder = tmp_path_factory.mktemp("data") / "dataset"
+    run("demo/make_dataset.py", "--out", folder, "--examples", 40, "--tasks_per_family", 1, "--max_side", 4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_base(tmp_path_factory):
+    """A tiny tied Llama with a tokenizer like Llama 3's."""
+    folder = tmp_path_factory.mktemp("base") / "base"
+    run("demo/make_base.py", "--out", folder)
+    return folder

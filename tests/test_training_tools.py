@@ -1,0 +1,165 @@
+"""Settings, artifacts and order of rows; what the scripts say to a user's mistakes stands in test_stages.py."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+import base_finetune
+import base_finetune_final
+import train_grpo
+import training_tools
+from training_tools import EpochSampler, find_problems, new_folder, parse_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The published table: the defaults of stage 1 that users can rely on.
+PUBLISHED = {
+    "base_model": "meta-llama/Llama-3.2-1B-Instruct",
+    "lora_r": 512,
+    "lora_alpha": 24,
+    "lora_dropout": 0,
+    "lora_bias": "none",
+    "use_rslora": True,
+    "random_state": 42,
+    "target_modules": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj embed_tokens lm_head".split(),
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "num_train_epochs": 1,
+    "learning_rate": 1e-4,
+    "embedding_learning_rate": 1e-5,
+    "lr_scheduler_type": "cosine",
+    "warmup_ratio": 0.25,
+    "optim": "adamw_8bit",
+    "weight_decay": 0,
+    "max_seq_length": 1536,
+    "seed": 42,
+    "dataset_dir": "dataset",
+    "n": None,
+    "sizes": [6],
+    "dataset_seed": 42,
+    "tp": "all",
+    "rt": "all",
+    "perm": True,
+    "shfl_ex": True,
+    "merge_base": "quantised",
+}
+
+
+def test_defaults_of_stage_1_are_the_published_ones():
+    defaults = dataclasses.asdict(base_finetune.Settings())
+    assert {name: defaults[name] for name in PUBLISHED} == PUBLISHED
+
+
+def test_readme_table_says_what_the_code_does():
+    rows = re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    table = dict(rows)
+    assert set(PUBLISHED) <= set(table)
+    defaults = dataclasses.asdict(base_finetune.Settings())
+    for name, written in table.items():
+        value = defaults[name]
+        said = {True: "true", False: "false", None: "all"}.get(value, value) if not isinstance(value, list) else value
+        expected = " ".join(map(str, said)) if isinstance(said, list) else said
+        assert written == str(expected) or float(written) == float(expected), (
+            f"{name}: README {written}, code {expected}"
+        )
+
+
+@pytest.mark.parametrize("module", [base_finetune, base_finetune_final, train_grpo])
+def test_every_setting_is_a_flag_with_a_sentence(module):
+    for field in dataclasses.fields(module.Settings):
+        assert field.metadata["help"], field.name
+    assert parse_settings(module.Settings, []) == module.Settings()
+
+
+def test_flags_win_over_the_file(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("learning_rate: 3e-4\nsizes: [3, 4]\nperm: false\nmax_steps: 7\nn: 5\n")
+    settings = parse_settings(
+        base_finetune.Settings, ["--config", str(config), "--max_steps", "9", "--engine", "transformers"]
+    )
+    got = (settings.learning_rate, settings.sizes, settings.perm, settings.max_steps, settings.n, settings.engine)
+    assert got == (3e-4, [3, 4], False, 9, 5, "transformers")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning_rat", "1"], "unknown flags: --learning_rat 1"),
+        (
+            ["--learning_rate", "-1", "--lora_r", "0"],
+            r"--learning_rate is -1.0: expected a number above 0\n.*--lora_r is 0",
+        ),
+        (["--learning_rate", "nan"], "--learning_rate is nan: expected a number above 0"),
+        (["--sizes", "0"], r"--sizes is \[0\]: expected whole numbers from 1"),
+        (["--engine", "jax"], "--engine is 'jax': expected auto or unsloth or transformers"),
+        (["--target_modules", "embed_tokens"], "not only embeddings"),
+        (["--grid_sizes", "5"], "expected two bounds"),
+        (["--config", "missing.yaml"], "missing.yaml: no such file"),
+        (["--max_steps", "x"], "invalid int value: 'x'"),
+    ],
+)
+def test_bad_settings_are_refused_together_in_one_message(capsys, flags, message):
+    with pytest.raises(SystemExit) as stop:
+        parse_settings(base_finetune.Settings, flags)
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learnin_rate: 1\n", "unknown settings learnin_rate"),
+        ("- 1\n", "unknown settings list"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_bad_config_files_are_refused(capsys, tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        parse_settings(base_finetune.Settings, ["--config", str(tmp_path / "c.yaml")])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_default_is_a_problem():
+    for module in (base_finetune, base_finetune_final, train_grpo):
+        assert find_problems(module.Settings()) == []
+
+
+def test_a_folder_appears_only_when_it_is_complete(tmp_path):
+    target = tmp_path / "artifact"
+    with pytest.raises(RuntimeError, match="killed"), new_folder(target) as beside:
+        (beside / "half").write_text("x")
+        raise RuntimeError("killed")
+    assert not target.exists()
+    with new_folder(target) as beside:
+        assert list(beside.iterdir()) == []  # what the interrupted run left is gone
+        (beside / "whole").write_text("x")
+        assert not target.exists()
+    assert [p.name for p in target.iterdir()] == ["whole"]
+    with pytest.raises(FileExistsError), new_folder(target):
+        pass
+
+
+def test_a_half_written_folder_is_not_taken_for_an_artifact(tmp_path):
+    assert not training_tools.is_complete(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no complete model"):
+        training_tools.is_complete(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"x")
+    assert training_tools.is_complete(tmp_path)
+
+
+def test_order_of_rows_depends_on_seed_and_epoch_alone():
+    sampler = EpochSampler(10, seed=3)
+    first, again = list(sampler), list(sampler)
+    assert first == again
+    assert sorted(first) == list(range(10))
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert sorted(second) == list(range(10, 20))  # the rows of epoch 1 are its own
+    assert [row - 10 for row in second] != first
+    assert list(EpochSampler(10, seed=4)) != first
+    assert len(sampler) == 10
