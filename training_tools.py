@@ -715,6 +715,8 @@ def grpo_trainer(
         max_completion_length=max_completion_length,
         temperature=settings.temperature,
         beta=settings.beta,
+        epsilon=settings.epsilon,
+        epsilon_high=settings.epsilon_high,
         loss_type=settings.loss_type,
         reward_weights=reward_weights,
         mask_truncated_completions=False,  # a reply without an end earns nothing: it shall be unlearned, not overlooked
@@ -762,6 +764,8 @@ def _optimizer_with_embedding_rate(trainer: Any, model: Any) -> Any:
 
 def common_arguments(run: StageRun) -> dict[str, Any]:
     """Arguments that every trainer of the pipeline gets, in transformers' names."""
+    import torch
+
     settings, precision = run.settings, run.precision
     arguments = {
         "output_dir": str(run.work),
@@ -784,6 +788,7 @@ def common_arguments(run: StageRun) -> dict[str, Any]:
         "save_total_limit": settings.save_total_limit,
         "remove_unused_columns": False,  # the collator reads reply_spans and key, the reward reads key
         "dataloader_num_workers": settings.dataloader_num_workers,
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_steps": settings.logging_steps,
         "logging_first_step": True,
         "report_to": [] if settings.report_to == "none" else settings.report_to.split(","),
@@ -840,8 +845,10 @@ def metrics_callback(run: StageRun, measure: Callable[[], dict[str, float]] | No
             self.paused += (metrics or {}).get("eval_runtime", 0.0)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            due = settings.eval_steps and state.global_step % settings.eval_steps == 0
-            if measure is not None and (due or state.global_step == state.max_steps):
+            last = state.global_step == state.max_steps
+            if last and args.eval_strategy != "no":
+                control.should_evaluate = True
+            if measure is not None and (last or state.global_step % settings.eval_steps == 0):
                 begin = time.perf_counter()
                 numbers = measure()
                 self.paused += time.perf_counter() - begin

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from model_tools import IGNORE_INDEX, InputMaskingDataCollator
@@ -19,6 +19,7 @@ def character_tokenizer(merges=()):
     vocabulary = {token: i for i, token in enumerate([*characters, *(a + b for a, b in merges)])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+|\d{1,3}|\D"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])]
     )

@@ -59,11 +59,14 @@ def test_readme_table_says_what_the_code_does():
     defaults = dataclasses.asdict(base_finetune.Settings())
     for name, written in table.items():
         value = defaults[name]
-        said = {True: "true", False: "false", None: "all"}.get(value, value) if not isinstance(value, list) else value
-        expected = " ".join(map(str, said)) if isinstance(said, list) else said
-        assert written == str(expected) or float(written) == float(expected), (
-            f"{name}: README {written}, code {expected}"
-        )
+        if isinstance(value, list):
+            assert written.split() == [str(v) for v in value], name
+        elif isinstance(value, bool) or value is None:
+            assert written == {True: "true", False: "false", None: "all"}[value], name
+        elif isinstance(value, (int, float)):
+            assert float(written) == value, name
+        else:
+            assert written == value, name
 
 
 @pytest.mark.parametrize("module", [base_finetune, base_finetune_final, train_grpo])
