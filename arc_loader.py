@@ -255,13 +255,13 @@ def _check_grid(grid: Any, where: str) -> np.ndarray:
     return np.array(grid, dtype=np.uint8)
 
 
-def _check_pair(pair: Any, where: str, output: bool | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Input and output of a pair; `output` says whether there must be one (None: there may be)."""
+def _check_pair(pair: Any, where: str, solved: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """Input and output of a pair; `solved`: there must be an output, else there may be."""
     if not isinstance(pair, Mapping) or "input" not in pair:
         raise ValueError(f'{where}: found {_show(pair)}, expected {{"input": grid, "output": grid}}')
-    if output and "output" not in pair:
+    if solved and "output" not in pair:
         raise ValueError(f'{where}: found no "output" beside its "input", expected a grid')
-    result = _check_grid(pair["output"], f"{where}, output") if output is not False and "output" in pair else None
+    result = _check_grid(pair["output"], f"{where}, output") if "output" in pair else None
     return _check_grid(pair["input"], f"{where}, input"), result
 
 
@@ -285,10 +285,10 @@ def _check_puzzle(value: Any, where: str) -> _Puzzle:
     train = [
         grid
         for number, pair in enumerate(value["train"], 1)
-        for grid in _check_pair(pair, f"{where}, train pair {number}", output=True)
+        for grid in _check_pair(pair, f"{where}, train pair {number}", solved=True)
     ]
     pairs = [
-        _check_pair(pair, f"{where}, test pair {number}", output=None) for number, pair in enumerate(value["test"], 1)
+        _check_pair(pair, f"{where}, test pair {number}", solved=False) for number, pair in enumerate(value["test"], 1)
     ]
     outputs = [output for _, output in pairs if output is not None]
     if outputs and len(outputs) < len(pairs):
@@ -384,7 +384,7 @@ def _scan_pairs(data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None
             return None
     # 2. Inside rows: a span of 2w has 2w - 1 bytes. As no two digits touch, it has at most w digits; as there are
     # sum(w) in all, each row has w, in every other place, first and last included. The rest must be commas, so it is
-    # enough to count.
+    # enough to count them.
     row_widths = spans // 2
     cells = int(row_widths.sum())
     commas = cells - len(row_widths) + len(gaps)  # every text between rows has one
@@ -422,7 +422,7 @@ def _parse_task_file(data: bytes, path: Path) -> tuple[np.ndarray, np.ndarray, n
     if isinstance(value, list):
         if not value:
             raise ValueError(f"{path}: found no pairs, expected a list of input/output pairs")
-        pairs = [_check_pair(pair, f"{path}, pair {number}", output=True) for number, pair in enumerate(value, 1)]
+        pairs = [_check_pair(pair, f"{path}, pair {number}", solved=True) for number, pair in enumerate(value, 1)]
         grids, counts = [grid for pair in pairs for grid in pair], (len(pairs), -1, 0)
     elif isinstance(value, dict) and "train" in value and "test" in value:
         puzzle = _check_puzzle(value, str(path))
@@ -1222,7 +1222,8 @@ class ArcDataset:
             sizes = {len(puzzle["train"]) for puzzle in self.challenge.values()}
             sides = np.stack((self._store.heights[used], self._store.widths[used]))
             low, high = sides.min(axis=1), sides.max(axis=1)
-            text += f"; {min(sizes)}{f' to {max(sizes)}' * (len(sizes) > 1)} demonstrations; grids {low[0]}x{low[1]} to {high[0]}x{high[1]}"
+            sizes_text = f"{min(sizes)} to {max(sizes)}" if len(sizes) > 1 else f"{min(sizes)}"
+            text += f"; {sizes_text} demonstrations; grids {low[0]}x{low[1]} to {high[0]}x{high[1]}"
         if self.left_out:
             text += "; left out: " + ", ".join(f"{count:,} {what}" for what, count in self.left_out.items())
         return text + ")"
@@ -1751,9 +1752,8 @@ def _collect(
 class Views:
     """Augmented views of a dataset's keys. Nothing is kept: a view depends on (seed, epoch, index) alone.
 
-    Index counts key by key, within a key its symmetries: with tp and rt "all" these are "", .tp, .rt, .tp.rt, .rt.rt,
-    ... Draws
-    (a random symmetry, colours, order of the demonstrations) are other ones in each epoch.
+    Index counts key by key, within a key its symmetries: with tp and rt "all" these are "", .tp, .rt, .tp.rt, .rt.rt
+    and so on. Draws (a random symmetry, colours, order of the demonstrations) are other ones in each epoch.
     """
 
     def __init__(
@@ -1958,20 +1958,16 @@ class SampleEncoder:
             made, lengths = layout.keys, layout.lengths
         else:
             rows = self._encode_texts(ds, list(keys), max_tokens, reply=True)
-            made, lengths = (
-                [row["key"] for row in rows],
-                np.array([len(row["input_ids"]) for row in rows], dtype=np.int64),
-            )
+            made = [row["key"] for row in rows]
+            lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
         return lengths, np.array([a != b for a, b in zip(keys, made, strict=True)], dtype=bool)
 
     def too_long(self, ds: ArcDataset, keys: Sequence[str], max_tokens: int, turned: bool = True) -> list[str]:
         """Keys of which not every view fits `max_tokens` with one demonstration, whichever comes first.
 
         A view's length depends on its orientation, not on its colours: a grid of many rows has more line ends. Where
-        digits
-        merge, the count of one token per cell is an upper bound: only puzzles beyond it are given to the tokenizer,
-        with the
-        colours they have (Llama 3 merges digits by their number alone, so there it is exact).
+        digits merge, the count of one token per cell is an upper bound: only puzzles beyond it are given to the
+        tokenizer, with the colours they have (Llama 3 merges digits by their number alone, so there it is exact).
 
         Args:
             ds: holds the puzzles.

@@ -3,8 +3,9 @@
     python benchmarks/loader.py --dataset_dir dataset
 
 Load: json.load of every file and puzzles of 7 pairs as lists, against ArcDataset.load_from_local_json without a cache
-and with one. Each load runs in a process of its own; memory is its peak beyond the interpreter with numpy and the modules
-imported. Samples: freshly augmented views, as text for the plain loader, as token ids for ours; some are compared.
+and with one. Each load runs in a process of its own; memory is its peak beyond the interpreter with numpy and all
+modules imported.
+Samples: freshly augmented views, as text for the plain loader, as token ids for ours; some are compared.
 """
 
 from __future__ import annotations
