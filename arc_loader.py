@@ -18,20 +18,15 @@ Method names and keywords are those of the ARChitects' 2024 loader, so that note
 our own. It needs numpy and the standard library (tqdm only for progress bars), never torch or transformers: tokenizers
 are passed in. Files, pairs and rows are counted from 1 in messages.
 
-The parsed grids of large folders are kept in $ARC_LOADER_CACHE (default: arc_loader in $XDG_CACHE_HOME or ~/.cache;
-"off" or empty: nowhere) and parsed again when a file has changed.
+Files are read by `arc_files`, which keeps what it has parsed in a cache folder; token ids are made by `arc_samples`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
-import tempfile
-import time
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,11 +34,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_SIDE = 30
+from arc_files import (
+    MAX_SIDE,
+    Grids,
+    GridStore,
+    Pairs,
+    Queries,
+    TaskFile,
+    Window,
+    check_grid,
+    check_puzzle,
+    list_json,
+    parse_json,
+    read_bytes,
+    read_tasks,
+    show,
+)
+
 COLOURS = "0123456789"
 ATTEMPTS = ("attempt_1", "attempt_2")
-CACHE_VERSION = 1
-CACHE_MIN_BYTES = 1_000_000  # parsing less than this takes milliseconds: not worth a file in the user's cache
 
 
 def format_options(eos_token: str) -> dict[str, str]:
@@ -102,465 +111,6 @@ def find_reply_spans(text: str, reply_beg: str, reply_end: str) -> list[tuple[in
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Grids in one flat array
-
-
-class GridStore:
-    """Many grids in one flat array of cells.
-
-    Attributes:
-        cells: uint8 (cells,), all grids row by row; read-only.
-        offsets: int64 (grids,), where each grid begins.
-        heights, widths: uint8 (grids,).
-    """
-
-    __slots__ = ("cells", "heights", "offsets", "widths")
-
-    def __init__(self, cells: np.ndarray, offsets: np.ndarray, heights: np.ndarray, widths: np.ndarray):
-        """See the class."""
-        self.cells, self.offsets, self.heights, self.widths = cells, offsets, heights, widths
-        cells.flags.writeable = False  # grids that are handed out are windows on it
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled by its arrays, so that they are read-only again after loading."""
-        return GridStore, (self.cells, self.offsets, self.heights, self.widths)
-
-    def grid(self, index: int) -> np.ndarray:
-        """Grid number `index`, uint8 (height, width), read-only and not copied."""
-        height, width, begin = int(self.heights[index]), int(self.widths[index]), int(self.offsets[index])
-        return self.cells[begin : begin + height * width].reshape(height, width)
-
-    @classmethod
-    def of_sizes(cls, cells: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> GridStore:
-        """A store of grids that lie one after another in `cells`."""
-        areas = heights.astype(np.int64) * widths
-        return cls(cells, np.cumsum(areas) - areas, heights, widths)
-
-    @classmethod
-    def of_grids(cls, grids: Sequence[np.ndarray]) -> GridStore:
-        """A store of copies of grids, each uint8 (height, width)."""
-        sizes = np.array([grid.shape for grid in grids], dtype=np.uint8).reshape(-1, 2)
-        cells = np.concatenate([grid.ravel() for grid in grids]) if grids else np.zeros(0, dtype=np.uint8)
-        return cls.of_sizes(cells, sizes[:, 0].copy(), sizes[:, 1].copy())
-
-    @classmethod
-    def joined(cls, stores: Sequence[GridStore]) -> GridStore:
-        """All grids of the stores in order, as one store."""
-        shifts = np.cumsum([0, *(len(store.cells) for store in stores[:-1])])
-        return cls(
-            np.concatenate([store.cells for store in stores]),
-            np.concatenate([store.offsets + shift for store, shift in zip(stores, shifts, strict=True)]),
-            np.concatenate([store.heights for store in stores]),
-            np.concatenate([store.widths for store in stores]),
-        )
-
-    def picked(self, indices: np.ndarray) -> GridStore:
-        """The grids of the given numbers in that order, over the same cells."""
-        return GridStore(self.cells, self.offsets[indices], self.heights[indices], self.widths[indices])
-
-
-class _Window(Sequence):
-    """`count` items of a store from grid `first` on: a Python object for every pair would cost far more than the
-    cells."""
-
-    __slots__ = ("count", "first", "store")
-
-    def __init__(self, store: GridStore, first: int, count: int):
-        self.store, self.first, self.count = store, first, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self._item(i) for i in range(*index.indices(self.count))]
-        if not -self.count <= index < self.count:
-            raise IndexError(f"index {index} of {self.count}")
-        return self._item(index % self.count)
-
-    def __repr__(self) -> str:
-        return repr(list(self))
-
-    def _item(self, index: int) -> Any:
-        raise NotImplementedError
-
-
-class Pairs(_Window):
-    """Demonstrations as {"input": grid, "output": grid}; in the store, inputs and outputs alternate."""
-
-    __slots__ = ()
-
-    def _item(self, index: int) -> dict[str, np.ndarray]:
-        first = self.first + 2 * index
-        return {"input": self.store.grid(first), "output": self.store.grid(first + 1)}
-
-
-class Queries(_Window):
-    """Test inputs as {"input": grid}."""
-
-    __slots__ = ()
-
-    def _item(self, index: int) -> dict[str, np.ndarray]:
-        return {"input": self.store.grid(self.first + index)}
-
-
-class Grids(_Window):
-    """Grids, such as the solutions of a puzzle."""
-
-    __slots__ = ()
-
-    def _item(self, index: int) -> np.ndarray:
-        return self.store.grid(self.first + index)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading and checking JSON
-
-
-def _show(value: Any) -> str:
-    """A short picture of a value for a message."""
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 64:
-        return "an integer of more than 64 bits"
-    if isinstance(value, (list, tuple, dict)) and len(value) > 8:
-        return f"a {type(value).__name__} of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _check_grid(grid: Any, where: str) -> np.ndarray:
-    """A grid as uint8 (height, width), 1..30 each way, cells 0..9; else a ValueError whose message `where` opens."""
-    if isinstance(grid, np.ndarray):
-        if grid.ndim != 2 or grid.dtype.kind not in "iu":
-            raise ValueError(
-                f"{where}: found an array {grid.shape} of {grid.dtype}, expected (height, width) of integers"
-            )
-        if 0 < grid.shape[0] <= MAX_SIDE and 0 < grid.shape[1] <= MAX_SIDE and 0 <= grid.min() and grid.max() <= 9:
-            return grid.astype(np.uint8)
-        grid = grid.tolist()  # for the row in the message
-    if not isinstance(grid, (list, tuple)):
-        raise ValueError(f"{where}: found {_show(grid)}, expected a list of rows")
-    if not 1 <= len(grid) <= MAX_SIDE:
-        raise ValueError(f"{where}: found {len(grid)} rows, expected 1 to {MAX_SIDE}")
-    for number, row in enumerate(grid, 1):
-        if not isinstance(row, (list, tuple)):
-            raise ValueError(f"{where}, row {number}: found {_show(row)}, expected a list of cells")
-        if not 1 <= len(row) <= MAX_SIDE:
-            raise ValueError(f"{where}, row {number}: found {len(row)} cells, expected 1 to {MAX_SIDE}")
-        if len(row) != len(grid[0]):
-            raise ValueError(f"{where}, row {number}: found {len(row)} cells, expected {len(grid[0])} as in row 1")
-        for cell in row:
-            # Booleans are integers in Python, and 1.0 equals 1: the type decides.
-            if type(cell) is not int and not isinstance(cell, np.integer) or not 0 <= cell <= 9:
-                raise ValueError(f"{where}, row {number}: found {_show(cell)}, expected integers 0 to 9")
-    return np.array(grid, dtype=np.uint8)
-
-
-def _check_pair(pair: Any, where: str, solved: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """Input and output of a pair; `solved`: there must be an output, else there may be."""
-    if not isinstance(pair, Mapping) or "input" not in pair:
-        raise ValueError(f'{where}: found {_show(pair)}, expected {{"input": grid, "output": grid}}')
-    if solved and "output" not in pair:
-        raise ValueError(f'{where}: found no "output" beside its "input", expected a grid')
-    result = _check_grid(pair["output"], f"{where}, output") if "output" in pair else None
-    return _check_grid(pair["input"], f"{where}, input"), result
-
-
-class _Puzzle(NamedTuple):
-    """Checked grids: demonstrations' inputs and outputs in turn, test inputs, and their outputs if they are known."""
-
-    train: list[np.ndarray]
-    test: list[np.ndarray]
-    solution: list[np.ndarray]
-
-
-def _check_puzzle(value: Any, where: str) -> _Puzzle:
-    """The grids of {"train": pairs, "test": pairs with or without outputs}."""
-    if not isinstance(value, Mapping) or "train" not in value or "test" not in value:
-        raise ValueError(f'{where}: found {_show(value)}, expected {{"train": pairs, "test": pairs}}')
-    for part in ("train", "test"):
-        if isinstance(value[part], (str, Mapping)) or not isinstance(value[part], Sequence):
-            raise ValueError(f"{where}, {part}: found {_show(value[part])}, expected a list of pairs")
-    if not len(value["train"]):
-        raise ValueError(f"{where}, train: found no pairs, expected at least one")
-    train = [
-        grid
-        for number, pair in enumerate(value["train"], 1)
-        for grid in _check_pair(pair, f"{where}, train pair {number}", solved=True)
-    ]
-    pairs = [
-        _check_pair(pair, f"{where}, test pair {number}", solved=False) for number, pair in enumerate(value["test"], 1)
-    ]
-    outputs = [output for _, output in pairs if output is not None]
-    if outputs and len(outputs) < len(pairs):
-        missing = 1 + [output is None for _, output in pairs].index(True)
-        raise ValueError(f'{where}, test pair {missing}: found no "output", expected one as the other test pairs have')
-    return _Puzzle(train, [grid for grid, _ in pairs], outputs)
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error}); expected a readable JSON file") from None
-
-
-def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(items)
-    if len(found) < len(items):
-        names = [name for name, _ in items]
-        raise ValueError(f"duplicate id {next(name for name in names if names.count(name) > 1)!r}")
-    return found
-
-
-def _parse_json(data: bytes, path: Path) -> Any:
-    """The value of a JSON file.
-
-    Raises:
-        ValueError: not UTF-8, not JSON (with line and column), an object with the same name twice, nested too deeply.
-    """
-    try:
-        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_no_duplicates)
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: found byte {data[error.start]:#04x} at {error.start}, expected JSON in UTF-8"
-        ) from None
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{path}: not JSON at {place} ({error.msg}), expected a complete JSON file") from None
-    except RecursionError:
-        raise ValueError(f"{path}: lists nested too deeply, expected grids as lists of rows of cells") from None
-    except ValueError as error:  # a duplicate id, or an integer of thousands of digits
-        raise ValueError(f"{path}: {str(error).split(';')[0]}, expected each id once and cells 0 to 9") from None
-
-
-# What stands in canonical JSON between the last cell of a row and the first of the next, brackets of the rows included.
-_TO_OUTPUT, _TO_NEXT_PAIR = b']],"output":[[', b']]},{"input":[['
-_BEGIN, _END = b'[{"input":[[', b"]]}]"
-
-
-def _scan_pairs(data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Cells, heights and widths of a list of pairs in canonical JSON, found by a few passes over the bytes.
-
-    Many times faster than building Python lists. Accepts only bytes that the result would be written as (white space
-    between tokens aside): whatever is different in any byte gives None and goes to the careful parser, which also finds
-    the message.
-
-    Args:
-        data: a file's content.
-
-    Returns:
-        uint8 cells (cells,), heights (grids,) and widths (grids,), inputs and outputs in turn; None if not canonical.
-    """
-    data = data.strip(b" \n\r\t")
-    if any(space in data for space in (b" ", b"\n", b"\r", b"\t")):
-        names = data.count(b'"input"') + data.count(b'"output"')
-        data = data.translate(None, b" \n\r\t")
-        if data.count(b'"input"') + data.count(b'"output"') != names:  # white space inside a name
-            return None
-    if not data.startswith(_BEGIN) or not data.endswith(_END):
-        return None
-    array = np.frombuffer(data, dtype=np.uint8)
-    is_digit = (array - 48) < 10  # uint8 wraps: bytes below "0" become large
-    opening, closing = np.flatnonzero(array == ord("[")), np.flatnonzero(array == ord("]"))
-    begins, ends = opening[is_digit[opening + 1]], closing[is_digit[closing - 1]]  # brackets of rows, cells inside
-    if len(begins) != len(ends) or begins[0] != len(_BEGIN) - 1 or ends[-1] != len(data) - len(_END):
-        return None
-    gaps, spans = begins[1:] - ends[:-1], ends - begins
-    if (gaps < 2).any() or (spans < 2).any() or (spans % 2).any():
-        return None
-    # 1. Between rows: "],[" inside a grid, else one of two longer texts in turn.
-    new_grid = np.flatnonzero(gaps != 2)
-    to_output, to_next = new_grid[0::2], new_grid[1::2]
-    if len(to_output) != len(to_next) + 1:
-        return None
-    if (array[ends[:-1][gaps == 2] + 1] != ord(",")).any():
-        return None
-    for rows, text in ((to_output, _TO_OUTPUT), (to_next, _TO_NEXT_PAIR)):
-        if (gaps[rows] != len(text) - 1).any():
-            return None
-        if (array[ends[rows][:, None] + np.arange(len(text))] != np.frombuffer(text, dtype=np.uint8)).any():
-            return None
-    # 2. Inside rows: a span of 2w has 2w - 1 bytes. As no two digits touch, it has at most w digits; as there are
-    # sum(w) in all, each row has w, in every other place, first and last included. The rest must be commas, so it is
-    # enough to count them.
-    row_widths = spans // 2
-    cells = int(row_widths.sum())
-    commas = cells - len(row_widths) + len(gaps)  # every text between rows has one
-    if np.count_nonzero(is_digit) != cells or (is_digit[1:] & is_digit[:-1]).any():
-        return None
-    if np.count_nonzero(array == ord(",")) != commas:
-        return None
-    # 3. Rows of a grid have one length, and grids 1 to 30 of them.
-    first_rows = np.concatenate(([0], new_grid + 1))
-    heights = np.diff(first_rows, append=len(row_widths))
-    widths = row_widths[first_rows]
-    if heights.max() > MAX_SIDE or widths.max() > MAX_SIDE or (row_widths != np.repeat(widths, heights)).any():
-        return None
-    digits = np.frombuffer(
-        data.translate(None, b'[]{}",:inputo'), dtype=np.uint8
-    )  # 5 times faster than array[is_digit]
-    return digits - 48, heights.astype(np.uint8), widths.astype(np.uint8)
-
-
-class _TaskFile(NamedTuple):
-    """Where the grids of a file are in the store: pairs, then test inputs, then their outputs if `solved`."""
-
-    first: int
-    pairs: int
-    tests: int  # -1: a list of pairs, from which puzzles are made
-    solved: bool
-
-
-def _parse_task_file(data: bytes, path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[int, int, int]]:
-    """Cells, heights and widths of a task file, and its counts of pairs, tests (-1: a list of pairs) and solutions."""
-    scanned = _scan_pairs(data)
-    if scanned is not None:
-        return *scanned, (len(scanned[1]) // 2, -1, 0)
-    value = _parse_json(data, path)
-    if isinstance(value, list):
-        if not value:
-            raise ValueError(f"{path}: found no pairs, expected a list of input/output pairs")
-        pairs = [_check_pair(pair, f"{path}, pair {number}", solved=True) for number, pair in enumerate(value, 1)]
-        grids, counts = [grid for pair in pairs for grid in pair], (len(pairs), -1, 0)
-    elif isinstance(value, dict) and "train" in value and "test" in value:
-        puzzle = _check_puzzle(value, str(path))
-        if not puzzle.test:
-            raise ValueError(f"{path}, test: found no pairs, expected at least one")
-        grids = [*puzzle.train, *puzzle.test, *puzzle.solution]
-        counts = (len(puzzle.train) // 2, len(puzzle.test), len(puzzle.solution))
-    else:
-        hint = ""
-        if isinstance(value, dict) and value and all(isinstance(v, dict) and "train" in v for v in value.values()):
-            hint = "; this looks like Kaggle's format: ArcDataset.load_from_json reads it"
-        raise ValueError(f'{path}: found {_show(value)}, expected a list of pairs or {{"train", "test"}}{hint}')
-    store = GridStore.of_grids(grids)
-    return store.cells, store.heights, store.widths, counts
-
-
-def _list_json(folder: str | os.PathLike[str], pattern: str = "*.json") -> list[Path]:
-    """The folder's .json files by name, hidden ones aside.
-
-    Raises:
-        FileNotFoundError: no folder, or no such files.
-        ValueError: a file instead of a folder, or a folder that cannot be read.
-    """
-    folder = Path(folder)
-    try:
-        if not folder.is_dir():
-            if folder.is_file():
-                raise ValueError(
-                    f"{folder} is a file, expected a folder of .json files; for Kaggle's files: load_from_json"
-                )
-            os.stat(folder)  # names the reason: a loop of links, say
-            raise ValueError(f"{folder} is not a folder, expected a folder of .json files")
-        files = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
-        os.listdir(folder)  # glob is silent about a folder that cannot be read
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{folder}: no such folder, expected a folder of .json files") from None
-    except OSError as error:
-        raise ValueError(
-            f"{folder}: cannot be read ({error.strerror or error}), expected a folder of .json files"
-        ) from None
-    if not files:
-        raise FileNotFoundError(f"{folder}: found no {pattern}, expected one JSON file for each task")
-    return files
-
-
-def _cache_file(folder: Path) -> Path | None:
-    """Where the parsed grids of a folder are kept; None if the user wants no cache."""
-    home = os.environ.get("ARC_LOADER_CACHE")
-    if home is None:
-        with contextlib.suppress(RuntimeError):  # no home folder
-            home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arc_loader"
-    if not home or str(home).lower() == "off":
-        return None
-    return Path(home) / (hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24] + ".npz")
-
-
-def _read_cache(file: Path, signature: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-    """What `_write_cache` wrote, if it is whole and the folder's files are the same; never unpickles."""
-    try:
-        with np.load(file, allow_pickle=False) as archive:  # the archive checks a CRC of every array
-            if archive["signature"].tobytes() != signature:
-                return None
-            arrays = tuple(archive[name] for name in ("cells", "heights", "widths", "counts"))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError):
-        return None
-    cells, heights, widths, counts = arrays
-    if any(a.dtype != np.uint8 or a.ndim != 1 for a in arrays[:3]) or counts.dtype != np.int64 or counts.ndim != 2:
-        return None
-    if not len(heights) or len(heights) != len(widths) or int((heights.astype(np.int64) * widths).sum()) != len(cells):
-        return None
-    sides = np.concatenate((heights, widths))
-    if cells.max() > 9 or sides.min() < 1 or sides.max() > MAX_SIDE or counts.shape[1] != 3:
-        return None
-    grids = 2 * counts[:, 0] + np.maximum(counts[:, 1], 0) + counts[:, 2]
-    return arrays if int(grids.sum()) == len(heights) else None
-
-
-def _write_cache(file: Path, signature: bytes, **arrays: np.ndarray) -> None:
-    """Keep parsed grids; silently not where that is impossible: a cache is a convenience."""
-    with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                np.savez(stream, signature=np.frombuffer(signature, dtype=np.uint8), **arrays)
-            os.replace(name, file)  # at once: another process sees the old file or the new one
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
-
-
-def _read_tasks(files: Sequence[Path]) -> tuple[GridStore, list[_TaskFile]]:
-    """The grids of task files of one folder, from the cache if there is one that fits.
-
-    Raises:
-        ValueError, FileNotFoundError: see `_parse_task_file` and `_read_bytes`.
-    """
-    cache, signature, total, newest = _cache_file(files[0].parent), b"", 0, 0
-    try:
-        states = [(path.name, os.stat(path)) for path in files]
-        total, newest = sum(s.st_size for _, s in states), max(max(s.st_mtime_ns, s.st_ctime_ns) for _, s in states)
-        # ctime too: it tells of a file that was replaced by another of the same size and (copied) date.
-        entries = [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in states]
-        signature = json.dumps([CACHE_VERSION, entries]).encode()
-    except OSError:
-        cache = None  # reading the file will say what is wrong with it
-    if total < CACHE_MIN_BYTES:
-        cache = None
-    found = _read_cache(cache, signature) if cache else None
-    if found is None:
-        parts, position = [], 0
-        # A cell takes two bytes at least, so this holds all cells; memory that is never written is never resident.
-        cells = np.empty(total // 2 + 1, dtype=np.uint8)
-        for path in files:
-            part, heights, widths, counts = _parse_task_file(_read_bytes(path), path)
-            if position + len(part) > len(cells):  # the file has grown since it was looked at
-                cells, cache = np.concatenate((cells[:position], np.empty(2 * len(part) + len(cells), np.uint8))), None
-            cells[position : position + len(part)] = part
-            position += len(part)
-            parts.append((heights, widths, counts))
-        cells = cells[:position]
-        heights, widths, counts = (
-            np.concatenate(p) if i < 2 else np.array(p) for i, p in enumerate(zip(*parts, strict=True))
-        )
-        # A file that was written just now may change again within the clock's grain.
-        if cache and time.time_ns() - newest > 2_000_000_000:
-            _write_cache(cache, signature, cells=cells, heights=heights, widths=widths, counts=counts.astype(np.int64))
-    else:
-        cells, heights, widths, counts = found
-    tasks, first = [], 0
-    for pairs, tests, solved in counts.tolist():
-        tasks.append(_TaskFile(first, pairs, tests, solved > 0))
-        first += 2 * pairs + max(tests, 0) + solved
-    return GridStore.of_sizes(cells, heights, widths), tasks
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Keys and draws
 
 
@@ -570,7 +120,7 @@ def _seed_words(seed: int | None, *names: str) -> list[int]:
     return [int(seed) % 2**64, *(zlib.crc32(name.encode()) for name in names)]
 
 
-def _rng(seed: int | None, *names: str) -> np.random.Generator:
+def seeded_rng(seed: int | None, *names: str) -> np.random.Generator:
     """A generator that depends on the seed and the names alone; seed None: on nothing."""
     return np.random.default_rng(_seed_words(seed, *names))
 
@@ -601,7 +151,7 @@ def _draws(seed: int, epochs: np.ndarray, indices: np.ndarray, count: int) -> np
     return _mixed(state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * step)
 
 
-class _View(NamedTuple):
+class View(NamedTuple):
     """A key resolved against a dataset: which grids, and how they are turned and coloured."""
 
     train: Pairs
@@ -699,7 +249,7 @@ class ArcDataset:
     def _assign(
         self,
         store: GridStore,
-        challenge: dict[str, dict[str, _Window]],
+        challenge: dict[str, dict[str, Window]],
         solutions: dict[str, Grids],
         keys: Iterable[str] | None,
         is_orig: bool,
@@ -723,12 +273,12 @@ class ArcDataset:
         self.solutions = {puzzle: solutions[puzzle] for puzzle in puzzles if puzzle in solutions}
         self.is_orig = is_orig
         self.left_out = dict(left_out or {})
-        self._store, self._tasks = store, tasks or {}
+        self.store, self._tasks = store, tasks or {}
         return self
 
     def _derived(self, keys: Iterable[str] | None, is_orig: bool, collected: tuple[Any, ...] = ()) -> ArcDataset:
         """A dataset of the same tasks, over the same store and puzzles unless others (see `_collect`) are given."""
-        parts = collected or (self._store, self.challenge, self.solutions)
+        parts = collected or (self.store, self.challenge, self.solutions)
         return object.__new__(type(self))._assign(*parts, keys, is_orig, self._tasks, self.left_out)
 
     # -- loading
@@ -770,9 +320,9 @@ class ArcDataset:
             raise ValueError(f"n is {n}, expected at least 1 puzzle")
         if grid_sizes is not None and not (len(grid_sizes) == 2 and 1 <= grid_sizes[0] <= grid_sizes[1]):
             raise ValueError(f"grid_sizes is {grid_sizes}, expected (low, high) with 1 <= low <= high")
-        files = _list_json(path)
+        files = list_json(path)
         names = _unique_names(files, [cls.base_key_replace_invalid_chars(file.stem) for file in files])
-        return cls._from_tasks(names, *_read_tasks(files), sizes, seed, grid_sizes=grid_sizes, n=n, place=str(path))
+        return cls._from_tasks(names, *read_tasks(files), sizes, seed, grid_sizes=grid_sizes, n=n, place=str(path))
 
     @classmethod
     def load_from_rearc(
@@ -806,9 +356,9 @@ class ArcDataset:
         if n < 1:
             raise ValueError(f"n is {n}, expected at least 1 round")
         metadata = Path(path) / "metadata.json"
-        tasks = _parse_json(_read_bytes(metadata), metadata)
+        tasks = parse_json(read_bytes(metadata), metadata)
         if not isinstance(tasks, dict) or not tasks:
-            raise ValueError(f"{metadata}: found {_show(tasks)}, expected an object with the task names")
+            raise ValueError(f"{metadata}: found {show(tasks)}, expected an object with the task names")
         names = sorted(tasks)
         files = [Path(path) / "tasks" / f"{name}.json" for name in names]
         names = _unique_names(files, [cls.base_key_replace_invalid_chars(name) for name in names])
@@ -817,14 +367,14 @@ class ArcDataset:
             "name": lambda task, number: f"rearc-{task}{number:02x}",
             "shuffle": shuffle,
         }
-        return cls._from_tasks(names, *_read_tasks(files), sizes, seed, place=str(path), mix=mix_datasets, **options)
+        return cls._from_tasks(names, *read_tasks(files), sizes, seed, place=str(path), mix=mix_datasets, **options)
 
     @classmethod
     def _from_tasks(
         cls,
         names: Sequence[str],
         store: GridStore,
-        files: Sequence[_TaskFile],
+        files: Sequence[TaskFile],
         sizes: Sequence[int],
         seed: int,
         place: str,
@@ -848,7 +398,7 @@ class ArcDataset:
                 left_out["pairs outside grid_sizes"] += int((~inside).sum())
                 inputs = inputs[inside]
             if file.tests < 0:
-                rng = _rng(seed, "pairs", names[task])
+                rng = seeded_rng(seed, "pairs", names[task])
                 inputs = inputs[rng.permutation(len(inputs))]
                 plan = _cycle_sizes(sizes, len(inputs), rng)[:rounds]
                 if rounds is not None and len(plan) < rounds:
@@ -876,9 +426,9 @@ class ArcDataset:
                 f"{place}: {n:,} puzzles asked for, the maximum is {table.shape[1]:,} with sizes {tuple(sizes)} and no "
                 "pair used twice: lower n"
             )
-        order = np.lexsort((_rng(seed, "order").random(table.shape[1]) if shuffle else table[0], table[1]))
+        order = np.lexsort((seeded_rng(seed, "order").random(table.shape[1]) if shuffle else table[0], table[1]))
         store = store.picked(np.concatenate(grids))
-        challenge: dict[str, dict[str, _Window]] = {}
+        challenge: dict[str, dict[str, Window]] = {}
         solutions, tasks, keys = {}, {}, []
         for task, number, size, first in table[:, order[:n]].T.tolist():
             file, title = files[task], names[task]
@@ -895,7 +445,7 @@ class ArcDataset:
             groups = [keys] + [[f"{_valid(title)}-{key}" for key in other.keys] for title, other in mix.items()]
             places = np.concatenate([np.arange(len(group)) * (rounds or 1) // max(len(group), 1) for group in groups])
             keys = [key for group in groups for key in group]
-            draws = _rng(seed, "mix").random(len(keys)) if shuffle else np.zeros(len(keys))
+            draws = seeded_rng(seed, "mix").random(len(keys)) if shuffle else np.zeros(len(keys))
             keys = [keys[i] for i in np.lexsort((draws, places))]
             for title, other in mix.items():
                 challenge.update({f"{_valid(title)}-{puzzle}": value for puzzle, value in other.challenge.items()})
@@ -913,9 +463,9 @@ class ArcDataset:
             FileNotFoundError, ValueError: no such file, bad data (named by file, puzzle, pair and row), duplicate ids.
         """
         path = Path(challenges_file)
-        challenge = _parse_json(_read_bytes(path), path)
+        challenge = parse_json(read_bytes(path), path)
         if not isinstance(challenge, dict) or not challenge or "train" in challenge:
-            raise ValueError(f'{path}: found {_show(challenge)}, expected {{id: {{"train": pairs, "test": inputs}}}}')
+            raise ValueError(f'{path}: found {show(challenge)}, expected {{id: {{"train": pairs, "test": inputs}}}}')
         with _named(path):
             return cls(challenge, is_orig=True)
 
@@ -927,9 +477,9 @@ class ArcDataset:
                 them.
         """
         path = Path(solutions_file)
-        found = _parse_json(_read_bytes(path), path)
+        found = parse_json(read_bytes(path), path)
         if not isinstance(found, dict):
-            raise ValueError(f"{path}: found {_show(found)}, expected {{id: [grid for each test input]}}")
+            raise ValueError(f"{path}: found {show(found)}, expected {{id: [grid for each test input]}}")
         missing = [puzzle for puzzle in self.challenge if puzzle not in found]
         if missing:
             raise ValueError(
@@ -947,7 +497,7 @@ class ArcDataset:
             FileNotFoundError, ValueError: as `load_from_local_json`.
         """
         newest: dict[tuple[Path, str], tuple[int, Path]] = {}
-        for file in _list_json(Path(path) / "data", "*/*.json"):
+        for file in list_json(Path(path) / "data", "*/*.json"):
             stem, version = re.fullmatch(r"(.*?)(?:_v([0-9]+))?", file.stem, re.DOTALL).groups()
             entry = (int(version or 1), file)
             newest[file.parent, stem] = max(newest.get((file.parent, stem), entry), entry)
@@ -955,8 +505,8 @@ class ArcDataset:
         names = _unique_names(files, [cls.base_key_replace_invalid_chars(file.stem) for file in files])
         puzzles, solutions = {}, {}
         for name, file in zip(names, files, strict=True):
-            value = _parse_json(_read_bytes(file), file)
-            puzzle = _check_puzzle(value, str(file))
+            value = parse_json(read_bytes(file), file)
+            puzzle = check_puzzle(value, str(file))
             pairs = zip(puzzle.train[0::2], puzzle.train[1::2], strict=True)
             train = [{"input": grid, "output": output} for grid, output in pairs]
             puzzles[name] = {"train": train, "test": [{"input": grid} for grid in puzzle.test]}
@@ -1016,7 +566,7 @@ class ArcDataset:
 
     def repeat(self, n: int, seed: int | None = None) -> ArcDataset:
         """The keys n times over, each time in a seeded order of its own if there is a seed."""
-        rng = None if seed is None else _rng(seed)
+        rng = None if seed is None else seeded_rng(seed)
         rounds = [
             self.keys if rng is None else [self.keys[i] for i in rng.permutation(len(self.keys))] for _ in range(n)
         ]
@@ -1046,7 +596,7 @@ class ArcDataset:
                 f'split_seed is {split_seed!r} with {sorted(kwargs)}, expected a seed alone, or "len" and options'
             )
         else:
-            puzzles = [puzzles[i] for i in _rng(split_seed).permutation(len(puzzles))]
+            puzzles = [puzzles[i] for i in seeded_rng(split_seed).permutation(len(puzzles))]
         parts = [puzzles[len(puzzles) * i // n : len(puzzles) * (i + 1) // n] for i in range(n)]
         return [self._derived(sorted(k for p in part for k in self._test_keys(p)), is_orig=True) for part in parts]
 
@@ -1136,7 +686,7 @@ class ArcDataset:
 
     # -- puzzles and transforms
 
-    def _resolve(self, key: str) -> _View:
+    def resolve(self, key: str) -> View:
         """A key's grids and transforms.
 
         Raises:
@@ -1167,7 +717,7 @@ class ArcDataset:
             raise ValueError(f"key {key!r}: {error}") from None
         solution = self.solutions.get(puzzle) if number >= 0 else None
         query = test.first + number if number >= 0 else -1
-        return _View(train, order, query, -1 if solution is None else solution.first + number, symmetry, colours)
+        return View(train, order, query, -1 if solution is None else solution.first + number, symmetry, colours)
 
     def _test_keys(self, puzzle: str) -> list[str]:
         return [f"{puzzle}_{i}" for i in range(len(self.challenge[puzzle]["test"]))] or [puzzle]
@@ -1198,10 +748,10 @@ class ArcDataset:
             if not -len(self.keys) <= key < len(self.keys):
                 raise IndexError(f"position {key} of {len(self.keys):,} keys")
             key = self.keys[key]
-        view, transforms = self._resolve(key), key.split(".")[1:]
+        view, transforms = self.resolve(key), key.split(".")[1:]
 
         def turned(number: int) -> np.ndarray | None:
-            return None if number < 0 else self.transform_array(self._store.grid(number), transforms)
+            return None if number < 0 else self.transform_array(self.store.grid(number), transforms)
 
         first = view.train.first
         train = [(turned(first + 2 * i), turned(first + 2 * i + 1)) for i in view.order]
@@ -1220,7 +770,7 @@ class ArcDataset:
         if windows:
             used = np.concatenate([np.arange(w.first, w.first + w.count * (1 + isinstance(w, Pairs))) for w in windows])
             sizes = {len(puzzle["train"]) for puzzle in self.challenge.values()}
-            sides = np.stack((self._store.heights[used], self._store.widths[used]))
+            sides = np.stack((self.store.heights[used], self.store.widths[used]))
             low, high = sides.min(axis=1), sides.max(axis=1)
             sizes_text = f"{min(sizes)} to {max(sizes)}" if len(sizes) > 1 else f"{min(sizes)}"
             text += f"; {sizes_text} demonstrations; grids {low[0]}x{low[1]} to {high[0]}x{high[1]}"
@@ -1231,7 +781,7 @@ class ArcDataset:
     def content_hash(self) -> str:
         """SHA-256 (hex) of the keys in order and their puzzles' grids; the same wherever and however they were read."""
         digest = hashlib.sha256("\n".join(self.keys).encode())
-        store, cells = self._store, memoryview(self._store.cells)
+        store, cells = self.store, memoryview(self.store.cells)
         for puzzle in sorted(self.challenge):
             parts = [*self.challenge[puzzle].values(), *([self.solutions[puzzle]] if puzzle in self.solutions else [])]
             digest.update(f"\n{puzzle} {[len(part) for part in parts]}".encode())
@@ -1346,13 +896,13 @@ class ArcDataset:
         Raises:
             ValueError: see `_resolve`; a reply to a key without a test input.
         """
-        view, transforms = self._resolve(key), key.split(".")[1:]
+        view, transforms = self.resolve(key), key.split(".")[1:]
         if reply is True:
-            reply = self._store.grid(view.solution) if view.solution >= 0 else None
+            reply = self.store.grid(view.solution) if view.solution >= 0 else None
         elif reply is not None and view.query < 0:
             raise ValueError(f"key {key!r} names no test input that could have a reply, expected PUZZLE_INDEX")
         elif reply is not None:
-            reply = _check_grid(reply, f"key {key!r}, reply")
+            reply = check_grid(reply, f"key {key!r}, reply")
         pairs = [view.train[i] for i in view.order]
         task = {
             "key": key,
@@ -1360,7 +910,7 @@ class ArcDataset:
         }
         task["query"] = task["input"] = ""
         if view.query >= 0:
-            task["query"] = self.fmt_input(self._store.grid(view.query), query_beg, reply_beg, tf=transforms, **kwargs)
+            task["query"] = self.fmt_input(self.store.grid(view.query), query_beg, reply_beg, tf=transforms, **kwargs)
             task["input"] = task["train"] + task["query"]
         task["text"] = task["train"]
         if reply is not None:
@@ -1393,7 +943,7 @@ class ArcDataset:
 
         Source: ARChitects' get_task, which ends in a blank assertion where nothing fits.
         """
-        asked, count = key, len(self._resolve(key).order)
+        asked, count = key, len(self.resolve(key).order)
         while True:
             task = self.fmt_task(key, **fmt_opts)
             if max_tokens is None:
@@ -1403,8 +953,8 @@ class ArcDataset:
                 return key, task
             count -= 1
             if count < 1:
-                raise _does_not_fit(asked, tokens, max_tokens)
-            key = _shortened(key, count)
+                raise does_not_fit(asked, tokens, max_tokens)
+            key = shortened_key(key, count)
 
     @staticmethod
     def count_tokens(text: str, tokenizer: Any = None) -> int:
@@ -1667,7 +1217,7 @@ def _unique_names(files: Sequence[Path], names: list[str]) -> list[str]:
     return names
 
 
-def _shortened(key: str, count: int) -> str:
+def shortened_key(key: str, count: int) -> str:
     """A key with only the first `count` of its demonstrations."""
     parts = key.split(".")
     if parts[-1].startswith("ex"):
@@ -1677,7 +1227,8 @@ def _shortened(key: str, count: int) -> str:
     return ".".join(parts)
 
 
-def _does_not_fit(key: str, tokens: int, max_tokens: int) -> ValueError:
+def does_not_fit(key: str, tokens: int, max_tokens: int) -> ValueError:
+    """The error for a view that is too long even with one demonstration."""
     return ValueError(
         f"key {key!r}: {tokens:,} tokens with one demonstration, expected at most {max_tokens:,}: raise the limit or "
         "leave the puzzle out"
@@ -1686,14 +1237,14 @@ def _does_not_fit(key: str, tokens: int, max_tokens: int) -> ValueError:
 
 def _collect(
     challenge: Mapping[str, Any], solutions: Mapping[str, Any]
-) -> tuple[GridStore, dict[str, dict[str, _Window]], dict[str, Grids]]:
+) -> tuple[GridStore, dict[str, dict[str, Window]], dict[str, Grids]]:
     """Bring puzzles into one store: windows on other stores are moved, everything else is checked and copied."""
     stores: dict[int, GridStore] = {}
     grids: list[np.ndarray] = []  # of everything that is in no store yet
     new = GridStore.of_grids([])
-    windows: list[tuple[str, str, _Window]] = []
+    windows: list[tuple[str, str, Window]] = []
 
-    def add(puzzle: str, part: str, kind: type[_Window], value: Any) -> None:
+    def add(puzzle: str, part: str, kind: type[Window], value: Any) -> None:
         if isinstance(value, kind):
             stores[id(value.store)] = value.store
             windows.append((puzzle, part, value))
@@ -1713,7 +1264,7 @@ def _collect(
         ):
             train, test, found = value["train"], value["test"], None
         else:
-            train, test, found = _check_puzzle(value, where)
+            train, test, found = check_puzzle(value, where)
         add(puzzle, "train", Pairs, train)
         add(puzzle, "test", Queries, test)
         given = found or None if given is None else given
@@ -1721,10 +1272,10 @@ def _collect(
             continue
         if isinstance(given, (str, Mapping)) or not isinstance(given, Sequence) or len(given) != len(test):
             raise ValueError(
-                f"{where}: found solutions {_show(given)}, expected one grid for each of {len(test)} test inputs"
+                f"{where}: found solutions {show(given)}, expected one grid for each of {len(test)} test inputs"
             )
         if not isinstance(given, Grids):
-            given = [_check_grid(grid, f"{where}, solution {number}") for number, grid in enumerate(given, 1)]
+            given = [check_grid(grid, f"{where}, solution {number}") for number, grid in enumerate(given, 1)]
         add(puzzle, "solution", Grids, given)
     if grids or not stores:
         filled = GridStore.of_grids(grids)
@@ -1732,7 +1283,7 @@ def _collect(
     order = list(stores)
     store = stores[order[0]] if len(order) == 1 else GridStore.joined(list(stores.values()))
     shifts = dict(zip(order, np.cumsum([0, *(len(stores[i].heights) for i in order)]).tolist(), strict=False))
-    collected: dict[str, dict[str, _Window]] = {}
+    collected: dict[str, dict[str, Window]] = {}
     known: dict[str, Grids] = {}
     for puzzle, part, window in windows:
         shift = shifts.get(id(window.store), 0)  # an empty window on `new` when `new` has stayed empty
@@ -1846,396 +1397,5 @@ class Views:
 
     def _demonstrations(self, key: str) -> int:
         if ".ex" in key:
-            return len(self.ds._resolve(key).order)
+            return len(self.ds.resolve(key).order)
         return self.ds.challenge[key.partition(".")[0].partition("_")[0]]["train"].count
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Token ids
-
-
-class _Layout(NamedTuple):
-    """Where the grids of a batch of samples stand among its tokens (one token per cell). G grids, S samples."""
-
-    keys: list[str]
-    grids: np.ndarray  # int64 (G,), numbers in the store
-    sample: np.ndarray  # int64 (G,), which sample each belongs to
-    is_output: np.ndarray  # bool (G,)
-    rows: np.ndarray  # int64 (G,), rows as turned
-    tokens: np.ndarray  # int64 (G,), tokens with what stands around the grid
-    lengths: np.ndarray  # int64 (S,), tokens
-    symmetries: np.ndarray  # int64 (S, 3), see `_View`
-    colours: np.ndarray  # uint8 (S, 10)
-
-
-class SampleEncoder:
-    """Turns keys into token ids, straight from the arrays where the tokenizer gives one token per cell.
-
-    Attributes:
-        one_token_per_cell: whether ids are put together from the arrays; else the tokenizer is called on the text.
-            Found out by encoding a text that has every number of up to three digits and every seam between the parts.
-    """
-
-    def __init__(self, tokenizer: Any, preprompt: str, query_beg: str, reply_beg: str, reply_end: str, lines_sep: str):
-        """See the class.
-
-        Args:
-            tokenizer: a fast tokenizer, called as those of transformers are.
-            preprompt, query_beg, reply_beg, reply_end, lines_sep: the format, see `format_options`.
-        """
-        self.tokenizer = tokenizer
-        self.format = {
-            "preprompt": preprompt,
-            "query_beg": query_beg,
-            "reply_beg": reply_beg,
-            "reply_end": reply_end,
-            "lines_sep": lines_sep,
-        }
-        plain, full = self._ids(preprompt), tokenizer(preprompt)["input_ids"]
-        added = len(full) - len(plain)
-        self.prefix = np.array(full, dtype=np.int32)  # BOS, if the tokenizer adds it, and the preprompt
-        self._query_beg, self._reply_beg, self._reply_end, self._lines_sep = (
-            np.array(self._ids(text), dtype=np.int32) for text in (query_beg, reply_beg, reply_end, lines_sep)
-        )
-        digits = [self._ids(digit) for digit in COLOURS]
-        self.one_token_per_cell = (
-            full[added:] == plain  # nothing is added at the end
-            and all(len(ids) == 1 for ids in digits)
-            and len({ids[0] for ids in digits}) == 10
-            and len(self._lines_sep) == 1
-        )
-        if self.one_token_per_cell:
-            self._digits = np.array([ids[0] for ids in digits], dtype=np.int32)
-            self.one_token_per_cell = self._seams_hold()
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
-
-    def _seams_hold(self) -> bool:
-        """Whether ids of parts, put together, are the ids of the whole."""
-        numbers = [f"{i:0{width}d}" for width in (1, 2, 3) for i in range(10**width)]
-        long = ["0123456789" * 3, "9876543210" * 3]
-        grids = [[a, b] for a in COLOURS for b in COLOURS] + [long, [row[:29] for row in long], numbers]
-        text, ids = self.format["preprompt"], list(self.prefix)
-        for rows in grids:
-            cells = [[*self._digits[[int(c) for c in row]], *self._lines_sep] for row in rows]
-            body = [i for row in cells for i in row][: -len(self._lines_sep)]
-            grid = self.format["lines_sep"].join(rows)
-            text += self.format["query_beg"] + grid + self.format["reply_beg"] + grid + self.format["reply_end"]
-            ids += [*self._query_beg, *body, *self._reply_beg, *body, *self._reply_end]
-        return list(self.tokenizer(text)["input_ids"]) == [int(i) for i in ids]
-
-    def encode(
-        self, ds: ArcDataset, keys: Sequence[str], max_tokens: int | None = None, reply: bool = True
-    ) -> list[dict[str, Any]]:
-        """Token ids of views; best in batches of 64 or more.
-
-        Args:
-            ds: holds the puzzles.
-            keys: views.
-            max_tokens: limit of all ids, BOS included; demonstrations are left out from the end until a sample fits.
-            reply: whether the solution follows the query, where it is known; False: a prompt that ends with
-                `reply_beg`.
-
-        Returns:
-            A row for each key: key (with the `ex...` that shortening has made), input_ids int32 (tokens,), equal to
-            `tokenizer(task["text"])["input_ids"]` (of `task["input"]` for a prompt), and reply_spans int32 (replies,
-            2), token positions [start, end) of each reply with its end, demonstrations first.
-
-        Raises:
-            ValueError: a sample is too long with one demonstration, a prompt has no test input, or a key is wrong.
-        """
-        if not self.one_token_per_cell:
-            return self._encode_texts(ds, list(keys), max_tokens, reply)
-        return self._assemble(ds, self._layout(ds, keys, max_tokens, reply)) if len(keys) else []
-
-    def lengths(
-        self, ds: ArcDataset, keys: Sequence[str], max_tokens: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of views, int64 (keys,), and which of them lose demonstrations, bool (keys,). See `encode`."""
-        if self.one_token_per_cell:
-            layout = self._layout(ds, keys, max_tokens, reply=True)
-            made, lengths = layout.keys, layout.lengths
-        else:
-            rows = self._encode_texts(ds, list(keys), max_tokens, reply=True)
-            made = [row["key"] for row in rows]
-            lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
-        return lengths, np.array([a != b for a, b in zip(keys, made, strict=True)], dtype=bool)
-
-    def too_long(self, ds: ArcDataset, keys: Sequence[str], max_tokens: int, turned: bool = True) -> list[str]:
-        """Keys of which not every view fits `max_tokens` with one demonstration, whichever comes first.
-
-        A view's length depends on its orientation, not on its colours: a grid of many rows has more line ends. Where
-        digits merge, the count of one token per cell is an upper bound: only puzzles beyond it are given to the
-        tokenizer, with the colours they have (Llama 3 merges digits by their number alone, so there it is exact).
-
-        Args:
-            ds: holds the puzzles.
-            keys: views.
-            max_tokens: limit of all ids, BOS included.
-            turned: whether views may be turned; False: only the orientation of the keys counts.
-        """
-        beyond = []
-        for begin in range(0, len(keys), 4096):
-            part = keys[begin : begin + 4096]
-            worst = np.zeros(len(part), dtype=np.int64)
-            for turn in (0, 1) if turned else (0,):
-                layout = self._layout(ds, part, None, reply=True, turn=turn)
-                pair = layout.tokens[:-1] + layout.tokens[1:]
-                is_pair = layout.is_output[1:] & ~layout.is_output[:-1]  # no output ever stands first in a sample
-                # The last two grids of a sample are its test pair, if it has both; only demonstrations can be left out.
-                last = np.cumsum(np.bincount(layout.sample, minlength=len(part))) - 1
-                views = [ds._resolve(key) for key in part]
-                tests = np.array([view.query >= 0 and view.solution >= 0 for view in views])
-                is_pair[last[tests] - 1] = False
-                largest = np.zeros(len(part), dtype=np.int64)
-                np.maximum.at(largest, layout.sample[1:][is_pair], pair[is_pair])
-                worst = np.maximum(worst, len(self.prefix) + largest + np.where(tests, pair[last - 1], 0))
-            beyond += [key for key, tokens in zip(part, worst.tolist(), strict=True) if tokens > max_tokens]
-        if self.one_token_per_cell:
-            return beyond
-        return [key for key in beyond if self._longest_text(ds, key, turned) > max_tokens]
-
-    def _longest_text(self, ds: ArcDataset, key: str, turned: bool) -> int:
-        texts = [
-            ds.fmt_task(f"{key}{turn}.ex{i}", **self.format)["text"]
-            for turn in (("", ".tp") if turned else ("",))
-            for i in range(len(ds._resolve(key).order))
-        ]
-        return max(len(ids) for ids in self.tokenizer(texts)["input_ids"])
-
-    def _layout(
-        self, ds: ArcDataset, keys: Sequence[str], max_tokens: int | None, reply: bool, turn: int = 0
-    ) -> _Layout:
-        """Grids and lengths of samples, demonstrations left out as needed; `turn` 1: as if every key was transposed."""
-        views = [ds._resolve(key) for key in keys]
-        numbers: list[int] = []
-        counts = []  # grids of each sample
-        for key, view in zip(keys, views, strict=True):
-            before, first = len(numbers), view.train.first
-            for i in view.order:
-                numbers += (first + 2 * i, first + 2 * i + 1)
-            if not reply:
-                if view.query < 0:
-                    raise ValueError(f"key {key!r} names no test input to make a prompt of, expected PUZZLE_INDEX")
-                numbers.append(view.query)
-            elif view.solution >= 0:
-                numbers += (view.query, view.solution)
-            counts.append(len(numbers) - before)
-        grids, sizes = np.array(numbers, dtype=np.int64), np.array(counts, dtype=np.int64)
-        sample = np.arange(len(keys)).repeat(sizes)
-        first = np.cumsum(sizes) - sizes
-        is_output = (np.arange(len(grids)) - first[sample]) % 2 == 1
-        symmetries = np.array([view.symmetry for view in views], dtype=np.int64)
-        heights, widths = ds._store.heights[grids].astype(np.int64), ds._store.widths[grids].astype(np.int64)
-        rows = np.where(symmetries[sample, 0] ^ turn, widths, heights)
-        around = np.where(is_output, len(self._reply_end), len(self._query_beg) + len(self._reply_beg))
-        tokens = heights * widths + (rows - 1) + around
-        lengths = len(self.prefix) + np.add.reduceat(tokens, first)
-        made = list(keys)
-        if max_tokens is not None and (lengths > max_tokens).any():
-            keep = np.ones(len(grids), dtype=bool)
-            for s in np.flatnonzero(lengths > max_tokens).tolist():
-                count = len(views[s].order)
-                end = first[s] + 2 * count
-                pairs = tokens[first[s] : end].reshape(count, 2).sum(axis=1)
-                fits = lengths[s] - pairs.sum() + np.cumsum(pairs) <= max_tokens
-                kept = int(fits.sum())
-                if not kept:
-                    raise _does_not_fit(keys[s], int(lengths[s] - pairs[1:].sum()), max_tokens)
-                keep[first[s] + 2 * kept : end] = False
-                lengths[s] -= pairs[kept:].sum()
-                made[s] = _shortened(keys[s], kept)
-            grids, sample, is_output, rows, tokens = (a[keep] for a in (grids, sample, is_output, rows, tokens))
-        colours = (
-            np.frombuffer("".join(view.colours for view in views).encode("ascii"), dtype=np.uint8).reshape(-1, 10) - 48
-        )
-        return _Layout(made, grids, sample, is_output, rows, tokens, lengths, symmetries, colours)
-
-    def _assemble(self, ds: ArcDataset, layout: _Layout) -> list[dict[str, Any]]:
-        """Ids of a batch: what stands around grids is written to its places, all cells at once to the places left."""
-        store, grids, sample, rows = ds._store, layout.grids, layout.sample, layout.rows
-        heights, widths = store.heights[grids].astype(np.int64), store.widths[grids].astype(np.int64)
-        columns = heights + widths - rows
-        # A symmetry is affine in flat indices: the view's cell (r, c) is the store's origin + r * down + c * right.
-        transposed, mirror_rows, mirror_columns = (layout.symmetries[sample].T == 1).reshape(3, -1)
-        down, right = np.where(transposed, 1, widths), np.where(transposed, widths, 1)
-        origin = store.offsets[grids] + np.where(mirror_rows, (rows - 1) * down, 0)
-        origin += np.where(mirror_columns, (columns - 1) * right, 0)
-        down, right = np.where(mirror_rows, -down, down), np.where(mirror_columns, -right, right)
-        # One line a row of a grid, its end included but for the last row's.
-        grid_of_line = np.arange(len(grids)).repeat(rows)
-        ends_of_grids = np.cumsum(rows)
-        line = np.arange(len(grid_of_line)) - (ends_of_grids - rows)[grid_of_line]
-        line_lengths = columns[grid_of_line] + 1
-        line_lengths[ends_of_grids - 1] -= 1
-        line_ends = np.cumsum(line_lengths)
-        right = right[grid_of_line]
-        begins = origin[grid_of_line] + line * down[grid_of_line] - (line_ends - line_lengths) * right
-        source = np.arange(line_ends[-1])
-        source *= right.repeat(line_lengths)
-        source += begins.repeat(line_lengths)
-        cells = store.cells.take(source, mode="clip")  # a line's end points beyond its row: replaced below
-        lookup = self._digits[layout.colours].ravel()
-        body = lookup.take(cells + (10 * sample[grid_of_line]).repeat(line_lengths))
-        inner = np.ones(len(line_ends), dtype=bool)
-        inner[ends_of_grids - 1] = False
-        body[line_ends[inner] - 1] = self._lines_sep[0]
-
-        starts = np.cumsum(layout.lengths) - layout.lengths
-        grid_ends = np.cumsum(layout.tokens) + (sample + 1) * len(self.prefix)
-        grid_starts = grid_ends - layout.tokens
-        ids = np.empty(int(layout.lengths.sum()), dtype=np.int32)
-        is_cell = np.ones(len(ids), dtype=bool)
-        inputs, outputs = ~layout.is_output, layout.is_output
-        for places, part in (
-            (starts, self.prefix),
-            (grid_starts[inputs], self._query_beg),
-            (grid_ends[inputs] - len(self._reply_beg), self._reply_beg),
-            (grid_ends[outputs] - len(self._reply_end), self._reply_end),
-        ):
-            places = places[:, None] + np.arange(len(part))
-            ids[places], is_cell[places] = part, False
-        ids[is_cell] = body
-        owner = sample[outputs]
-        spans = np.stack((grid_starts[outputs], grid_ends[outputs]), axis=1) - starts[owner][:, None]
-        spans = spans.astype(np.int32)
-        span_ends = np.cumsum(np.bincount(owner, minlength=len(starts))).tolist()
-        samples = zip(
-            layout.keys, starts.tolist(), layout.lengths.tolist(), [0, *span_ends[:-1]], span_ends, strict=True
-        )
-        # Copies: a row that is kept must not keep its batch.
-        return [
-            {"key": key, "input_ids": ids[at : at + length].copy(), "reply_spans": spans[a:b].copy()}
-            for key, at, length, a, b in samples
-        ]
-
-    def _encode_texts(
-        self, ds: ArcDataset, keys: list[str], max_tokens: int | None, reply: bool
-    ) -> list[dict[str, Any]]:
-        """As `encode`, by the tokenizer: digits may merge, but the characters of each token are known."""
-        made, counts = list(keys), [len(ds._resolve(key).order) for key in keys]
-        rows: list[dict[str, Any] | None] = [None] * len(keys)
-        todo = list(range(len(keys)))
-        while todo:
-            texts, replies = zip(*(self._text(ds, made[i], reply) for i in todo), strict=True)
-            encoded = self.tokenizer(list(texts), return_offsets_mapping=True)
-            again = []
-            for place, i in enumerate(todo):
-                ids = encoded["input_ids"][place]
-                if max_tokens is not None and len(ids) > max_tokens:
-                    counts[i] -= 1
-                    if counts[i] < 1:
-                        raise _does_not_fit(keys[i], len(ids), max_tokens)
-                    made[i] = _shortened(made[i], counts[i])
-                    again.append(i)
-                    continue
-                offsets = np.asarray(encoded["offset_mapping"][place], dtype=np.int64).reshape(-1, 2)
-                # A token belongs to a reply if it starts there; BOS and its like have no characters and start nowhere.
-                real = np.flatnonzero(offsets[:, 1] > offsets[:, 0])
-                bounds = np.searchsorted(offsets[real, 0], np.array(replies[place], dtype=np.int64).reshape(-1, 2))
-                spans = np.append(real, len(ids))[bounds]
-                spans[:, 1] = np.append(real, 0)[bounds[:, 1] - 1] + 1
-                input_ids = np.array(ids, dtype=np.int32)
-                rows[i] = {"key": made[i], "input_ids": input_ids, "reply_spans": spans.astype(np.int32)}
-            todo = again
-        return [row for row in rows if row is not None]
-
-    def _text(self, ds: ArcDataset, key: str, reply: bool) -> tuple[str, list[tuple[int, int]]]:
-        """A view's text and the character spans of its replies, from the parts' lengths: no search could be misled."""
-        view = ds._resolve(key)
-        task = ds.fmt_task(key, **self.format)
-        if not reply and view.query < 0:
-            raise ValueError(f"key {key!r} names no test input to make a prompt of, expected PUZZLE_INDEX")
-        numbers = [n for i in view.order for n in (view.train.first + 2 * i, view.train.first + 2 * i + 1)]
-        numbers += [view.query, view.solution] if reply and "reply" in task else []
-        heights, widths = ds._store.heights[numbers].astype(int), ds._store.widths[numbers].astype(int)
-        rows = widths if view.symmetry[0] else heights
-        around = [len(self.format["query_beg"] + self.format["reply_beg"]), len(self.format["reply_end"])] * (
-            len(numbers) // 2
-        )
-        ends = len(self.format["preprompt"]) + np.cumsum(
-            heights * widths + (rows - 1) * len(self.format["lines_sep"]) + np.array(around, dtype=int)
-        )
-        return task["text" if reply else "input"], list(zip(ends[0::2].tolist(), ends[1::2].tolist(), strict=True))
-
-
-class TrainingSamples:
-    """Rows for a trainer: a map-style dataset of encoded views. Pickles, forks, and depends on no state.
-
-    Row `epoch * len + index` is the view `index` of that epoch, so that a row number alone says which views an epoch
-    has, in whatever process and order the rows are made.
-
-    Attributes:
-        dropped: puzzles of which not every view fits `max_tokens` with one demonstration: left out, to be printed.
-        views: the views of what is left.
-    """
-
-    def __init__(
-        self, ds: ArcDataset, encoder: SampleEncoder, max_tokens: int, seed: int, epochs: int = 1, **view_options: Any
-    ):
-        """See the class.
-
-        Args:
-            ds: what is trained on.
-            encoder: makes the ids.
-            max_tokens: limit of a row, BOS included.
-            seed: of the views.
-            epochs: how many are planned; see `total_rows`. Later rows are made all the same.
-            view_options: tp, rt, perm, keep_background, shfl_ex as in `Views`.
-        """
-        turned = bool(view_options.get("tp")) or bool(view_options.get("rt"))
-        long = {ArcDataset.get_base_key(key) for key in encoder.too_long(ds, ds.keys, max_tokens, turned)}
-        self.dropped = [puzzle for puzzle in ds.challenge if puzzle in long]
-        kept = ds if not long else ds.change_keys(key for key in ds.keys if ArcDataset.get_base_key(key) not in long)
-        self.encoder, self.max_tokens, self.epochs = encoder, max_tokens, epochs
-        self.views = kept.views(seed, **view_options)
-
-    @property
-    def total_rows(self) -> int:
-        """Rows of all planned epochs."""
-        return self.epochs * len(self)
-
-    def __len__(self) -> int:
-        """Rows of one epoch."""
-        return len(self.views)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The rows of the first epoch."""
-        return (self[row] for row in range(len(self)))
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        """One row, see `SampleEncoder.encode`."""
-        return self.__getitems__([row])[0]
-
-    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Many rows at once: many times faster than one by one; torch's DataLoader calls this for a batch.
-
-        Raises:
-            IndexError: a negative row, or there are no rows.
-        """
-        numbers = np.asarray(rows, dtype=np.int64)
-        if not len(self) or (len(numbers) and numbers.min() < 0):
-            raise IndexError(f"row {rows[0]} of {len(self):,} rows an epoch")
-        keys = self.views.keys(numbers // len(self), numbers % len(self))
-        return self.encoder.encode(self.views.ds, keys, self.max_tokens)
-
-    def lengths(self, rows: int = 20_000, seed: int = 0) -> np.ndarray:
-        """Tokens of a seeded random choice of the first epoch's rows (of all, if there are fewer), int64 (rows,)."""
-        return self._survey(rows, seed)[0]
-
-    def shortened(self, rows: int = 20_000, seed: int = 0) -> float:
-        """Share of rows that lose demonstrations to fit, over the same choice as `lengths`."""
-        lost = self._survey(rows, seed)[1]
-        return float(lost.mean()) if len(lost) else 0.0
-
-    def _survey(self, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        chosen = np.sort(_rng(seed, "survey").permutation(len(self))[:rows])
-        found = [
-            self.encoder.lengths(self.views.ds, self.views.keys(np.zeros_like(part), part), self.max_tokens)
-            for part in np.array_split(chosen, max(1, len(chosen) // 1024))
-            if len(part)
-        ]
-        if not found:
-            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
-        return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))

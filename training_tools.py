@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from arc_loader import ArcDataset, Holdout, SampleEncoder, TrainingSamples, format_options
+from arc_loader import ArcDataset, Holdout, format_options
+from arc_samples import SampleEncoder, TrainingSamples
 from model_tools import (
     EMBEDDING_MODULES,
     LINEAR_MODULES,

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from arc_loader import ArcDataset, SampleEncoder, TrainingSamples, format_options
+from arc_loader import ArcDataset, format_options
+from arc_samples import SampleEncoder, TrainingSamples
 
 EOS = "<|eot_id|>"
 FORMAT = format_options(EOS)

@@ -48,7 +48,8 @@ def moved_share(output: Path, dataset_dir: str) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
-    from arc_loader import ArcDataset, SampleEncoder, format_options
+    from arc_loader import ArcDataset, format_options
+    from arc_samples import SampleEncoder
     from model_tools import load_tokenizer
 
     before = load_file(output / f"{PREFIX}-prepared" / "model.safetensors")["model.embed_tokens.weight"].float()

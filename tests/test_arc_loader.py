@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+import arc_files
 import arc_loader
-from arc_loader import ArcDataset, SampleEncoder, TrainingSamples, find_reply_spans, format_options
+from arc_loader import ArcDataset, find_reply_spans, format_options
+from arc_samples import SampleEncoder, TrainingSamples
 
 EOS = "<|eot_id|>"
 FORMAT = format_options(EOS)
@@ -499,7 +501,7 @@ def test_puzzles_are_spread_over_tasks_and_no_pair_is_used_twice(folder):
     used = [(v["train"].first, v["train"].count) for v in ds.challenge.values()]
     grids = [g for first, count in used for g in range(first, first + 2 * count + 2)]
     assert len(grids) == len(set(grids)) == 2 * 3 * len(ds)
-    offsets = ds._store.offsets[grids]
+    offsets = ds.store.offsets[grids]
     assert len(np.unique(offsets)) == len(offsets)
     assert ArcDataset.load_from_local_json(folder, n=5, sizes=(2,), seed=3).keys == ds.keys[:5] == ds.subset(5).keys
     assert ArcDataset.load_from_local_json(folder, sizes=(2,), seed=4).keys != ds.keys
@@ -528,7 +530,7 @@ def test_what_is_read_is_what_is_in_the_files(folder):
 @pytest.mark.parametrize("indent", [None, 1])
 def test_the_quick_parser_agrees_with_json(separators, indent):
     pairs = random_pairs(40, 8, side=30)
-    found = arc_loader._scan_pairs(json.dumps(pairs, separators=separators, indent=indent).encode() + b"\n")
+    found = arc_files.scan_pairs(json.dumps(pairs, separators=separators, indent=indent).encode() + b"\n")
     cells, heights, widths = found
     grids = [np.array(pair[name]) for pair in pairs for name in ("input", "output")]
     assert list(zip(heights.tolist(), widths.tolist(), strict=True)) == [grid.shape for grid in grids]
@@ -546,7 +548,7 @@ def test_the_quick_parser_takes_nothing_that_json_would_read_differently(place, 
         data.insert(place, byte)
     else:
         del data[place]
-    found = arc_loader._scan_pairs(bytes(data))
+    found = arc_files.scan_pairs(bytes(data))
     if found is None:
         return
     cells, heights, widths = found
@@ -632,10 +634,10 @@ def test_neoneye_takes_the_highest_version(tmp_path):
 def test_cache_notices_changed_and_damaged_files(folder, tmp_path, monkeypatch):
     home = tmp_path / "cache"
     monkeypatch.setenv("ARC_LOADER_CACHE", str(home))
-    monkeypatch.setattr(arc_loader, "CACHE_MIN_BYTES", 0)
+    monkeypatch.setattr(arc_files, "CACHE_MIN_BYTES", 0)
     parsed = []
-    parse = arc_loader._parse_task_file
-    monkeypatch.setattr(arc_loader, "_parse_task_file", lambda *a: parsed.append(a[1]) or parse(*a))
+    parse = arc_files.parse_task_file
+    monkeypatch.setattr(arc_files, "parse_task_file", lambda *a: parsed.append(a[1]) or parse(*a))
 
     def load():
         parsed.clear()
@@ -644,8 +646,8 @@ def test_cache_notices_changed_and_damaged_files(folder, tmp_path, monkeypatch):
     first, count = load()
     assert count == 3
     assert not list(home.glob("*")), "files of this moment may still change"
-    later = arc_loader.time.time_ns() + 10**10
-    monkeypatch.setattr(arc_loader.time, "time_ns", lambda: later)
+    later = arc_files.time.time_ns() + 10**10
+    monkeypatch.setattr(arc_files.time, "time_ns", lambda: later)
     assert load() == (first, 3)
     (cache,) = home.glob("*.npz")
     assert load() == (first, 0)
@@ -775,7 +777,7 @@ def test_the_course_dataset():
     spans = np.array([(v["train"].first, v["test"].first) for v in ds.challenge.values()])
     grids = (spans[:, :1] + np.arange(14)).ravel()
     assert (spans[:, 1] - spans[:, 0] == 12).all()
-    assert len(np.unique(ds._store.offsets[grids])) == len(grids) == 14 * 27_389, "no example is used twice"
+    assert len(np.unique(ds.store.offsets[grids])) == len(grids) == 14 * 27_389, "no example is used twice"
     assert len({ds.task_of(k) for k in ds.keys[:240]}) == 240
     with pytest.raises(ValueError, match="maximum is 27,389"):
         ArcDataset.load_from_local_json(COURSE, n=27_390)

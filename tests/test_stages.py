@@ -187,8 +187,8 @@ def test_other_ways_through_all_stages(tmp_path, demo_base, demo_dataset, extra)
 
 
 def test_grpo_learns_from_its_rewards(tmp_path, demo_base):
-    # Outputs are one cell, 1 or 2 at random: a model soon answers with one of them and is right half of the time, so that
-    # groups differ in reward. Stage 3 has signal from its first step.
+    # Outputs are one cell, 1 or 2 at random: a model soon answers with one of them and is right half of the time, so
+    # that groups differ in reward. Stage 3 has signal from its first step.
     import numpy as np
 
     rng = np.random.default_rng(0)
