@@ -13,7 +13,6 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import arc_files
-import arc_loader
 from arc_loader import ArcDataset, find_reply_spans, format_options
 from arc_samples import SampleEncoder, TrainingSamples
 
