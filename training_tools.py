@@ -918,6 +918,11 @@ class StageRun:
             four_bit = ", base in 4 bits" if self.precision.load_in_4bit else ""
             formats = f"{self.precision.engine}, {self.precision.dtype}{four_bit}"
             print(f"{stage.script}: {self.parent} -> {self.lora} ({formats})")
+            if self.precision.load_in_4bit and read_manifest(self.parent).get("merged_onto") == "quantised":
+                print(
+                    "note: the parent was merged onto its quantised base and is quantised again here, which rounds small "
+                    "changes away; merged with --merge_base original it keeps them (benchmarks/README.md)"
+                )
 
     def needs_training(self) -> bool:
         """Whether the adapter is not there yet."""
