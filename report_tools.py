@@ -8,7 +8,7 @@ from typing import Any
 
 PANELS = (
     ("loss", ("loss", "eval_loss")),
-    ("held-out puzzles solved", ("eval_exact_match", "rewards/exact_match/mean")),
+    ("share of puzzles solved", ("eval_exact_match", "rewards/exact_match/mean")),
     ("reward", ("reward",)),
     ("tokens per second", ("tokens_per_s",)),
 )
@@ -56,6 +56,7 @@ def plot_metrics(metrics: str | Path, out: str | Path) -> None:
             axis.plot(steps, values, label=LABELS[name], marker="." if len(points) < 30 else None, linewidth=1.2)
         axis.set_title(title)
         axis.set_xlabel("step")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     figure.savefig(out, dpi=120)
