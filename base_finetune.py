@@ -20,12 +20,12 @@ from training_tools import (
     heldout_measure,
     load_data,
     lora_options,
-    metrics_callback,
     parse_settings,
     report_masks,
     setting,
     sft_trainer,
     user_errors,
+    watch,
 )
 
 STAGE = Stage("Base", parent="prepared", script="base_finetune.py", parent_script="base_finetune.py")
@@ -51,12 +51,12 @@ def main() -> None:
             # The whole text is learned: what puzzles look like as well as how they are solved.
             collator = InputMaskingDataCollator(data.tokenizer, mask_inputs=False)
             report_masks(run, data, collator)
-        run.stop_if_dry()
+        run.begin()
         model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
         model = add_lora(model, run.precision, **lora_options(settings))
         trainer = sft_trainer(model, run, data, collator)
-        trainer.add_callback(metrics_callback(run, heldout_measure(model, run, data)))
-        run.train(trainer)
+        watch(trainer, run, heldout_measure(model, run, data))
+        run.train(trainer, data)
         run.save(model, data)
         del model, trainer
     run.merge()

@@ -19,12 +19,12 @@ from training_tools import (
     heldout_measure,
     load_data,
     lora_options,
-    metrics_callback,
     parse_settings,
     report_masks,
     setting,
     sft_trainer,
     user_errors,
+    watch,
 )
 
 STAGE = Stage("Final", parent="Base", script="base_finetune_final.py", parent_script="base_finetune.py")
@@ -52,12 +52,12 @@ def main() -> None:
             data = load_data(run)
             collator = InputMaskingDataCollator(data.tokenizer, mask_first_n_examples=settings.mask_first_n_examples)
             report_masks(run, data, collator)
-        run.stop_if_dry()
+        run.begin()
         model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
         model = add_lora(model, run.precision, **lora_options(settings))
         trainer = sft_trainer(model, run, data, collator)
-        trainer.add_callback(metrics_callback(run, heldout_measure(model, run, data)))
-        run.train(trainer)
+        watch(trainer, run, heldout_measure(model, run, data))
+        run.train(trainer, data)
         run.save(model, data)
         del model, trainer
     run.merge()

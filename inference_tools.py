@@ -70,7 +70,8 @@ def exact_match(
     tokenizer: Any,
     dataset: ArcDataset,
     prompts: Sequence[dict[str, Any]],
-    batch_size: int = 8,
+    *,
+    batch_size: int,
 ) -> dict[str, float]:
     """Decode prompts greedily and compare with the solutions.
 

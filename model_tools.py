@@ -7,7 +7,6 @@ Heavy libraries (torch, transformers, peft, unsloth) are imported inside the fun
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
 import string
@@ -203,7 +202,7 @@ def print_mask_report(
 
     encoded = [collator.encode(row) for row in rows]
     ids, learned = encoded[0]
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     text = Text()
     edges = [0, *(np.flatnonzero(np.diff(learned)) + 1), len(ids)]
     for begin, end in zip(edges[:-1], edges[1:], strict=True):
@@ -479,10 +478,6 @@ class Precision:
 
         return getattr(torch, self.dtype)
 
-    def as_dict(self) -> dict[str, Any]:
-        """For a manifest."""
-        return asdict(self)
-
 
 def resolve_precision(engine: str = "auto", dtype: str = "auto", load_in_4bit: bool | None = None) -> Precision:
     """Choose engine and number formats for this machine.
@@ -730,15 +725,22 @@ def save_adapter(
         manifest: what else to record.
     """
     for config in model.peft_config.values():
-        config.base_model_name_or_path = str(Path(base).resolve())
+        config.base_model_name_or_path = _reference(base)
     # "auto" would guess from the base's vocabulary whether to save the embeddings: modules_to_save says so already.
     model.save_pretrained(str(path), save_embedding_layers=False)
     tokenizer.save_pretrained(str(path))
-    write_manifest(path, {**(manifest or {}), "base": str(Path(base).resolve()), "precision": precision.as_dict()})
+    write_manifest(path, {**(manifest or {}), "base": _reference(base), "precision": asdict(precision)})
 
 
-def load_adapter(model: Any, path: str | Path, trainable: bool = False) -> Any:
-    """Put a saved adapter onto a base that `load_model` loaded; any engine's adapter onto any engine's base.
+def _reference(model: str | Path) -> str:
+    # A folder by its absolute path, so that the adapter loads from anywhere; a hub name as it is.
+    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+
+
+def load_adapter(model: Any, path: str | Path) -> Any:
+    """Put a saved adapter, to be used and not trained further, onto a base that `load_model` loaded.
+
+    Any engine's adapter goes onto any engine's base.
 
     Raises:
         ValueError: the adapter's matrices do not fit the base (another size or vocabulary).
@@ -746,7 +748,7 @@ def load_adapter(model: Any, path: str | Path, trainable: bool = False) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, str(path), is_trainable=trainable)
+        return PeftModel.from_pretrained(model, str(path), is_trainable=False)
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
@@ -848,8 +850,3 @@ def load_merge_base(base: str | Path, precision: Precision | None, device: str =
                 for own, value in module.named_parameters(recurse=False):
                     model.get_submodule(name).get_parameter(own).copy_(value)
     return model
-
-
-def trainable_state(model: Any) -> dict[str, Any]:
-    """Copies of all trainable weights by name, on the CPU: what training changes."""
-    return {name: copy.deepcopy(p.detach().cpu()) for name, p in model.named_parameters() if p.requires_grad}

@@ -9,9 +9,9 @@ On a laptop:    python train_grpo.py --config demo/demo_grpo.yaml --dataset_dir 
 What is there already is not made again: with -lora there and -merged missing, only the merge runs.
 """
 
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from arc_loader import ArcDataset
 from inference_tools import longest_reply
@@ -20,15 +20,17 @@ from training_tools import (
     RunSettings,
     Stage,
     StageRun,
+    failed_checks,
     grpo_trainer,
     heldout_measure,
     load_data,
     lora_options,
-    metrics_callback,
     parse_settings,
     report_prompts,
+    reward_functions,
     setting,
     user_errors,
+    watch,
 )
 
 STAGE = Stage("Final-RL", parent="Final", script="train_grpo.py", parent_script="base_finetune_final.py")
@@ -58,6 +60,23 @@ class Settings(RunSettings):
     reward_exact: float = setting(1.0, "reward of the exact grid")
     reward_cells: float = setting(0.1, "reward of a wrong grid of the right shape, times its share of right cells")
 
+    def problems(self) -> list[str]:
+        """What is wrong with these settings, one line each."""
+        group, step = self.num_generations, self.per_device_train_batch_size * self.gradient_accumulation_steps
+        pays_most = 0 <= self.reward_cells < self.reward_exact < float("inf")
+        losses = ("dapo", "grpo", "dr_grpo", "bnpo")
+        checks = {
+            "num_generations": (group >= 2 and step % group == 0, f"2 or more that divide the {step} of a step"),
+            "max_steps": (self.max_steps >= 1, "a whole number from 1"),
+            "temperature": (0 < self.temperature < float("inf"), "a number above 0"),
+            "beta": (0 <= self.beta < float("inf"), "a number from 0"),
+            "epsilon": (0 < self.epsilon < 1, "a share above 0 and below 1"),
+            "epsilon_high": (0 < self.epsilon_high < float("inf"), "a number above 0"),
+            "loss_type": (self.loss_type in losses, " or ".join(losses)),
+            "reward_cells": (pays_most, "from 0 to below reward_exact: nothing pays more than the exact grid"),
+        }
+        return failed_checks(self, checks)
+
 
 class Verdict(NamedTuple):
     """What a reply earns, and whether it is exactly right."""
@@ -81,14 +100,10 @@ def judge_reply(
     Args:
         dataset: holds the solution.
         key: the view that was asked for; the reply is mapped back through its transforms.
-        reply: the whole reply as text, its end token included.
+        reply: the whole reply as text, its end token included. What does not decode strictly earns nothing.
         reply_end: what a reply must end with: one without it was cut off and earns nothing.
         lines_sep: between rows.
-        reward_exact: for the exact grid.
-        reward_cells: for a wrong grid of the right shape, times the share of its cells that are right.
-
-    Returns:
-        The verdict. Text that does not decode strictly (see ArcDataset.decode) earns 0.
+        reward_exact, reward_cells: for the exact grid; for a wrong one of the right shape, times its right share.
     """
     grid, correct, _ = dataset.decode(reply, lines_sep, key=key, reply_end=reply_end)
     if grid is None or correct is None:
@@ -101,29 +116,6 @@ def judge_reply(
     return Verdict(reward_cells * share, False)
 
 
-def reward_functions(
-    dataset: ArcDataset, tokenizer: Any, settings: Settings, reply_end: str
-) -> list[Callable[..., Any]]:
-    """The reward, and the exact match beside it (weight 0: only logged), as trl calls them.
-
-    Both read `completion_ids`: trl's decoded `completions` have lost their end tokens, so a reply that was cut off
-    would look like one that ended.
-    """
-
-    def verdicts(completion_ids: list[list[int]], keys: list[str]) -> list[Verdict]:
-        replies = tokenizer.batch_decode(completion_ids, skip_special_tokens=False)
-        weights = {"reward_exact": settings.reward_exact, "reward_cells": settings.reward_cells}
-        return [judge_reply(dataset, k, r, reply_end=reply_end, **weights) for k, r in zip(keys, replies, strict=True)]
-
-    def grid_reward(completion_ids: list[list[int]], key: list[str], **_: Any) -> list[float]:
-        return [verdict.reward for verdict in verdicts(completion_ids, key)]
-
-    def exact_match(completion_ids: list[list[int]], key: list[str], **_: Any) -> list[float]:
-        return [float(verdict.exact) for verdict in verdicts(completion_ids, key)]
-
-    return [grid_reward, exact_match]
-
-
 def main() -> None:
     """Train and merge, each unless its result is there."""
     settings = parse_settings(Settings)
@@ -133,13 +125,15 @@ def main() -> None:
             data = load_data(run)
             longest = longest_reply(data.split.train, data.split.train.keys, data.tokenizer)
             report_prompts(run, data, longest)
-        run.stop_if_dry()
+        run.begin()
         model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
         model = add_lora(model, run.precision, **lora_options(settings))
-        rewards = reward_functions(data.split.train, data.tokenizer, settings, data.format["reply_end"])
+        weights = {"reward_exact": settings.reward_exact, "reward_cells": settings.reward_cells}
+        judge = functools.partial(judge_reply, data.split.train, reply_end=data.format["reply_end"], **weights)
+        rewards = reward_functions(judge, data.tokenizer)
         trainer = grpo_trainer(model, run, data, rewards, reward_weights=[1.0, 0.0], max_completion_length=longest)
-        trainer.add_callback(metrics_callback(run, heldout_measure(model, run, data)))
-        run.train(trainer)
+        watch(trainer, run, heldout_measure(model, run, data))
+        run.train(trainer, data)
         run.save(model, data)
         del model, trainer
     run.merge()

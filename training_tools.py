@@ -7,6 +7,7 @@ imported inside functions, Unsloth before the libraries that it patches.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -29,7 +30,6 @@ from model_tools import (
     LINEAR_MODULES,
     MANIFEST,
     InputMaskingDataCollator,
-    Precision,
     check_base,
     config_token_ids,
     cut_tokenizer,
@@ -48,8 +48,9 @@ from report_tools import read_metrics
 
 # Settings that say where and how a run is done and watched, not what comes out of it.
 NOT_THE_COURSE = (
-    "dataset_dir", "output_dir", "artifact_prefix", "dry_run", "merge_base", "logging_steps", "save_steps",
-    "save_total_limit", "report_to", "dataloader_num_workers",
+    "base_model", "dataset_dir", "output_dir", "artifact_prefix", "engine", "dtype", "load_in_4bit", "dry_run",
+    "merge_base", "gradient_checkpointing", "logging_steps", "eval_steps", "eval_puzzles", "per_device_eval_batch_size",
+    "save_steps", "save_total_limit", "report_to", "dataloader_num_workers",
 )  # fmt: skip
 PACKAGES = (
     "torch",
@@ -93,7 +94,9 @@ class RunSettings:
     dtype: str = setting("auto", "bfloat16, float16, float32, or auto: what this machine has")
     full_vocab: bool = setting(False, "keep the whole vocabulary instead of one token per cell")
     merge_base: str = setting(
-        "quantised", "merge onto the base as trained on (quantised) or its 16-bit weights (original)"
+        "quantised",
+        "merge onto the base as it was trained on (quantised) or onto its 16-bit weights (original), which a next "
+        "stage that quantises again needs to keep small changes",
     )
     seed: int = setting(42, "seed of order and augmentation")
     dry_run: bool = setting(False, "check settings, data, model folder and masks, then stop")
@@ -139,10 +142,15 @@ class RunSettings:
     logging_steps: int = setting(10, "steps between log lines")
     eval_steps: int = setting(500, "steps between measurements on the held-out puzzles; 0: never")
     eval_puzzles: int = setting(32, "held-out puzzles that are decoded for the exact match; 0: none")
+    per_device_eval_batch_size: int = setting(8, "held-out puzzles measured or decoded at once")
     save_steps: int = setting(500, "steps between checkpoints; 0: none")
     save_total_limit: int = setting(2, "checkpoints kept")
     report_to: str = setting("none", "none, tensorboard, wandb, ...")
     dataloader_num_workers: int = setting(0, "processes that make batches ahead; 0: the main one does")
+
+    def problems(self) -> list[str]:
+        """What is wrong with the settings that only this stage has, one line each."""
+        return []
 
 
 def parse_settings(cls: type, argv: Sequence[str] | None = None) -> Any:
@@ -150,37 +158,49 @@ def parse_settings(cls: type, argv: Sequence[str] | None = None) -> Any:
 
     Flags win over the file. Whatever is wrong is said in one message, with exit code 2.
     """
-    import yaml
     from transformers.hf_argparser import HfArgumentParser
 
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal or log that cannot show a sign gets another, not a traceback
+            stream.reconfigure(errors="replace")
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(cls, description=sys.modules[cls.__module__].__doc__, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE.yaml", help="settings by name; flags win over it")
     with user_errors():
+        parser.error = _raise_value_error
         config, _ = _config_parser().parse_known_args(argv)
         if config.config is not None:
-            path = Path(config.config)
-            if not path.is_file():
-                raise FileNotFoundError(f"--config {path}: no such file")
-            try:
-                values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
-                raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
-            known = {f.name for f in fields(cls)}
-            if not isinstance(values, dict) or set(values) - known:
-                unknown = sorted(map(str, set(values) - known)) if isinstance(values, dict) else [type(values).__name__]
-                raise ValueError(f"{path}: unknown settings {', '.join(unknown)}; see --help for the names")
             # As flags before the others: the parser converts and checks them in the same way, and later flags win.
-            argv = [*_as_flags(values), *argv]
+            argv = [*_as_flags(_read_config(Path(config.config), cls)), *argv]
         namespace, unknown = parser.parse_known_args(argv)
         if unknown:
             raise ValueError(f"unknown flags: {' '.join(unknown)}; see --help")
-        values = {f.name: getattr(namespace, f.name) for f in fields(cls)}
-        settings = cls(**values)
+        settings = cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)})
         problems = find_problems(settings)
         if problems:
             raise ValueError("\n".join(["settings that cannot be used:", *(f"  --{p}" for p in problems)]))
     return settings
+
+
+def _raise_value_error(message: str) -> None:
+    raise ValueError(f"{message}; see --help")
+
+
+def _read_config(path: Path, cls: type) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: found a {type(values).__name__}, expected lines of `name: value`")
+    unknown = sorted(map(str, set(values) - {f.name for f in fields(cls)}))
+    if unknown:
+        raise ValueError(f"{path}: unknown settings {', '.join(unknown)}; see --help for the names")
+    return values
 
 
 def _config_parser() -> Any:
@@ -194,7 +214,7 @@ def _config_parser() -> Any:
 def _as_flags(values: dict[str, Any]) -> list[str]:
     flags = []
     for name, value in values.items():
-        if value is None:
+        if value is None or value == []:  # not set: the default
             continue
         flags.append(f"--{name}")
         flags += [str(v) for v in value] if isinstance(value, list) else [str(value)]
@@ -218,6 +238,7 @@ def find_problems(settings: RunSettings) -> list[str]:
         "lora_r",
         "logging_steps",
         "save_total_limit",
+        "per_device_eval_batch_size",
     ):
         check(name, getattr(settings, name) >= 1, "a whole number from 1")
     for name in (
@@ -230,6 +251,7 @@ def find_problems(settings: RunSettings) -> list[str]:
         "seed",
     ):
         check(name, getattr(settings, name) >= 0, "a whole number from 0")
+    check("seed", settings.seed < 2**32, "a whole number below 2**32")
     check("n", settings.n is None or settings.n >= 1, "a whole number from 1")
     check("max_steps", settings.max_steps == -1 or settings.max_steps >= 1, "a whole number from 1, or -1 for no limit")
     check("max_seq_length", settings.max_seq_length >= 16, "a whole number from 16")
@@ -251,18 +273,28 @@ def find_problems(settings: RunSettings) -> list[str]:
     unknown = [m for m in settings.target_modules if m not in LINEAR_MODULES + EMBEDDING_MODULES]
     good = not unknown and any(m in LINEAR_MODULES for m in settings.target_modules)
     check("target_modules", good, f"names among {' '.join(LINEAR_MODULES + EMBEDDING_MODULES)}, not only embeddings")
-    return problems
+    return problems + settings.problems()
+
+
+def failed_checks(settings: RunSettings, checks: dict[str, tuple[bool, str]]) -> list[str]:
+    """One line for each setting whose check (whether it is good, what is expected) failed."""
+    return [
+        f"{name} is {getattr(settings, name)!r}: expected {expected}"
+        for name, (good, expected) in checks.items()
+        if not good
+    ]
 
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn what a user can mend (ValueError, FileNotFoundError and the like) into one message and exit code 2.
+    """Turn what a user can mend (bad values, missing or unwritable files) into one message and exit code 2.
 
-    Meant for the set-up of a run. Errors inside training are bugs or machine trouble and keep their traceback.
+    Meant for the set-up of a run. Errors inside training are bugs or machine trouble and keep their traceback, as all
+    do where ARC_TRACEBACK is set in the environment.
     """
     try:
         yield
-    except (ValueError, FileNotFoundError, NotADirectoryError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("ARC_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -324,35 +356,62 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder is a finished artifact: a manifest of ours, or weights and configuration made elsewhere.
+    """Whether a folder is a finished artifact: one with a manifest of ours, or one made elsewhere that can be read.
 
     Raises:
         ValueError: it exists and is neither.
     """
     if not folder.exists():
         return False
-    made_here = (folder / MANIFEST).is_file()
-    weights = any(folder.glob("*.safetensors"))
-    config = (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
-    if weights and config:
-        if not made_here:
-            print(f"{folder} has no {MANIFEST}: made elsewhere, used as it is")
+    if (folder / MANIFEST).is_file():  # written last, before the folder got its name
         return True
-    raise ValueError(
-        f"{folder} exists but holds no complete model: expected config and *.safetensors; move it away and run again"
-    )
+    problem = _unreadable(folder)
+    if problem:
+        raise ValueError(f"{folder} exists but holds no complete model: {problem}; move it away and run again")
+    print(f"{folder} has no {MANIFEST}: made elsewhere, used as it is")
+    return True
 
 
-def provenance(stage: str, settings: RunSettings, precision: Precision | None = None, **more: Any) -> dict[str, Any]:
-    """What an artifact records of its making: stage, settings, versions, machine."""
-    return {
-        "stage": stage,
-        "settings": asdict(settings),
-        "versions": versions(),
-        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        **({"precision": precision.as_dict()} if precision else {}),
-        **more,
-    }
+def _unreadable(folder: Path) -> str | None:
+    """What keeps a folder from being loaded as a model or an adapter; None if nothing does."""
+    from safetensors import SafetensorError, safe_open
+
+    adapter = (folder / "adapter_config.json").is_file()
+    name = "adapter_model" if adapter else "model"
+    index = folder / f"{name}.safetensors.index.json"
+    shards = {f"{name}.safetensors"}
+    if not adapter and not (folder / "config.json").is_file():
+        return "expected config.json or adapter_config.json"
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError):
+            return f"{index.name} cannot be read"
+    for shard in sorted(shards):
+        try:
+            with safe_open(folder / shard, framework="numpy"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{shard}: {str(error).splitlines()[0]}"
+    if not adapter and not (folder / "tokenizer.json").is_file():
+        return "expected tokenizer.json"
+    return None
+
+
+def fingerprint(folder: str | Path) -> str:
+    """A sha256 that tells one made model from another: of its manifest, else of names, sizes and dates of its files."""
+    folder = Path(folder)
+    if (folder / MANIFEST).is_file():
+        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    files = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
+    states = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(json.dumps([str(folder) if not files else "", states]).encode()).hexdigest()
+
+
+def provenance(stage: str, settings: RunSettings, **more: Any) -> dict[str, Any]:
+    """What an artifact records of its making: stage, settings, versions, time, and what is given."""
+    made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return {"stage": stage, "settings": asdict(settings), "versions": versions(), "made": made, **more}
 
 
 def versions() -> dict[str, str]:
@@ -364,41 +423,43 @@ def versions() -> dict[str, str]:
     return found
 
 
-def parent_folder(stage: Stage, settings: RunSettings) -> Path:
-    """The folder that a stage starts from; stage 1's is made from the base model when it is not there.
+def find_parent(stage: Stage, settings: RunSettings) -> Path | str:
+    """What a stage starts from: a folder or, for a base model that is fetched, its hub name. Nothing is written.
+
+    For stage 1 it is the prepared base where that is there, else the base model that it will be made from.
 
     Raises:
-        FileNotFoundError: the parent stage has not run.
-        ValueError: the base model cannot be prepared.
+        FileNotFoundError: no such model, or the parent stage has not run.
+        ValueError: the model is quantised already, or the prepared base is another one's.
     """
     output = Path(settings.output_dir)
-    if stage.parent != "prepared":
-        folder = Path(settings.base_model or output / f"{settings.artifact_prefix}-{stage.parent}-merged")
-        if not is_complete(folder):
-            raise FileNotFoundError(
-                f"{folder} is not there: {stage.script} starts from the merged model of {stage.parent_script}. Run "
-                f"`python {stage.parent_script} --output_dir {output}` first, or name a folder with --base_model"
-            )
-        return folder
-    folder = output / f"{settings.artifact_prefix}-prepared"
-    if not is_complete(folder):
-        check_base(settings.base_model)
-        if settings.dry_run:
-            return Path(settings.base_model)
-        print(f"preparing {settings.base_model} -> {folder}")
-        with new_folder(folder) as beside:
-            done = prepare_base(settings.base_model, beside, settings.full_vocab)
-            write_manifest(beside, provenance("prepared", settings, **done))
+    if stage.parent == "prepared":
+        prepared = output / f"{settings.artifact_prefix}-prepared"
+        if is_complete(prepared):
+            made = read_manifest(prepared)
+            before = made.get("base_model"), made.get("settings", {}).get("full_vocab", settings.full_vocab)
+            if before not in ((None, settings.full_vocab), (str(settings.base_model), settings.full_vocab)):
+                raise ValueError(
+                    f"{prepared} was prepared from {before[0]} with full_vocab {before[1]}: use those flags, or "
+                    "another --output_dir"
+                )
+            print(f"{prepared} is there: used")
+            return prepared
+        parent: Path | str = settings.base_model or ""
     else:
-        made = read_manifest(folder)
-        same = made.get("base_model") in (None, str(settings.base_model))
-        if not same or bool(made.get("settings", {}).get("full_vocab")) != settings.full_vocab:
-            raise ValueError(
-                f"{folder} was prepared from {made.get('base_model')} with full_vocab "
-                f"{made.get('settings', {}).get('full_vocab')}: use those flags, or another --output_dir"
+        parent = settings.base_model or output / f"{settings.artifact_prefix}-{stage.parent}-merged"
+        if settings.base_model is None and not Path(parent).exists():
+            raise FileNotFoundError(
+                f"{parent} is not there: {stage.script} starts from the merged model of {stage.parent_script}. Run "
+                f"`python {stage.parent_script} --output_dir {output}` first, or name a model with --base_model"
             )
-        print(f"{folder} is there: used")
-    return folder
+    check_base(parent)
+    if Path(parent).is_dir():
+        problem = _unreadable(Path(parent))
+        if problem:
+            raise ValueError(f"{parent} is no complete model: {problem}")
+        return Path(parent)
+    return str(parent)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -467,13 +528,13 @@ def augmentation(settings: RunSettings) -> dict[str, Any]:
     }
 
 
-def stage_tokenizer(folder: str | Path, settings: RunSettings) -> Any:
-    """The tokenizer that a stage will use; in a dry run before the base is prepared, the one that it will get."""
-    tokenizer = load_tokenizer(folder)
-    if not settings.full_vocab and settings.dry_run and not (Path(folder) / MANIFEST).is_file():
+def stage_tokenizer(run: StageRun) -> Any:
+    """The tokenizer of a stage: its parent's, cut as the prepared base's will be where that is not made yet."""
+    tokenizer = load_tokenizer(run.parent)
+    if run.to_prepare is not None and not run.settings.full_vocab:
         from transformers import AutoConfig
 
-        tokenizer, _ = cut_tokenizer(tokenizer, config_token_ids(AutoConfig.from_pretrained(str(folder))))
+        tokenizer, _ = cut_tokenizer(tokenizer, config_token_ids(AutoConfig.from_pretrained(str(run.parent))))
     return tokenizer
 
 
@@ -483,13 +544,11 @@ def load_data(run: StageRun) -> StageData:
     Raises:
         ValueError, FileNotFoundError: bad data, or nothing that fits `max_seq_length`.
     """
-    settings, tokenizer = run.settings, stage_tokenizer(run.parent, run.settings)
+    settings, tokenizer = run.settings, stage_tokenizer(run)
     split = load_split(settings)
     encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
-    # In an epoch that steps cut short, later epochs still draw their own views.
-    epochs = max(1, math.ceil(settings.num_train_epochs))
     samples = TrainingSamples(
-        split.train, encoder, settings.max_seq_length, seed=settings.seed, epochs=epochs, **augmentation(settings)
+        split.train, encoder, settings.max_seq_length, seed=settings.seed, **augmentation(settings)
     )
     if samples.dropped:
         print(
@@ -498,6 +557,7 @@ def load_data(run: StageRun) -> StageData:
         )
     if len(samples) == 0:
         raise ValueError(f"no puzzle fits --max_seq_length {settings.max_seq_length}: raise it, or lower --sizes")
+    # New puzzles of trained tasks tell whether training works; whole held-out tasks are kept for the evaluation.
     heldout = split.seen if len(split.seen.keys) else split.unseen
     data = StageData(split, samples, encoder, tokenizer, heldout)
     short = len(heldout.keys) - len(data.heldout_rows(settings.max_seq_length))
@@ -595,6 +655,13 @@ def lazy_dataset(rows: Any, count: int) -> Any:
     return Dataset.from_dict({"row": list(range(count))}).with_transform(make)
 
 
+def planned_rows(run: StageRun, data: StageData, rows_per_step: int) -> int:
+    """Rows of as many epochs as the training may enter: each epoch has views of its own."""
+    rows, settings = len(data.samples), run.settings
+    epochs = settings.num_train_epochs if settings.max_steps < 0 else settings.max_steps * rows_per_step / rows
+    return rows * (math.ceil(epochs) + 1)  # one more: a trainer counts an epoch's last, short batch as a step
+
+
 def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaskingDataCollator) -> Any:
     """The trainer of a supervised stage: UnslothTrainer on the Unsloth engine, transformers' Trainer otherwise.
 
@@ -605,7 +672,7 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
     measured = settings.eval_steps > 0 and len(heldout) > 0
     arguments = {
         **common_arguments(run),
-        "per_device_eval_batch_size": settings.per_device_train_batch_size,
+        "per_device_eval_batch_size": settings.per_device_eval_batch_size,
         "eval_strategy": "steps" if measured else "no",
         "eval_steps": settings.eval_steps if measured else None,
         "include_num_input_tokens_seen": "non_padding",
@@ -627,8 +694,8 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
             max_length=settings.max_seq_length,
             **arguments,
         )
-        rows = len(data.samples) * max(1, math.ceil(settings.num_train_epochs))
-        train, evaluation = lazy_dataset(data.samples, rows), lazy_dataset(heldout, len(heldout))
+        train = lazy_dataset(data.samples, planned_rows(run, data, batch_size(settings)))
+        evaluation = lazy_dataset(heldout, len(heldout))
     sampler = EpochSampler(len(data.samples), settings.seed)
 
     class StageTrainer(base):
@@ -638,7 +705,7 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
             return sampler
 
         def create_optimizer(self, model: Any = None) -> Any:
-            if base.__name__ != "Trainer":
+            if precision.engine == "unsloth":  # its own has the same two groups
                 return super().create_optimizer() if model is None else super().create_optimizer(model)
             return _optimizer_with_embedding_rate(self, model or self.model)
 
@@ -667,18 +734,9 @@ class PromptRows:
 
 
 def report_prompts(run: StageRun, data: StageData, max_completion_length: int) -> None:
-    """Print one prompt, how many there are and how long prompts and completions may be.
-
-    Raises:
-        ValueError: groups that do not divide the batch.
-    """
+    """Print one prompt, how many there are and how long prompts and completions may be."""
     settings = run.settings
     completions = batch_size(settings)
-    if settings.num_generations < 2 or completions % settings.num_generations:
-        raise ValueError(
-            f"--num_generations is {settings.num_generations}: expected a number from 2 that divides the completions "
-            f"of a step, per_device_train_batch_size x gradient_accumulation_steps = {completions}"
-        )
     row = PromptRows(data).__getitems__([0])[0]
     print(f"key {row['key']}\n{row['prompt']}")
     print(
@@ -686,6 +744,30 @@ def report_prompts(run: StageRun, data: StageData, max_completion_length: int) -
         f"to {max_completion_length}; a step: {completions // settings.num_generations} prompts x "
         f"{settings.num_generations} completions; {settings.max_steps} steps"
     )
+
+
+def reward_functions(judge: Callable[[str, str], Any], tokenizer: Any) -> list[Callable[..., list[float]]]:
+    """The reward, and the exact match beside it (to be logged with weight 0), as trl calls them.
+
+    Both read `completion_ids`: trl's decoded `completions` have lost their end tokens, so a reply that was cut off
+    would look like one that ended.
+
+    Args:
+        judge: given a view's key and a whole reply as text, returns an object with `reward` and `exact`.
+        tokenizer: decodes the ids, end tokens included.
+    """
+
+    def verdicts(completion_ids: list[list[int]], keys: list[str]) -> list[Any]:
+        replies = tokenizer.batch_decode(completion_ids, skip_special_tokens=False)
+        return [judge(key, reply) for key, reply in zip(keys, replies, strict=True)]
+
+    def grid_reward(completion_ids: list[list[int]], key: list[str], **_: Any) -> list[float]:
+        return [verdict.reward for verdict in verdicts(completion_ids, key)]
+
+    def exact_match(completion_ids: list[list[int]], key: list[str], **_: Any) -> list[float]:
+        return [float(verdict.exact) for verdict in verdicts(completion_ids, key)]
+
+    return [grid_reward, exact_match]
 
 
 def grpo_trainer(
@@ -723,11 +805,20 @@ def grpo_trainer(
         mask_truncated_completions=False,  # a reply without an end earns nothing: it shall be unlearned, not overlooked
         use_vllm=False,
     )
-    trainer = GRPOTrainer(
+    arguments.embedding_learning_rate = settings.embedding_learning_rate
+    rows = planned_rows(run, data, batch_size(settings) // settings.num_generations)
+
+    class StageTrainer(GRPOTrainer):
+        """trl's trainer with this pipeline's learning rates."""
+
+        def create_optimizer(self, model: Any = None) -> Any:
+            return _optimizer_with_embedding_rate(self, model or self.model)
+
+    trainer = StageTrainer(
         model=model,
         reward_funcs=reward_functions,
         args=arguments,
-        train_dataset=lazy_dataset(PromptRows(data), len(data.samples)),
+        train_dataset=lazy_dataset(PromptRows(data), rows),
         processing_class=data.tokenizer,
     )
     if precision.engine == "transformers":
@@ -780,6 +871,7 @@ def common_arguments(run: StageRun) -> dict[str, Any]:
         "optim": settings.optim,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
+        "use_cpu": not torch.cuda.is_available(),
         "seed": settings.seed,
         "bf16": precision.dtype == "bfloat16",
         "fp16": precision.dtype == "float16",
@@ -799,16 +891,32 @@ def common_arguments(run: StageRun) -> dict[str, Any]:
     return arguments
 
 
-def metrics_callback(run: StageRun, measure: Callable[[], dict[str, float]] | None) -> Any:
-    """A callback that writes metrics.jsonl, adds tokens/s and measures the model on held-out puzzles.
+def check_arguments(run: StageRun) -> None:
+    """Let transformers check what it knows best (schedules, optimizers, reporters), before a model is loaded.
+
+    Raises:
+        ValueError: a value that no trainer would take.
+    """
+    from transformers import TrainingArguments
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+    try:
+        arguments = TrainingArguments(**common_arguments(run))
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()  # says if its package is missing
+    except (RuntimeError, ImportError) as error:
+        raise ValueError(f"--report_to {run.settings.report_to}: {str(error).splitlines()[0]}") from None
+
+
+def watch(trainer: Any, run: StageRun, measure: Callable[[], dict[str, float]] | None) -> None:
+    """Add tokens/s and measurements on held-out puzzles to a trainer's logs, and keep all of them in metrics.jsonl.
 
     Args:
+        trainer: any trainer of the pipeline.
         run: gives the folder and the intervals.
         measure: called every `eval_steps` steps and at the end; its numbers are logged.
     """
     from transformers import TrainerCallback
-
-    settings = run.settings
 
     class Metrics(TrainerCallback):
         """Adds to the logs and keeps them."""
@@ -819,10 +927,12 @@ def metrics_callback(run: StageRun, measure: Callable[[], dict[str, float]] | No
             self.paused = 0.0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            # A continued run repeats the steps after its checkpoint: their lines are written anew.
-            kept = [r for r in read_metrics(self.path) if r["step"] <= state.global_step] if self.path.is_file() else []
-            kept = kept if state.global_step else []
-            self.path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+            if self.path.is_file():
+                # A continued run repeats the steps after its checkpoint: their lines are written anew.
+                kept = [r for r in read_metrics(self.path) if r["step"] <= state.global_step and state.global_step]
+                number = len(list(run.work.glob("metrics-*.jsonl")))
+                self.path.rename(run.work / f"metrics-{number}.jsonl")
+                self.path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
             self.seen = (time.perf_counter(), state.num_input_tokens_seen)
 
         def on_log(
@@ -834,10 +944,7 @@ def metrics_callback(run: StageRun, measure: Callable[[], dict[str, float]] | No
             if "loss" in logs and tokens > before:
                 logs["tokens_per_s"] = round((tokens - before) / max(1e-9, now - begin - self.paused), 1)
                 self.seen, self.paused = (now, tokens), 0.0
-            self.write(state, logs)
-
-        def write(self, state: Any, numbers: dict[str, Any]) -> None:
-            record = {"step": state.global_step, "time": round(time.time(), 3), **numbers}
+            record = {"step": state.global_step, "time": round(time.time(), 3), **logs}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({k: _plain(v) for k, v in record.items()}) + "\n")
 
@@ -847,17 +954,19 @@ def metrics_callback(run: StageRun, measure: Callable[[], dict[str, float]] | No
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             last = state.global_step == state.max_steps
-            if last and args.eval_strategy != "no":
-                control.should_evaluate = True
-            if measure is not None and (last or state.global_step % settings.eval_steps == 0):
+            if measure is not None and (last or state.global_step % run.settings.eval_steps == 0):
                 begin = time.perf_counter()
                 numbers = measure()
                 self.paused += time.perf_counter() - begin
                 state.log_history.append({**numbers, "step": state.global_step})
-                self.write(state, numbers)
-                print({k: round(v, 4) for k, v in numbers.items()})
+                # Not Trainer.log: trl's would close its averages of the step here.
+                trainer.callback_handler.on_log(args, state, control, numbers)  # sets should_log to False
+            if last:  # also where the intervals do not divide the steps
+                control.should_log = True
+                control.should_evaluate = args.eval_strategy != "no"
 
-    return Metrics()
+    # First, so that what it adds reaches the console and the reporters, which come after it.
+    trainer.callback_handler.callbacks.insert(0, Metrics())
 
 
 def _plain(value: Any) -> Any:
@@ -875,9 +984,8 @@ def heldout_measure(model: Any, run: StageRun, data: StageData) -> Callable[[], 
     prompts = data.prompts(settings.eval_puzzles, settings.max_seq_length) if settings.eval_puzzles else []
     if not prompts or not settings.eval_steps:
         return None
-    return lambda: exact_match(
-        model, run.precision.engine, data.tokenizer, data.heldout, prompts, settings.eval_puzzles
-    )
+    size = settings.per_device_eval_batch_size
+    return lambda: exact_match(model, run.precision.engine, data.tokenizer, data.heldout, prompts, batch_size=size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -893,15 +1001,17 @@ class StageRun:
 
     Attributes:
         precision: engine and formats of the training.
-        parent: the folder that training starts from (None if the adapter is there already).
+        parent: what training starts from (None if the adapter is there already).
+        to_prepare: the folder of the prepared base if `begin` has to make it, else None.
         work: folder of checkpoints and logs.
     """
 
     def __init__(self, stage: Stage, settings: RunSettings):
-        """Look at what is there and find the parent; a user's mistake ends the program with one message."""
+        """Look at what is there, without writing; a user's mistake ends the program with one message."""
         self.stage, self.settings = stage, settings
         self.lora, self.merged, self.work = stage.lora(settings), stage.merged(settings), stage.checkpoints(settings)
-        self.parent: Path | None = None
+        self.parent: Path | str | None = None
+        self.to_prepare: Path | None = None
         with user_errors():
             self.precision = resolve_precision(settings.engine, settings.dtype, settings.load_in_4bit)
             trained, merged = is_complete(self.lora), is_complete(self.merged)
@@ -914,71 +1024,101 @@ class StageRun:
                 )
             if self.precision.engine == "unsloth":
                 import_unsloth()
-            self.parent = parent_folder(stage, settings)
+            check_arguments(self)
+            self.parent = find_parent(stage, settings)
+            if stage.parent == "prepared" and self.parent == _as_given(settings.base_model):
+                self.to_prepare = Path(settings.output_dir) / f"{settings.artifact_prefix}-prepared"
             four_bit = ", base in 4 bits" if self.precision.load_in_4bit else ""
             formats = f"{self.precision.engine}, {self.precision.dtype}{four_bit}"
             print(f"{stage.script}: {self.parent} -> {self.lora} ({formats})")
+            print("versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
             if self.precision.load_in_4bit and read_manifest(self.parent).get("merged_onto") == "quantised":
                 print(
-                    "note: the parent was merged onto its quantised base and is quantised again here, which rounds small "
-                    "changes away; merged with --merge_base original it keeps them (benchmarks/README.md)"
+                    "note: the parent was merged onto its quantised base and is quantised again here, which rounds "
+                    "small changes away; merged with --merge_base original it keeps them (benchmarks/README.md)"
                 )
 
     def needs_training(self) -> bool:
         """Whether the adapter is not there yet."""
         return self.parent is not None
 
-    def stop_if_dry(self) -> None:
-        """End the program here in a dry run."""
+    def begin(self) -> None:
+        """All checks are done: end here in a dry run, else make the prepared base if there is none yet."""
         if self.settings.dry_run:
             print("dry run: settings, data, model folder and masks are fine")
             sys.exit(0)
+        with user_errors():
+            self.work.mkdir(parents=True, exist_ok=True)
+            if self.to_prepare is not None:
+                print(f"preparing {self.parent} -> {self.to_prepare}")
+                with new_folder(self.to_prepare) as beside:
+                    done = prepare_base(self.parent, beside, self.settings.full_vocab)
+                    write_manifest(beside, provenance("prepared", self.settings, **done))
+                self.parent, self.to_prepare = self.to_prepare, None
 
-    def train(self, trainer: Any) -> None:
-        """Train, from the last complete checkpoint of an interrupted run if there is one, and print a summary."""
+    def train(self, trainer: Any, data: StageData) -> None:
+        """Train, from the last complete checkpoint of an interrupted run if there is one, and print a summary.
+
+        Args:
+            trainer: any trainer of the pipeline.
+            data: what it trains on; a checkpoint of a run on other data is refused.
+        """
         import torch
 
-        checkpoint = self._last_checkpoint()
+        with user_errors():
+            checkpoint = self._last_checkpoint(data)
+        before = {"global_step": 0, "max_steps": -1, "num_input_tokens_seen": 0}
         if checkpoint is not None:
             print(f"continuing from {checkpoint}")
+            before = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            if before["global_step"] == before["max_steps"]:
+                # Training was done, only not saved yet. A trainer that resumes here would take one step more.
+                trainer._load_from_checkpoint(str(checkpoint))
+                return
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        seconds = result.metrics.get("train_runtime", 0.0)
-        tokens = trainer.state.num_input_tokens_seen
-        memory = (
-            f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-            if torch.cuda.is_available()
-            else ""
-        )
+        state, seconds = trainer.state, result.metrics.get("train_runtime", 0.0)
+        losses = [record["loss"] for record in state.log_history if "loss" in record]
+        tokens = state.num_input_tokens_seen - before["num_input_tokens_seen"]
+        memory = ""
+        if torch.cuda.is_available():
+            memory = f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         print(
-            f"trained {trainer.state.global_step} steps in {format_duration(seconds)}: mean loss "
-            f"{result.training_loss:.4f}, {tokens:,} tokens, {tokens / max(seconds, 1e-9):,.0f} tokens/s{memory}"
+            f"trained {state.global_step - before['global_step']} steps to step {state.global_step} in "
+            f"{format_duration(seconds)}: last loss {losses[-1]:.4f}, {tokens:,} tokens, "
+            f"{tokens / max(seconds, 1e-9):,.0f} tokens/s{memory}"
         )
 
-    def _last_checkpoint(self) -> Path | None:
+    def _last_checkpoint(self, data: StageData) -> Path | None:
         # What changes the course of the training must be what the checkpoint was made with.
         course = {k: v for k, v in asdict(self.settings).items() if k not in NOT_THE_COURSE}
-        path = self.work / "settings.json"
+        course |= {
+            "precision": asdict(self.precision),
+            "data": data.split.train.content_hash(),
+            "parent": fingerprint(self.parent),
+        }
+        course = json.loads(json.dumps(course))
+        path = self.work / "course.json"
         # trainer_state.json is what the trainer writes last.
-        found = [p.parent for p in self.work.glob("checkpoint-*/trainer_state.json")]
+        found = {int(p.parent.name[11:]): p.parent for p in self.work.glob("checkpoint-[0-9]*/trainer_state.json")}
         if found and path.is_file():
             before = json.loads(path.read_text(encoding="utf-8"))
-            changed = sorted(k for k in course if before.get(k) != json.loads(json.dumps(course[k])))
+            changed = sorted(k for k in course if before.get(k) != course[k])
             if changed:
-                print(
-                    f"error: {self.work} holds checkpoints of a run with other settings ({', '.join(changed)}): use "
-                    "those, or move the folder away to start anew",
-                    file=sys.stderr,
+                raise ValueError(
+                    f"{self.work} holds checkpoints of a run with other settings ({', '.join(changed)}): use those, or "
+                    "move the folder away to start anew"
                 )
-                sys.exit(2)
-        self.work.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(course, indent=2) + "\n", encoding="utf-8")
-        return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+        beside = path.with_suffix(".tmp")
+        beside.write_text(json.dumps(course, indent=2) + "\n", encoding="utf-8")
+        beside.replace(path)
+        return found[max(found)] if found else None
 
     def save(self, model: Any, data: StageData) -> None:
         """Write the adapter with its tokenizer, manifest, metrics and curves."""
         from report_tools import plot_metrics
 
-        manifest = provenance(self.stage.name, self.settings, data_hash=data.split.train.content_hash())
+        hashes = {"data_hash": data.split.train.content_hash(), "parent_hash": fingerprint(self.parent)}
+        manifest = provenance(self.stage.name, self.settings, **hashes)
         with new_folder(self.lora) as beside:
             save_adapter(model, data.tokenizer, beside, base=self.parent, precision=self.precision, manifest=manifest)
             metrics = self.work / "metrics.jsonl"
@@ -1004,10 +1144,38 @@ class StageRun:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             begin = time.perf_counter()
+            parent = self._where_the_parent_is()
             with new_folder(self.merged) as beside:
-                done = merge_adapter(self.lora, beside, merge_base=self.settings.merge_base)
-                write_manifest(beside, provenance(self.stage.name, self.settings, adapter=str(self.lora), **done))
+                done = merge_adapter(self.lora, beside, base=parent, merge_base=self.settings.merge_base)
+                # How the adapter was trained stands in its own manifest; this run's flags had no part in it.
+                made = read_manifest(self.lora) | {"adapter": str(self.lora.resolve()), **done, "base": str(parent)}
+                write_manifest(beside, made)
         print(f"saved {self.merged}: merged onto the {done['merged_onto']} base in {time.perf_counter() - begin:.0f} s")
+        if done["merged_onto"] == "quantised":
+            print(
+                "note: a next stage that quantises this model again loses its small changes (benchmarks/README.md); to "
+                f"keep them, move {self.merged} away and run this again with --merge_base original"
+            )
+
+    def _where_the_parent_is(self) -> Path | str:
+        # The adapter names its base by an absolute path; a whole output folder may have been moved or copied since.
+        if self.parent is not None:
+            return self.parent
+        output, prefix = Path(self.settings.output_dir), self.settings.artifact_prefix
+        name = "prepared" if self.stage.parent == "prepared" else f"{self.stage.parent}-merged"
+        here = output / f"{prefix}-{name}"
+        if read_manifest(self.lora).get("parent_hash") == fingerprint(here):
+            return here
+        from peft import PeftConfig
+
+        named = PeftConfig.from_pretrained(str(self.lora)).base_model_name_or_path
+        if Path(named).is_absolute() and not Path(named).is_dir():
+            raise FileNotFoundError(f"{self.lora} was trained on {named}, which is not there: bring it back to merge")
+        return named
+
+
+def _as_given(base_model: str | None) -> Path | str | None:
+    return Path(base_model) if base_model and Path(base_model).is_dir() else base_model
 
 
 def import_unsloth() -> None:

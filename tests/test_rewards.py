@@ -1,11 +1,14 @@
 """Stage 3's reward: what pays, what does not, and that it reads completion ids."""
 
+import functools
+
 import numpy as np
 import pytest
 from test_collator import character_tokenizer
 
 from arc_loader import ArcDataset
-from train_grpo import Settings, judge_reply, reward_functions
+from train_grpo import judge_reply
+from training_tools import reward_functions
 
 END = "$"
 PUZZLE = {"train": [{"input": [[1]], "output": [[2]]}], "test": [{"input": [[1, 2], [3, 4]]}]}
@@ -56,8 +59,8 @@ def test_weights_are_settings():
 
 def test_rewards_read_the_ids_and_not_the_decoded_text():
     tokenizer = character_tokenizer()
-    settings = Settings(reward_exact=2.0)
-    rewards, exact = reward_functions(DATASET, tokenizer, settings, "\n" + END)
+    judge = functools.partial(judge_reply, DATASET, reply_end="\n" + END, reward_exact=2.0)
+    rewards, exact = reward_functions(judge, tokenizer)
     ids = tokenizer(["123\n456\n$", "123\n456\n", "123\n455\n$"], add_special_tokens=False)["input_ids"]
     # trl's decoded completions have lost the end: they must not matter.
     arguments = {"completion_ids": ids, "key": ["a_0"] * 3, "completions": ["123\n456\n"] * 3, "prompts": [""] * 3}

@@ -4,7 +4,9 @@ import dataclasses
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import base_finetune
 import base_finetune_final
@@ -114,7 +116,7 @@ def test_bad_settings_are_refused_together_in_one_message(capsys, flags, message
     ("text", "message"),
     [
         ("learnin_rate: 1\n", "unknown settings learnin_rate"),
-        ("- 1\n", "unknown settings list"),
+        ("- 1\n", "found a list"),
         ("a: [", "is not YAML"),
     ],
 )
@@ -151,8 +153,17 @@ def test_a_half_written_folder_is_not_taken_for_an_artifact(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no complete model"):
         training_tools.is_complete(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"x")
+    (tmp_path / "model.safetensors").write_bytes(b"x")  # a download that was cut
+    with pytest.raises(ValueError, match=r"model.safetensors: "):
+        training_tools.is_complete(tmp_path)
+    save_file({"w": np.zeros(3, dtype=np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="expected tokenizer.json"):
+        training_tools.is_complete(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
     assert training_tools.is_complete(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-00002-of-00002.safetensors"}}')
+    with pytest.raises(ValueError, match="model-00002-of-00002"):
+        training_tools.is_complete(tmp_path)
 
 
 def test_order_of_rows_depends_on_seed_and_epoch_alone():
