@@ -63,11 +63,38 @@ def moved_share(output: Path, dataset_dir: str) -> dict[str, Any]:
     return {"dtype": str(after.dtype), "rows": len(seen), "moved": moved}
 
 
-def check_artifacts(output: Path, name: str) -> dict[str, float]:
+def probe_ids(tokenizer: Any) -> Any:
+    """Token ids (1, tokens) of a text in the puzzles' format, the same in every process."""
+    text = "".join(f"I{i}12\n3{i}4\n+/-=O4{i}\n1{i}\n{tokenizer.eos_token}" for i in range(9))
+    return tokenizer(text, return_tensors="pt")["input_ids"]
+
+
+def save_trained_logits(lora: Path, out: Path) -> None:
+    """Load base and adapter as in training, by the engine that trained them, and save the log probabilities.
+
+    Runs in a process of its own: Unsloth changes the libraries that the other checks use plain.
+    """
+    import model_tools
+    from training_tools import import_unsloth
+
+    precision = model_tools.Precision(**model_tools.read_manifest(lora)["precision"])
+    if precision.engine == "unsloth":
+        import_unsloth()
+    import torch
+
+    model, tokenizer = model_tools.load_model(model_tools.read_manifest(lora)["base"], precision)
+    model = model_tools.load_adapter(model, lora).eval()
+    with torch.no_grad():
+        logits = model(probe_ids(tokenizer).to(model.device)).logits
+    torch.save(torch.log_softmax(logits.double(), -1).cpu(), out)
+
+
+def check_artifacts(output: Path, name: str, logs: Path) -> dict[str, float]:
     """Load one stage's folders with plain libraries and compare both merges with the model as trained.
 
     Returns:
-        KL divergence in nats a token, on one text, of each merge base's merge to the base as trained + adapter.
+        KL divergence in nats a token, on one text, of each merge base's merge to base and adapter as trained:
+        `kl_quantised`, `kl_original` with the base loaded by transformers, `kl_engine` by the engine that trained.
     """
     import torch
     from peft import PeftConfig, PeftModel
@@ -78,8 +105,7 @@ def check_artifacts(output: Path, name: str) -> dict[str, float]:
     lora, merged = output / f"{PREFIX}-{name}-lora", output / f"{PREFIX}-{name}-merged"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = model_tools.load_tokenizer(merged)
-    text = "".join(f"I{i}12\n3{i}4\n+/-=O4{i}\n1{i}\n{tokenizer.eos_token}" for i in range(9))
-    ids = tokenizer(text, return_tensors="pt")["input_ids"].to(device)
+    ids = probe_ids(tokenizer).to(device)
 
     def logits(model: Any) -> torch.Tensor:
         model.eval()
@@ -101,23 +127,39 @@ def check_artifacts(output: Path, name: str) -> dict[str, float]:
         model_tools.merge_adapter(lora, original, merge_base="original")
     other = logits(AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32, device_map={"": device}))
 
-    def apart(q: torch.Tensor) -> float:
-        return float((trained.exp() * (trained - q)).sum(-1).mean())
+    saved = logs / f"{name}-logits.pt"
+    command = [sys.executable, __file__, "--save_logits", str(lora), "--results", str(saved)]
+    if subprocess.run(command, check=False).returncode:
+        sys.exit(f"{name}: the engine that trained the adapter could not load it")
+    by_engine = torch.load(saved, weights_only=True).to(device)
 
-    return {"kl_quantised": apart(plain), "kl_original": apart(other)}
+    def apart(p: torch.Tensor, q: torch.Tensor) -> float:
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    return {
+        "kl_quantised": apart(trained, plain),
+        "kl_original": apart(trained, other),
+        "kl_engine": apart(by_engine, plain),
+    }
 
 
 def main() -> None:
     """Run, check, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base_model", required=True)
+    parser.add_argument("--base_model")
     parser.add_argument("--dataset_dir", default="dataset")
     parser.add_argument("--output_dir", default="output")
     parser.add_argument("--steps", type=int, default=60, help="steps of stages 1 and 2")
     parser.add_argument("--grpo_steps", type=int, default=5)
-    parser.add_argument("--fp16_steps", type=int, default=10)
+    parser.add_argument("--fp16_steps", type=int, default=10, help="0: no float16 run")
+    parser.add_argument("--save_logits", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=Path("pipeline.json"))
     args, more = parser.parse_known_args()
+    if args.save_logits:
+        save_trained_logits(args.save_logits, args.results)
+        return
+    if not args.base_model:
+        parser.error("--base_model is needed")
 
     import torch
 
@@ -158,13 +200,16 @@ def main() -> None:
     result["folders"] = sorted(
         p.name for p in output.iterdir() if p.is_dir() and not p.name.endswith(("-checkpoints", "-original"))
     )
-    result["merges"] = {name: check_artifacts(output, name) for _, name in STAGES}
+    result["merges"] = {name: check_artifacts(output, name, logs) for _, name in STAGES}
     result["embedding"] = moved_share(output, args.dataset_dir)
-    fp16 = f"{args.output_dir}-fp16"
-    flags = [*shared, "--output_dir", fp16, "--dtype", "float16", "--max_steps", str(args.fp16_steps)]
-    run_script("base_finetune.py", [*flags, "--base_model", args.base_model, "--logging_steps", "1"], logs / "fp16.log")
-    records = read_lines(Path(fp16) / f"{PREFIX}-Base-lora" / "metrics.jsonl")
-    result["float16_losses"] = [r["loss"] for r in records if "loss" in r]
+    result["float16_losses"] = []
+    if args.fp16_steps:
+        fp16 = f"{args.output_dir}-fp16"
+        flags = [*shared, "--output_dir", fp16, "--dtype", "float16", "--max_steps", str(args.fp16_steps)]
+        flags += ["--base_model", args.base_model, "--logging_steps", "1"]
+        run_script("base_finetune.py", flags, logs / "fp16.log")
+        records = read_lines(Path(fp16) / f"{PREFIX}-Base-lora" / "metrics.jsonl")
+        result["float16_losses"] = [r["loss"] for r in records if "loss" in r]
     args.results.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({name: result[name] for name in ("folders", "merges", "embedding", "float16_losses")}))
 
