@@ -707,7 +707,9 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
         def create_optimizer(self, model: Any = None) -> Any:
             if precision.engine == "unsloth":  # its own has the same two groups
                 return super().create_optimizer() if model is None else super().create_optimizer(model)
-            return _optimizer_with_embedding_rate(self, model or self.model)
+            if self.optimizer is None:
+                self.optimizer = optimizer_with_embedding_rate(self.model, self.args)
+            return self.optimizer
 
     return StageTrainer(
         model=model,
@@ -806,19 +808,17 @@ def grpo_trainer(
         use_vllm=False,
     )
     arguments.embedding_learning_rate = settings.embedding_learning_rate
-    rows = planned_rows(run, data, batch_size(settings) // settings.num_generations)
-
-    class StageTrainer(GRPOTrainer):
-        """trl's trainer with this pipeline's learning rates."""
-
-        def create_optimizer(self, model: Any = None) -> Any:
-            return _optimizer_with_embedding_rate(self, model or self.model)
-
-    trainer = StageTrainer(
+    optimizer = None  # trl makes it
+    if set(settings.target_modules) & set(EMBEDDING_MODULES):
+        optimizer = optimizer_with_embedding_rate(model, arguments)
+    trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward_functions,
         args=arguments,
-        train_dataset=lazy_dataset(PromptRows(data), rows),
+        train_dataset=lazy_dataset(
+            PromptRows(data), planned_rows(run, data, batch_size(settings) // settings.num_generations)
+        ),
+        optimizers=(optimizer, None),
         processing_class=data.tokenizer,
     )
     if precision.engine == "transformers":
@@ -826,32 +826,38 @@ def grpo_trainer(
     return trainer
 
 
-def _optimizer_with_embedding_rate(trainer: Any, model: Any) -> Any:
-    # Unsloth's two groups: the fully trained embeddings at their own rate, LoRA at the main one.
-    if trainer.optimizer is None:
-        cls, options = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
-        groups: dict[bool, list[Any]] = {False: [], True: []}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                groups[".modules_to_save." in name].append(parameter)
-        rates = {False: trainer.args.learning_rate, True: trainer.args.embedding_learning_rate}
-        trainer.optimizer = cls(
-            [
-                {"params": parameters, "lr": rates[embedding], "weight_decay": trainer.args.weight_decay}
-                for embedding, parameters in groups.items()
-                if parameters
-            ],
-            **options,
-        )
-        if options.get("optim_bits") == 8:
-            # As in transformers and Unsloth: an embedding's optimizer state stays in 32 bits.
-            import bitsandbytes
+def optimizer_with_embedding_rate(model: Any, arguments: Any) -> Any:
+    """An optimizer with Unsloth's two groups: fully trained embeddings at their own rate, LoRA at the main one.
 
-            manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
-            for module in model.modules():
-                if type(module).__name__ == "Embedding":
-                    manager.register_module_override(module, "weight", {"optim_bits": 32})
-    return trainer.optimizer
+    Args:
+        model: a peft model.
+        arguments: of a trainer, with `embedding_learning_rate`.
+    """
+    from transformers import Trainer
+
+    cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    groups: dict[bool, list[Any]] = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[".modules_to_save." in name].append(parameter)
+    rates = {False: arguments.learning_rate, True: arguments.embedding_learning_rate}
+    optimizer = cls(
+        [
+            {"params": parameters, "lr": rates[embedding], "weight_decay": arguments.weight_decay}
+            for embedding, parameters in groups.items()
+            if parameters
+        ],
+        **options,
+    )
+    if options.get("optim_bits") == 8:
+        # As in transformers and Unsloth: an embedding's optimizer state stays in 32 bits.
+        import bitsandbytes
+
+        manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+        for module in model.modules():
+            if type(module).__name__ == "Embedding":
+                manager.register_module_override(module, "weight", {"optim_bits": 32})
+    return optimizer
 
 
 def common_arguments(run: StageRun) -> dict[str, Any]:
@@ -1084,7 +1090,7 @@ class StageRun:
             memory = f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
         print(
             f"trained {state.global_step - before['global_step']} steps to step {state.global_step} in "
-            f"{format_duration(seconds)}: last loss {losses[-1]:.4f}, {tokens:,} tokens, "
+            f"{format_duration(seconds)}: last loss {losses[-1] if losses else math.nan:.4f}, {tokens:,} tokens, "
             f"{tokens / max(seconds, 1e-9):,.0f} tokens/s{memory}"
         )
 

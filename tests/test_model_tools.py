@@ -7,9 +7,16 @@ import shutil
 import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 import model_tools
+import training_tools
 from model_tools import EMBEDDING_MODULES, LINEAR_MODULES, Precision
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|eom_id|>", "<|eot_id|>"]
@@ -254,6 +261,19 @@ def test_rslora_scales_by_the_root_of_the_rank(bases):
         model = model_tools.add_lora(model_tools.load_model(bases[True], precision)[0], precision, r=r, lora_alpha=24)
         layer = model.base_model.model.model.layers[0].self_attn.q_proj
         assert layer.scaling["default"] == pytest.approx(24 / math.sqrt(r))
+
+
+def test_trained_embeddings_have_a_rate_of_their_own(bases):
+    precision = Precision("transformers", "float32", False)
+    model = model_tools.add_lora(model_tools.load_model(bases[True], precision)[0], precision, r=4)
+    for optim in ("adamw_torch", "adamw_8bit"):
+        arguments = TrainingArguments(optim=optim, learning_rate=1e-4, use_cpu=True, report_to=[])
+        arguments.embedding_learning_rate = 1e-5
+        optimizer = training_tools.optimizer_with_embedding_rate(model, arguments)
+        groups = {group["lr"]: group["params"] for group in optimizer.param_groups}
+        assert set(groups) == {1e-4, 1e-5}
+        assert [p.shape for p in groups[1e-5]] == [model.get_input_embeddings().weight.shape]
+        assert len(groups[1e-4]) == 2 * 7 * 2  # A and B of seven layers in two blocks
 
 
 def test_the_same_random_state_gives_the_same_adapter(bases):

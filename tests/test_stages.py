@@ -201,7 +201,11 @@ def test_dry_run_writes_nothing(tmp_path, demo_base, demo_dataset):
     assert not output.exists()
 
 
-@pytest.mark.parametrize("extra", [("--load_in_4bit", "true"), ("--full_vocab", "true")], ids=["4bit", "full_vocab"])
+@pytest.mark.parametrize(
+    "extra",
+    [("--load_in_4bit", "true"), ("--full_vocab", "true"), ("--target_modules", "q_proj", "embed_tokens", "lm_head")],
+    ids=["4bit", "full_vocab", "embeddings_everywhere"],
+)
 def test_other_ways_through_all_stages(tmp_path, demo_base, demo_dataset, extra):
     extra = (*extra, "--max_steps", 2, "--eval_steps", 0)
     chain(demo_base, demo_dataset, tmp_path / "output", extra)

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,7 +65,7 @@ def test_readme_table_says_what_the_code_does():
         if isinstance(value, list):
             assert written.split() == [str(v) for v in value], name
         elif isinstance(value, bool) or value is None:
-            assert written == {True: "true", False: "false", None: "all"}[value], name
+            assert written == {True: "true", False: "false", None: "not set"}[value], name
         elif isinstance(value, (int, float)):
             assert float(written) == value, name
         else:
@@ -164,6 +165,14 @@ def test_a_half_written_folder_is_not_taken_for_an_artifact(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-00002-of-00002.safetensors"}}')
     with pytest.raises(ValueError, match="model-00002-of-00002"):
         training_tools.is_complete(tmp_path)
+
+
+def test_a_training_has_rows_for_every_epoch_that_it_enters():
+    data = SimpleNamespace(samples=range(10))
+    for steps, epochs, rows in ((-1, 1.0, 20), (-1, 2.5, 40), (1, 1.0, 20), (50, 1.0, 410)):
+        settings = base_finetune.Settings(max_steps=steps, num_train_epochs=epochs)
+        run = SimpleNamespace(settings=settings)
+        assert training_tools.planned_rows(run, data, rows_per_step=8) == rows
 
 
 def test_order_of_rows_depends_on_seed_and_epoch_alone():
