@@ -504,9 +504,15 @@ def load_split(settings: RunSettings) -> Holdout:
         ValueError, FileNotFoundError: bad data, missing folder, more held out or asked for than there is.
     """
     bounds = tuple(settings.grid_sizes) or None
-    data = ArcDataset.load_from_local_json(
-        settings.dataset_dir, sizes=tuple(settings.sizes), seed=settings.dataset_seed, grid_sizes=bounds
-    )
+    try:
+        data = ArcDataset.load_from_local_json(
+            settings.dataset_dir, sizes=tuple(settings.sizes), seed=settings.dataset_seed, grid_sizes=bounds
+        )
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; name yours with --dataset_dir, or make one to try with: python demo/make_dataset.py --out "
+            f"{settings.dataset_dir}"
+        ) from None
     split = data.holdout(examples=settings.holdout_examples, tasks=settings.holdout_tasks, seed=settings.holdout_seed)
     train = split.train if settings.n is None else split.train.subset(settings.n)
     print(

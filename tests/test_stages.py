@@ -265,7 +265,7 @@ def test_three_stages_with_the_real_tokenizer_and_course_puzzles(tmp_path):
 @pytest.mark.parametrize(
     ("script", "flags", "message"),
     [
-        ("base_finetune.py", {"--dataset_dir": "nothing"}, "nothing"),
+        ("base_finetune.py", {"--dataset_dir": "nothing"}, "nothing: no such folder.*make_dataset.py --out nothing"),
         ("base_finetune.py", {"--base_model": "nothing"}, "cannot load the model nothing: .*--base_model FOLDER"),
         ("base_finetune.py", {"--learning_rate": "-1"}, "--learning_rate is -1.0: expected a number above 0"),
         ("base_finetune.py", {"--n": 100000}, "100,?000"),
