@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, SHARED, run
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import training_tools
@@ -174,7 +175,7 @@ def test_an_interrupted_run_continues_and_ends_in_the_same_weights(chained, tmp_
 
 def test_training_that_was_done_but_not_saved_takes_no_further_step(tmp_path, demo_base, demo_dataset):
     # A constant rate: with a cosine, a step too many would go unseen, because its rate is 0.
-    flags = ("--base_model", demo_base, "--dataset_dir", demo_dataset, "--output_dir", tmp_path, "--eval_steps", 0)
+    flags = ("--base_model", demo_base, "--dataset_dir", demo_dataset, "--output_dir", tmp_path, "--eval_steps", 3)
     flags = (*SFT, *flags, "--max_steps", 4, "--logging_steps", 3, "--lr_scheduler_type", "constant_with_warmup")
     printed = run("base_finetune.py", *flags, "--report_to", "tensorboard", "--gradient_checkpointing", True)
     assert "trained 4 steps to step 4" in printed
@@ -182,6 +183,10 @@ def test_training_that_was_done_but_not_saved_takes_no_further_step(tmp_path, de
     once = load_file(lora / "adapter_model.safetensors")
     records = [json.loads(x) for x in (lora / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if "loss" in r] == [1, 3, 4]  # the last steps are logged too
+    assert [r["step"] for r in records if "eval_loss" in r] == [3, 4]
+    events = EventAccumulator(str(next(tmp_path.rglob("*tfevents*"))))
+    events.Reload()
+    assert {"train/loss", "train/tokens_per_s", "eval/loss", "eval/exact_match"} <= set(events.Tags()["scalars"])
     shutil.rmtree(lora)
     shutil.rmtree(artifact(tmp_path, "Base-merged"))
     printed = run("base_finetune.py", *flags)
