@@ -350,6 +350,7 @@ class TrainingSamples:
         kept = ds if not long else ds.change_keys(key for key in ds.keys if ArcDataset.get_base_key(key) not in long)
         self.encoder, self.max_tokens, self.epochs = encoder, max_tokens, epochs
         self.views = kept.views(seed, **view_options)
+        self._surveys: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     @property
     def total_rows(self) -> int:
@@ -390,6 +391,12 @@ class TrainingSamples:
         return float(lost.mean()) if len(lost) else 0.0
 
     def _survey(self, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        # Lengths and shortened rows are asked for one after the other, and with merging digits a survey takes a while.
+        if (rows, seed) not in self._surveys:
+            self._surveys[rows, seed] = self._encode_survey(rows, seed)
+        return self._surveys[rows, seed]
+
+    def _encode_survey(self, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = np.sort(seeded_rng(seed, "survey").permutation(len(self))[:rows])
         found = [
             self.encoder.lengths(self.views.ds, self.views.keys(np.zeros_like(part), part), self.max_tokens)

@@ -483,18 +483,11 @@ class StageData:
 
     def prompts(self, count: int, max_tokens: int) -> list[dict[str, Any]]:
         """Up to `count` held-out rows that end where the reply begins, as the encoder gives them."""
-        return self._fitting(count, max_tokens, reply=False)
+        return self.encoder.encode(self.heldout, self.heldout.keys[:count], max_tokens=max_tokens, reply=False)
 
     def heldout_rows(self, max_tokens: int) -> list[dict[str, Any]]:
-        """All held-out rows with their replies that fit."""
-        return self._fitting(None, max_tokens, reply=True)
-
-    def _fitting(self, count: int | None, max_tokens: int, reply: bool) -> list[dict[str, Any]]:
-        rows = []
-        for key in self.heldout.keys[:count]:
-            with contextlib.suppress(ValueError):  # a puzzle that does not fit; load_data has said how many
-                rows += self.encoder.encode(self.heldout, [key], max_tokens=max_tokens, reply=reply)
-        return rows
+        """All held-out rows with their replies."""
+        return self.encoder.encode(self.heldout, self.heldout.keys, max_tokens=max_tokens)
 
 
 def load_split(settings: RunSettings) -> Holdout:
@@ -565,11 +558,11 @@ def load_data(run: StageRun) -> StageData:
         raise ValueError(f"no puzzle fits --max_seq_length {settings.max_seq_length}: raise it, or lower --sizes")
     # New puzzles of trained tasks tell whether training works; whole held-out tasks are kept for the evaluation.
     heldout = split.seen if len(split.seen.keys) else split.unseen
-    data = StageData(split, samples, encoder, tokenizer, heldout)
-    short = len(heldout.keys) - len(data.heldout_rows(settings.max_seq_length))
-    if short:
-        print(f"held out: {short} of {len(heldout.keys)} puzzles do not fit --max_seq_length and are not measured")
-    return data
+    long = set(encoder.too_long(heldout, heldout.keys, settings.max_seq_length, turned=False))
+    if long:
+        print(f"held out: {len(long)} of {len(heldout.keys)} puzzles do not fit --max_seq_length and are not measured")
+        heldout = heldout.change_keys([key for key in heldout.keys if key not in long])
+    return StageData(split, samples, encoder, tokenizer, heldout)
 
 
 def report_masks(run: StageRun, data: StageData, collator: InputMaskingDataCollator) -> None:
