@@ -11,28 +11,17 @@ What is there already is not made again: with -lora there and -merged missing, o
 
 from dataclasses import dataclass
 
+from artifact_tools import Stage
 from model_tools import InputMaskingDataCollator, add_lora, load_model
-from training_tools import (
-    RunSettings,
-    Stage,
-    StageRun,
-    heldout_measure,
-    load_data,
-    lora_options,
-    parse_settings,
-    report_masks,
-    setting,
-    sft_trainer,
-    user_errors,
-    watch,
-)
+from run_settings import RunSettings, parse_settings, setting, user_errors
+from training_tools import StageRun, heldout_measure, load_data, lora_options, report_masks, sft_trainer, watch
 
 STAGE = Stage("Final", parent="Base", script="base_finetune_final.py", parent_script="base_finetune.py")
 
 
 @dataclass
 class Settings(RunSettings):
-    """The published recipe; what is not decided here stands in training_tools.RunSettings."""
+    """The published recipe; what is not decided here stands in run_settings.RunSettings."""
 
     seed: int = setting(43, "seed of order and augmentation: other views than stage 1's")
     num_train_epochs: float = setting(1.0, "epochs; one holds every base puzzle in each of its 8 symmetries")
@@ -52,7 +41,7 @@ def main() -> None:
             data = load_data(run)
             collator = InputMaskingDataCollator(data.tokenizer, mask_first_n_examples=settings.mask_first_n_examples)
             report_masks(run, data, collator)
-        run.begin()
+        run.begin(data)
         model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
         model = add_lora(model, run.precision, **lora_options(settings))
         trainer = sft_trainer(model, run, data, collator)

@@ -1,4 +1,4 @@
-"""Models of the pipeline: masks, vocabulary, loading, LoRA, saving, merging.
+"""Models of the pipeline: masks, vocabulary, loading, LoRA, saving.
 
 Heavy libraries (torch, transformers, peft, unsloth) are imported inside the functions that need them, so that
 `--help` is quick and so that Unsloth, where it is used, comes before the libraries it patches.
@@ -690,13 +690,25 @@ def decoding(model: Any, engine: str) -> Iterator[Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Saving and merging
+# Saving
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of an artifact, or an empty dict if it has none."""
+    """The manifest of an artifact, or an empty dict if it has none.
+
+    Raises:
+        ValueError: it is there and cannot be read.
+    """
     path = Path(folder) / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} cannot be read (it holds a {type(manifest).__name__})")
+    return manifest
 
 
 def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:

@@ -14,22 +14,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from arc_loader import ArcDataset
+from artifact_tools import Stage
 from inference_tools import longest_reply
 from model_tools import LINEAR_MODULES, add_lora, load_model
+from run_settings import RunSettings, failed_checks, parse_settings, setting, user_errors
 from training_tools import (
-    RunSettings,
-    Stage,
     StageRun,
-    failed_checks,
     grpo_trainer,
     heldout_measure,
     load_data,
     lora_options,
-    parse_settings,
     report_prompts,
     reward_functions,
-    setting,
-    user_errors,
     watch,
 )
 
@@ -38,7 +34,7 @@ STAGE = Stage("Final-RL", parent="Final", script="train_grpo.py", parent_script=
 
 @dataclass
 class Settings(RunSettings):
-    """Settings of the reinforcement learning; what is not decided here stands in training_tools.RunSettings."""
+    """Settings of the reinforcement learning; what is not decided here stands in run_settings.RunSettings."""
 
     seed: int = setting(44, "seed of order, augmentation and sampling: other views than the earlier stages'")
     # The embeddings stay as stage 2 left them: a few hundred policy steps have nothing new to say about 79 tokens.
@@ -56,7 +52,6 @@ class Settings(RunSettings):
     loss_type: str = setting("dapo", "how trl weighs tokens: dapo, grpo, dr_grpo, bnpo")
     logging_steps: int = setting(1, "steps between log lines")
     eval_steps: int = setting(50, "steps between measurements on the held-out puzzles; 0: never")
-    save_steps: int = setting(50, "steps between checkpoints; 0: none")
     reward_exact: float = setting(1.0, "reward of the exact grid")
     reward_cells: float = setting(0.1, "reward of a wrong grid of the right shape, times its share of right cells")
 
@@ -125,7 +120,7 @@ def main() -> None:
             data = load_data(run)
             longest = longest_reply(data.split.train, data.split.train.keys, data.tokenizer)
             report_prompts(run, data, longest)
-        run.begin()
+        run.begin(data)
         model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
         model = add_lora(model, run.precision, **lora_options(settings))
         weights = {"reward_exact": settings.reward_exact, "reward_cells": settings.reward_cells}

@@ -1,4 +1,4 @@
-"""One run of a stage: settings, data, artifacts, trainer, logs.
+"""One run of a stage: data, trainer, logs; train, then merge.
 
 The stage scripts decide what is trained on what; this module does what they have in common. Heavy libraries are
 imported inside functions, Unsloth before the libraries that it patches.
@@ -6,36 +6,46 @@ imported inside functions, Unsloth before the libraries that it patches.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib.metadata
 import json
 import math
-import os
-import platform
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from merge_tools import merge_adapter
 
 from arc_loader import ArcDataset, Holdout, format_options
 from arc_samples import SampleEncoder, TrainingSamples
+from artifact_tools import (
+    OutputLock,
+    Stage,
+    changed_settings,
+    existing,
+    file_table,
+    find_damage,
+    find_outdated,
+    find_parent,
+    fingerprint,
+    made_from,
+    move_aside,
+    new_folder,
+    provenance,
+    read_manifest_or_nothing,
+    stale_base,
+    versions,
+)
 from model_tools import (
     EMBEDDING_MODULES,
-    LINEAR_MODULES,
-    MANIFEST,
     InputMaskingDataCollator,
-    check_base,
     config_token_ids,
     cut_tokenizer,
     format_duration,
     load_tokenizer,
-    merge_adapter,
     prepare_base,
     print_mask_report,
     read_manifest,
@@ -45,422 +55,9 @@ from model_tools import (
     write_manifest,
 )
 from report_tools import read_metrics
+from run_settings import NOT_THE_COURSE, RunSettings, user_errors
 
-# Settings that say where and how a run is done and watched, not what comes out of it.
-NOT_THE_COURSE = (
-    "base_model", "dataset_dir", "output_dir", "artifact_prefix", "engine", "dtype", "load_in_4bit", "dry_run",
-    "merge_base", "gradient_checkpointing", "logging_steps", "eval_steps", "eval_puzzles", "per_device_eval_batch_size",
-    "save_steps", "save_total_limit", "report_to", "dataloader_num_workers",
-)  # fmt: skip
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "trl",
-    "accelerate",
-    "datasets",
-    "bitsandbytes",
-    "unsloth",
-    "unsloth_zoo",
-    "numpy",
-)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings
-
-
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with a default and the sentence that --help shows."""
-    if isinstance(default, (list, tuple)):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class RunSettings:
-    """What all stages share: where things are, how they run, LoRA's shape. The stages add what they decide."""
-
-    # Where
-    base_model: str | None = setting(None, "folder or hub name to start from; default: the parent stage's -merged")
-    dataset_dir: str = setting(
-        "dataset", "folder of task files: lists of input/output pairs, or official train/test files"
-    )
-    output_dir: str = setting("output", "folder of all artifacts; stages find each other's there")
-    artifact_prefix: str = setting("Llama-3.2-1B", "first part of the artifacts' names")
-    # How
-    engine: str = setting("auto", "unsloth, transformers, or auto: unsloth where there is CUDA")
-    load_in_4bit: bool | None = setting(None, "quantise the frozen base; default: on unsloth only")
-    dtype: str = setting("auto", "bfloat16, float16, float32, or auto: what this machine has")
-    full_vocab: bool = setting(False, "keep the whole vocabulary instead of one token per cell")
-    merge_base: str = setting(
-        "quantised",
-        "merge onto the base as it was trained on (quantised) or onto its 16-bit weights (original), which a next "
-        "stage that quantises again needs to keep small changes",
-    )
-    seed: int = setting(42, "seed of order and augmentation")
-    dry_run: bool = setting(False, "check settings, data, model folder and masks, then stop")
-    # Data
-    n: int | None = setting(
-        None, "base puzzles to train on; default: all that the files yield without using an example twice"
-    )
-    sizes: list[int] = setting([6], "demonstration pairs of a puzzle; several: taken in turn")
-    grid_sizes: list[int] = setting([], "keep only pairs whose sides lie between these two bounds; default: all")
-    dataset_seed: int = setting(42, "seed of how examples form puzzles")
-    tp: str = setting("all", "transposed views: all, true (one drawn a sample) or false")
-    rt: str = setting("all", "rotated views: all, true (one drawn a sample) or false")
-    perm: bool = setting(True, "a new colour permutation for each sample and epoch")
-    keep_background: bool = setting(False, "colour permutations leave 0 alone")
-    shfl_ex: bool = setting(True, "a new order of the demonstrations for each sample and epoch")
-    max_seq_length: int = setting(1536, "longest row in tokens; demonstrations are dropped to fit")
-    # Held out: the same flags everywhere give the same split, so that no stage trains on what the evaluation uses
-    holdout_examples: int = setting(64, "puzzles held out, spread evenly over the tasks that are trained on")
-    holdout_tasks: int = setting(0, "whole tasks held out")
-    holdout_seed: int = setting(42, "seed of the split")
-    # LoRA
-    lora_r: int = setting(512, "rank; embed_tokens and lm_head are trained in full whatever the rank")
-    lora_alpha: float = setting(24.0, "the update is scaled by alpha / sqrt(r)")
-    lora_dropout: float = setting(0.0, "dropout in front of the LoRA matrices")
-    lora_bias: str = setting("none", "none, all or lora_only")
-    use_rslora: bool = setting(True, "rank-stabilised scaling; false: alpha / r")
-    target_modules: list[str] = setting(LINEAR_MODULES + EMBEDDING_MODULES, "layers that LoRA is added to")
-    random_state: int = setting(42, "seed of LoRA's initial values")
-    # Training
-    per_device_train_batch_size: int = setting(4, "samples of one forward pass")
-    gradient_accumulation_steps: int = setting(2, "forward passes of one step")
-    num_train_epochs: float = setting(1.0, "epochs; an epoch holds every base puzzle in each of its enumerated views")
-    max_steps: int = setting(-1, "stop after this many steps; -1: when the epochs are done")
-    learning_rate: float = setting(1e-4, "highest rate of the LoRA matrices")
-    embedding_learning_rate: float = setting(1e-5, "highest rate of embed_tokens and lm_head")
-    lr_scheduler_type: str = setting("cosine", "a schedule of transformers")
-    warmup_ratio: float = setting(0.25, "share of the steps in which the rate rises")
-    optim: str = setting("adamw_8bit", "an optimizer of transformers")
-    weight_decay: float = setting(0.0, "decoupled weight decay")
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
-    gradient_checkpointing: bool = setting(True, "recompute activations to save memory; false is faster where they fit")
-    # Watching
-    logging_steps: int = setting(10, "steps between log lines")
-    eval_steps: int = setting(500, "steps between measurements on the held-out puzzles; 0: never")
-    eval_puzzles: int = setting(32, "held-out puzzles that are decoded for the exact match; 0: none")
-    per_device_eval_batch_size: int = setting(8, "held-out puzzles measured or decoded at once")
-    save_steps: int = setting(500, "steps between checkpoints; 0: none")
-    save_total_limit: int = setting(2, "checkpoints kept")
-    report_to: str = setting("none", "none, tensorboard, wandb, ...")
-    dataloader_num_workers: int = setting(0, "processes that make batches ahead; 0: the main one does")
-
-    def problems(self) -> list[str]:
-        """What is wrong with the settings that only this stage has, one line each."""
-        return []
-
-
-def parse_settings(cls: type, argv: Sequence[str] | None = None) -> Any:
-    """Parse flags (`--learning_rate 1e-4`) and an optional `--config file.yaml` into a settings dataclass.
-
-    Flags win over the file. Whatever is wrong is said in one message, with exit code 2.
-    """
-    from transformers.hf_argparser import HfArgumentParser
-
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal or log that cannot show a sign gets another, not a traceback
-            stream.reconfigure(errors="replace")
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(cls, description=sys.modules[cls.__module__].__doc__, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.yaml", help="settings by name; flags win over it")
-    with user_errors():
-        parser.error = _raise_value_error
-        config, _ = _config_parser().parse_known_args(argv)
-        if config.config is not None:
-            # As flags before the others: the parser converts and checks them in the same way, and later flags win.
-            argv = [*_as_flags(_read_config(Path(config.config), cls)), *argv]
-        namespace, unknown = parser.parse_known_args(argv)
-        if unknown:
-            raise ValueError(f"unknown flags: {' '.join(unknown)}; see --help")
-        settings = cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)})
-        problems = find_problems(settings)
-        if problems:
-            raise ValueError("\n".join(["settings that cannot be used:", *(f"  --{p}" for p in problems)]))
-    return settings
-
-
-def _raise_value_error(message: str) -> None:
-    raise ValueError(f"{message}; see --help")
-
-
-def _read_config(path: Path, cls: type) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        raise FileNotFoundError(f"--config {path}: no such file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: found a {type(values).__name__}, expected lines of `name: value`")
-    unknown = sorted(map(str, set(values) - {f.name for f in fields(cls)}))
-    if unknown:
-        raise ValueError(f"{path}: unknown settings {', '.join(unknown)}; see --help for the names")
-    return values
-
-
-def _config_parser() -> Any:
-    import argparse
-
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config")
-    return parser
-
-
-def _as_flags(values: dict[str, Any]) -> list[str]:
-    flags = []
-    for name, value in values.items():
-        if value is None or value == []:  # not set: the default
-            continue
-        flags.append(f"--{name}")
-        flags += [str(v) for v in value] if isinstance(value, list) else [str(value)]
-    return flags
-
-
-def find_problems(settings: RunSettings) -> list[str]:
-    """Everything wrong with the settings themselves, one line each; empty if nothing is."""
-    problems = []
-
-    def check(name: str, good: bool, expected: str) -> None:
-        if not good:
-            problems.append(f"{name} is {getattr(settings, name)!r}: expected {expected}")
-
-    for name in ("learning_rate", "embedding_learning_rate", "lora_alpha", "max_grad_norm", "num_train_epochs"):
-        value = getattr(settings, name)
-        check(name, math.isfinite(value) and value > 0, "a number above 0")
-    for name in (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "lora_r",
-        "logging_steps",
-        "save_total_limit",
-        "per_device_eval_batch_size",
-    ):
-        check(name, getattr(settings, name) >= 1, "a whole number from 1")
-    for name in (
-        "holdout_examples",
-        "holdout_tasks",
-        "eval_steps",
-        "eval_puzzles",
-        "save_steps",
-        "dataloader_num_workers",
-        "seed",
-    ):
-        check(name, getattr(settings, name) >= 0, "a whole number from 0")
-    check("seed", settings.seed < 2**32, "a whole number below 2**32")
-    check("n", settings.n is None or settings.n >= 1, "a whole number from 1")
-    check("max_steps", settings.max_steps == -1 or settings.max_steps >= 1, "a whole number from 1, or -1 for no limit")
-    check("max_seq_length", settings.max_seq_length >= 16, "a whole number from 16")
-    check("weight_decay", math.isfinite(settings.weight_decay) and settings.weight_decay >= 0, "a number from 0")
-    check("warmup_ratio", 0 <= settings.warmup_ratio < 1, "a share from 0 to below 1")
-    check("lora_dropout", 0 <= settings.lora_dropout < 1, "a share from 0 to below 1")
-    check("sizes", len(settings.sizes) > 0 and min(settings.sizes) >= 1, "whole numbers from 1")
-    bounds = settings.grid_sizes
-    check("grid_sizes", not bounds or (len(bounds) == 2 and 1 <= bounds[0] <= bounds[1]), "two bounds, such as 1 10")
-    for name, choices in {
-        "engine": ("auto", "unsloth", "transformers"),
-        "dtype": ("auto", "bfloat16", "float16", "float32"),
-        "merge_base": ("quantised", "original"),
-        "tp": ("all", "true", "false"),
-        "rt": ("all", "true", "false"),
-        "lora_bias": ("none", "all", "lora_only"),
-    }.items():
-        check(name, str(getattr(settings, name)).lower() in choices, " or ".join(choices))
-    unknown = [m for m in settings.target_modules if m not in LINEAR_MODULES + EMBEDDING_MODULES]
-    good = not unknown and any(m in LINEAR_MODULES for m in settings.target_modules)
-    check("target_modules", good, f"names among {' '.join(LINEAR_MODULES + EMBEDDING_MODULES)}, not only embeddings")
-    return problems + settings.problems()
-
-
-def failed_checks(settings: RunSettings, checks: dict[str, tuple[bool, str]]) -> list[str]:
-    """One line for each setting whose check (whether it is good, what is expected) failed."""
-    return [
-        f"{name} is {getattr(settings, name)!r}: expected {expected}"
-        for name, (good, expected) in checks.items()
-        if not good
-    ]
-
-
-@contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn what a user can mend (bad values, missing or unwritable files) into one message and exit code 2.
-
-    Meant for the set-up of a run. Errors inside training are bugs or machine trouble and keep their traceback, as all
-    do where ARC_TRACEBACK is set in the environment.
-    """
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("ARC_TRACEBACK"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Artifacts
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Names of a stage and of the artifact that it starts from.
-
-    Args:
-        name: "Base", "Final" or "Final-RL".
-        parent: what it starts from: "prepared", or the name of an earlier stage.
-        script: the file, for messages.
-        parent_script: the file that makes the parent, for messages.
-    """
-
-    name: str
-    parent: str
-    script: str
-    parent_script: str
-
-    def lora(self, settings: RunSettings) -> Path:
-        """Folder of the adapter."""
-        return Path(settings.output_dir) / f"{settings.artifact_prefix}-{self.name}-lora"
-
-    def merged(self, settings: RunSettings) -> Path:
-        """Folder of the merged model."""
-        return Path(settings.output_dir) / f"{settings.artifact_prefix}-{self.name}-merged"
-
-    def checkpoints(self, settings: RunSettings) -> Path:
-        """Folder of the checkpoints and logs of the training, beside the artifacts."""
-        return Path(settings.output_dir) / f"{settings.artifact_prefix}-{self.name}-checkpoints"
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when it is complete: written beside, then renamed.
-
-    Yields:
-        The folder to write into. If the block raises, nothing stays under `path`.
-
-    Raises:
-        FileExistsError: `path` exists; nothing is ever overwritten.
-    """
-    if path.exists():
-        raise FileExistsError(f"{path} exists already")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.incomplete")
-    if beside.exists():  # what an interrupted run left
-        shutil.rmtree(beside)
-    beside.mkdir()
-    yield beside
-    beside.rename(path)
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a folder is a finished artifact: one with a manifest of ours, or one made elsewhere that can be read.
-
-    Raises:
-        ValueError: it exists and is neither.
-    """
-    if not folder.exists():
-        return False
-    if (folder / MANIFEST).is_file():  # written last, before the folder got its name
-        return True
-    problem = _unreadable(folder)
-    if problem:
-        raise ValueError(f"{folder} exists but holds no complete model: {problem}; move it away and run again")
-    print(f"{folder} has no {MANIFEST}: made elsewhere, used as it is")
-    return True
-
-
-def _unreadable(folder: Path) -> str | None:
-    """What keeps a folder from being loaded as a model or an adapter; None if nothing does."""
-    from safetensors import SafetensorError, safe_open
-
-    adapter = (folder / "adapter_config.json").is_file()
-    name = "adapter_model" if adapter else "model"
-    index = folder / f"{name}.safetensors.index.json"
-    shards = {f"{name}.safetensors"}
-    if not adapter and not (folder / "config.json").is_file():
-        return "expected config.json or adapter_config.json"
-    if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError):
-            return f"{index.name} cannot be read"
-    for shard in sorted(shards):
-        try:
-            with safe_open(folder / shard, framework="numpy"):
-                pass
-        except (OSError, SafetensorError) as error:
-            return f"{shard}: {str(error).splitlines()[0]}"
-    if not adapter and not (folder / "tokenizer.json").is_file():
-        return "expected tokenizer.json"
-    return None
-
-
-def fingerprint(folder: str | Path) -> str:
-    """A sha256 that tells one made model from another: of its manifest, else of names, sizes and dates of its files."""
-    folder = Path(folder)
-    if (folder / MANIFEST).is_file():
-        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
-    files = sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else []
-    states = [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    return hashlib.sha256(json.dumps([str(folder) if not files else "", states]).encode()).hexdigest()
-
-
-def provenance(stage: str, settings: RunSettings, **more: Any) -> dict[str, Any]:
-    """What an artifact records of its making: stage, settings, versions, time, and what is given."""
-    made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return {"stage": stage, "settings": asdict(settings), "versions": versions(), "made": made, **more}
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that training depends on; absent ones are left out."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def find_parent(stage: Stage, settings: RunSettings) -> Path | str:
-    """What a stage starts from: a folder or, for a base model that is fetched, its hub name. Nothing is written.
-
-    For stage 1 it is the prepared base where that is there, else the base model that it will be made from.
-
-    Raises:
-        FileNotFoundError: no such model, or the parent stage has not run.
-        ValueError: the model is quantised already, or the prepared base is another one's.
-    """
-    output = Path(settings.output_dir)
-    if stage.parent == "prepared":
-        prepared = output / f"{settings.artifact_prefix}-prepared"
-        if is_complete(prepared):
-            made = read_manifest(prepared)
-            before = made.get("base_model"), made.get("settings", {}).get("full_vocab", settings.full_vocab)
-            if before not in ((None, settings.full_vocab), (str(settings.base_model), settings.full_vocab)):
-                raise ValueError(
-                    f"{prepared} was prepared from {before[0]} with full_vocab {before[1]}: use those flags, or "
-                    "another --output_dir"
-                )
-            print(f"{prepared} is there: used")
-            return prepared
-        parent: Path | str = settings.base_model or ""
-    else:
-        parent = settings.base_model or output / f"{settings.artifact_prefix}-{stage.parent}-merged"
-        if settings.base_model is None and not Path(parent).exists():
-            raise FileNotFoundError(
-                f"{parent} is not there: {stage.script} starts from the merged model of {stage.parent_script}. Run "
-                f"`python {stage.parent_script} --output_dir {output}` first, or name a model with --base_model"
-            )
-    check_base(parent)
-    if Path(parent).is_dir():
-        problem = _unreadable(Path(parent))
-        if problem:
-            raise ValueError(f"{parent} is no complete model: {problem}")
-        return Path(parent)
-    return str(parent)
-
+COURSE = "course.json"  # beside the checkpoints: what decides the course of the training that they are of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
@@ -490,8 +87,10 @@ class StageData:
         return self.encoder.encode(self.heldout, self.heldout.keys, max_tokens=max_tokens)
 
 
-def load_split(settings: RunSettings) -> Holdout:
+def load_split(settings: RunSettings, quiet: bool = False) -> Holdout:
     """Load the dataset folder and split it, the same way in every script; `n` limits what is trained on.
+
+    Prints how many puzzles there are, unless `quiet`.
 
     Raises:
         ValueError, FileNotFoundError: bad data, missing folder, more held out or asked for than there is.
@@ -508,10 +107,12 @@ def load_split(settings: RunSettings) -> Holdout:
         ) from None
     split = data.holdout(examples=settings.holdout_examples, tasks=settings.holdout_tasks, seed=settings.holdout_seed)
     train = split.train if settings.n is None else split.train.subset(settings.n)
-    print(
-        f"{settings.dataset_dir}: {len(data.keys):,} base puzzles; {len(train.keys):,} to train on, held out "
-        f"{len(split.seen.keys):,} of the same tasks and {len(split.unseen.keys):,} of {settings.holdout_tasks} others"
-    )
+    if not quiet:
+        print(
+            f"{settings.dataset_dir}: {len(data.keys):,} base puzzles; {len(train.keys):,} to train on, held out "
+            f"{len(split.seen.keys):,} of the same tasks and {len(split.unseen.keys):,} of "
+            f"{settings.holdout_tasks} others"
+        )
     return split._replace(train=train)
 
 
@@ -557,12 +158,24 @@ def load_data(run: StageRun) -> StageData:
     if len(samples) == 0:
         raise ValueError(f"no puzzle fits --max_seq_length {settings.max_seq_length}: raise it, or lower --sizes")
     # New puzzles of trained tasks tell whether training works; whole held-out tasks are kept for the evaluation.
-    heldout = split.seen if len(split.seen.keys) else split.unseen
-    long = set(encoder.too_long(heldout, heldout.keys, settings.max_seq_length, turned=False))
-    if long:
-        print(f"held out: {len(long)} of {len(heldout.keys)} puzzles do not fit --max_seq_length and are not measured")
-        heldout = heldout.change_keys([key for key in heldout.keys if key not in long])
+    heldout = fitting(split.seen if len(split.seen.keys) else split.unseen, encoder, settings.max_seq_length)
     return StageData(split, samples, encoder, tokenizer, heldout)
+
+
+def fitting(heldout: ArcDataset, encoder: SampleEncoder, max_tokens: int) -> ArcDataset:
+    """The held-out puzzles that fit the longest row; those that do not are counted and printed."""
+    long = set(encoder.too_long(heldout, heldout.keys, max_tokens, turned=False))
+    if not long:
+        return heldout
+    print(f"held out: {len(long)} of {len(heldout.keys)} puzzles do not fit --max_seq_length and are not measured")
+    return heldout.change_keys([key for key in heldout.keys if key not in long])
+
+
+def heldout_puzzles(settings: RunSettings, tokenizer: Any) -> tuple[ArcDataset, SampleEncoder]:
+    """What a stage with these settings measures on: new puzzles of trained tasks, else those of held-out tasks."""
+    encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
+    split = load_split(settings, quiet=True)
+    return fitting(split.seen if len(split.seen.keys) else split.unseen, encoder, settings.max_seq_length), encoder
 
 
 def report_masks(run: StageRun, data: StageData, collator: InputMaskingDataCollator) -> None:
@@ -1008,6 +621,7 @@ class StageRun:
         precision: engine and formats of the training.
         parent: what training starts from (None if the adapter is there already).
         to_prepare: the folder of the prepared base if `begin` has to make it, else None.
+        to_move: what `begin` moves aside first (--overwrite).
         work: folder of checkpoints and logs.
     """
 
@@ -1017,22 +631,19 @@ class StageRun:
         self.lora, self.merged, self.work = stage.lora(settings), stage.merged(settings), stage.checkpoints(settings)
         self.parent: Path | str | None = None
         self.to_prepare: Path | None = None
+        self.to_move: list[Path] = []
+        self.lock = OutputLock(Path(settings.output_dir), stage.script)
         with user_errors():
             self.precision = resolve_precision(settings.engine, settings.dtype, settings.load_in_4bit)
-            trained, merged = is_complete(self.lora), is_complete(self.merged)
-            if trained:
+            if self._is_trained():
                 print(f"{self.lora} is there: training skipped")
                 return
-            if merged:
-                raise ValueError(
-                    f"{self.merged} is there without {self.lora}: move it away, or use another --output_dir"
-                )
             if self.precision.engine == "unsloth":
                 import_unsloth()
             check_arguments(self)
-            self.parent = find_parent(stage, settings)
+            self.parent = find_parent(stage, settings, without_prepared=stage.prepared(settings) in self.to_move)
             if stage.parent == "prepared" and self.parent == _as_given(settings.base_model):
-                self.to_prepare = Path(settings.output_dir) / f"{settings.artifact_prefix}-prepared"
+                self.to_prepare = stage.prepared(settings)
             four_bit = ", base in 4 bits" if self.precision.load_in_4bit else ""
             formats = f"{self.precision.engine}, {self.precision.dtype}{four_bit}"
             print(f"{stage.script}: {self.parent} -> {self.lora} ({formats})")
@@ -1043,23 +654,127 @@ class StageRun:
                     "small changes away; merged with --merge_base original it keeps them (benchmarks/README.md)"
                 )
 
+    def _is_trained(self) -> bool:
+        # Whether the adapter is there and is what these settings make. With --overwrite, notes what has to go aside.
+        stage, settings = self.stage, self.settings
+        overwrite = "--overwrite moves it aside (nothing is deleted) and trains anew"
+        if stage.parent == "prepared" and stage.prepared(settings).exists():
+            prepared = stage.prepared(settings)
+            damage = find_damage(prepared)
+            problem = f"{prepared} is damaged: {damage}" if damage else stale_base(prepared, settings)
+            if problem and not settings.overwrite:
+                raise ValueError(problem + ("; --overwrite moves it aside and prepares it anew" if damage else ""))
+            if problem:
+                self.to_move = existing([self.merged, self.work, self.lora, prepared])
+                return False
+        if not self.lora.exists():
+            if not self.merged.exists():
+                return False
+            if not settings.overwrite:
+                raise ValueError(
+                    f"{self.merged} is there without {self.lora}: bring that back, or use another --output_dir; "
+                    f"{overwrite}"
+                )
+            self.to_move = existing([self.merged, self.work])
+            return False
+        damage = find_damage(self.lora)
+        problem = f"is damaged: {damage}" if damage else self._outdated()
+        if problem and not settings.overwrite:
+            raise ValueError(f"{self.lora} {problem}; {overwrite}")
+        if problem:
+            print(f"{self.lora} {problem}: it will be moved aside")
+            self.to_move = existing([self.merged, self.work, self.lora])
+        return not problem
+
+    def _outdated(self) -> str | None:
+        """Why the adapter is not what this run would train, as words; None if it is."""
+        recorded = read_manifest(self.lora)
+        if not recorded.get("files"):  # made elsewhere: there is nothing to compare with
+            return None
+        parent = Path(self.settings.base_model or "") if self.stage.parent != "prepared" else Path("")
+        parent = parent if parent != Path("") else self.stage.default_parent(self.settings)
+        if parent.is_dir() and fingerprint(parent) not in recorded.get("made_from", {}).values():
+            return f"was trained from another model than the one that is in {parent} now"
+        earlier = find_outdated(self.lora)
+        if earlier:
+            return f"rests on something that has changed ({earlier})"
+        named = self.settings.engine, self.settings.dtype, self.settings.load_in_4bit
+        asked = {
+            name: value
+            for name, flag, value in zip(asdict(self.precision), named, asdict(self.precision).values(), strict=True)
+            if flag not in ("auto", None)
+        }
+        data = None
+        if Path(self.settings.dataset_dir).is_dir():
+            data = load_split(self.settings, quiet=True).train.content_hash()
+        changed = changed_settings(recorded, self.settings, asked, data)
+        return f"was trained with other settings: {', '.join(changed)}" if changed else None
+
     def needs_training(self) -> bool:
         """Whether the adapter is not there yet."""
         return self.parent is not None
 
-    def begin(self) -> None:
-        """All checks are done: end here in a dry run, else make the prepared base if there is none yet."""
-        if self.settings.dry_run:
-            print("dry run: settings, data, model folder and masks are fine")
-            sys.exit(0)
+    def begin(self, data: StageData) -> None:
+        """The last checks; end here in a dry run, else take the output folder and make the base if need be.
+
+        Args:
+            data: what is trained on; checkpoints of a run on other data, or with other settings, are refused.
+        """
         with user_errors():
+            self._check_checkpoints(data)
+            if self.settings.dry_run:
+                print("dry run: settings, data, model folder and masks are fine")
+                sys.exit(0)
+            self.lock.acquire()
+            for folder in self.to_move:
+                move_aside(folder)
+            if self.lora.exists():
+                raise FileExistsError(f"{self.lora} was made by another run meanwhile: run the command again")
             self.work.mkdir(parents=True, exist_ok=True)
             if self.to_prepare is not None:
-                print(f"preparing {self.parent} -> {self.to_prepare}")
-                with new_folder(self.to_prepare) as beside:
-                    done = prepare_base(self.parent, beside, self.settings.full_vocab)
-                    write_manifest(beside, provenance("prepared", self.settings, **done))
+                if self.to_prepare.exists():
+                    raise FileExistsError(f"{self.to_prepare} was made by another run meanwhile: run the command again")
+                self._prepare(self.parent, self.to_prepare)
                 self.parent, self.to_prepare = self.to_prepare, None
+            self._write_course(data)
+
+    def _check_checkpoints(self, data: StageData) -> None:
+        # What changes the course of the training must be what the checkpoints were made with.
+        path = self.work / COURSE
+        if self.work in self.to_move or not path.is_file() or not any(self.work.glob("checkpoint-*")):
+            return
+        before, course = json.loads(path.read_text(encoding="utf-8")), self._course(data)
+        changed = sorted(name for name in course if before.get(name) != course[name])
+        if not changed:
+            return
+        problem = f"{self.work} holds checkpoints of a run with other settings ({', '.join(changed)})"
+        if not self.settings.overwrite:
+            raise ValueError(f"{problem}: use those, or --overwrite, which moves them aside and starts anew")
+        print(f"{problem}: it will be moved aside")
+        self.to_move.append(self.work)
+
+    def _course(self, data: StageData) -> dict[str, Any]:
+        course = {name: value for name, value in asdict(self.settings).items() if name not in NOT_THE_COURSE}
+        course |= {
+            "precision": asdict(self.precision),
+            "data": data.split.train.content_hash(),
+            "parent": None if self.to_prepare else fingerprint(self.parent),
+        }
+        return json.loads(json.dumps(course))
+
+    def _write_course(self, data: StageData) -> None:
+        beside = (self.work / COURSE).with_suffix(".tmp")
+        beside.write_text(json.dumps(self._course(data), indent=2) + "\n", encoding="utf-8")
+        beside.replace(self.work / COURSE)
+
+    def _prepare(self, base: Path | str, folder: Path) -> None:
+        print(f"preparing {base} -> {folder}")
+        with new_folder(folder) as beside:
+            done = prepare_base(base, beside, self.settings.full_vocab)
+            if Path(base).is_dir():
+                done["base_files"] = file_table(Path(base))
+            script = self.stage.script
+            write_manifest(beside, provenance("prepared", script, self.settings, **done))
 
     def train(self, trainer: Any, data: StageData) -> None:
         """Train, from the last complete checkpoint of an interrupted run if there is one, and print a summary.
@@ -1071,7 +786,7 @@ class StageRun:
         import torch
 
         with user_errors():
-            checkpoint = self._last_checkpoint(data)
+            checkpoint = self._last_checkpoint()
         before = {"global_step": 0, "max_steps": -1, "num_input_tokens_seen": 0}
         if checkpoint is not None:
             print(f"continuing from {checkpoint}")
@@ -1093,37 +808,20 @@ class StageRun:
             f"{tokens / max(seconds, 1e-9):,.0f} tokens/s{memory}"
         )
 
-    def _last_checkpoint(self, data: StageData) -> Path | None:
-        # What changes the course of the training must be what the checkpoint was made with.
-        course = {k: v for k, v in asdict(self.settings).items() if k not in NOT_THE_COURSE}
-        course |= {
-            "precision": asdict(self.precision),
-            "data": data.split.train.content_hash(),
-            "parent": fingerprint(self.parent),
-        }
-        course = json.loads(json.dumps(course))
-        path = self.work / "course.json"
+    def _last_checkpoint(self) -> Path | None:
         # trainer_state.json is what the trainer writes last.
         found = {int(p.parent.name[11:]): p.parent for p in self.work.glob("checkpoint-[0-9]*/trainer_state.json")}
-        if found and path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            changed = sorted(k for k in course if before.get(k) != course[k])
-            if changed:
-                raise ValueError(
-                    f"{self.work} holds checkpoints of a run with other settings ({', '.join(changed)}): use those, or "
-                    "move the folder away to start anew"
-                )
-        beside = path.with_suffix(".tmp")
-        beside.write_text(json.dumps(course, indent=2) + "\n", encoding="utf-8")
-        beside.replace(path)
         return found[max(found)] if found else None
 
     def save(self, model: Any, data: StageData) -> None:
-        """Write the adapter with its tokenizer, manifest, metrics and curves."""
+        """Write the adapter with its tokenizer, manifest, metrics, curves, and what the trained model answers."""
         from report_tools import plot_metrics
 
-        hashes = {"data_hash": data.split.train.content_hash(), "parent_hash": fingerprint(self.parent)}
-        manifest = provenance(self.stage.name, self.settings, **hashes)
+        made = {
+            "data_fingerprint": data.split.train.content_hash(),
+            "made_from": made_from(self.parent, self.lora),
+        }
+        manifest = provenance(self.stage.name, self.stage.script, self.settings, **made)
         with new_folder(self.lora) as beside:
             save_adapter(model, data.tokenizer, beside, base=self.parent, precision=self.precision, manifest=manifest)
             metrics = self.work / "metrics.jsonl"
@@ -1133,44 +831,68 @@ class StageRun:
         print(f"saved {self.lora}")
 
     def merge(self) -> None:
-        """Merge the adapter into its base, unless that is done."""
+        """Merge the adapter into its base, unless that is done, and prove that the result is their sum."""
         import gc
 
         import torch
 
         with user_errors():
-            if is_complete(self.merged):
+            if self._is_merged():
                 print(f"{self.merged} is there: merge skipped")
                 return
             if self.settings.dry_run:
                 print(f"dry run: {self.lora} would be merged into {self.merged}")
                 return
+            self.lock.acquire()
             gc.collect()  # the memory of the trained model
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             begin = time.perf_counter()
             parent = self._where_the_parent_is()
+            if self.merged.exists():
+                move_aside(self.merged)
             with new_folder(self.merged) as beside:
                 done = merge_adapter(self.lora, beside, base=parent, merge_base=self.settings.merge_base)
                 # How the adapter was trained stands in its own manifest; this run's flags had no part in it.
-                made = read_manifest(self.lora) | {"adapter": str(self.lora.resolve()), **done, "base": str(parent)}
-                write_manifest(beside, made)
+                made = {name: value for name, value in read_manifest(self.lora).items() if name != "files"}
+                made |= {"adapter": str(self.lora.resolve()), **done, "base": str(parent)}
+                write_manifest(beside, {**made, "made_from": made_from(self.lora, self.merged)})
+        self.lock.release()
         print(f"saved {self.merged}: merged onto the {done['merged_onto']} base in {time.perf_counter() - begin:.0f} s")
         if done["merged_onto"] == "quantised":
             print(
                 "note: a next stage that quantises this model again loses its small changes (benchmarks/README.md); to "
-                f"keep them, move {self.merged} away and run this again with --merge_base original"
+                "keep them, run this again with --merge_base original --overwrite"
             )
+
+    def _is_merged(self) -> bool:
+        # Whether the merge is there and is that of this adapter onto the base that is asked for.
+        if not self.merged.exists():
+            return False
+        damage, recorded = find_damage(self.merged), read_manifest_or_nothing(self.merged)
+        problem = f"is damaged: {damage}" if damage else None
+        if not problem and find_outdated(self.merged):
+            problem = f"is outdated: {find_outdated(self.merged)}"
+        if not problem and "merged_onto" in recorded:
+            four_bit = recorded.get("precision", {}).get("load_in_4bit", False)
+            onto = "quantised" if self.settings.merge_base == "quantised" and four_bit else "16-bit"
+            if recorded["merged_onto"] != onto:
+                was = recorded.get("merge_base")
+                problem = f"was merged with --merge_base {was}, asked for is {self.settings.merge_base}"
+        if problem and not self.settings.overwrite:
+            raise ValueError(f"{self.merged} {problem}; --overwrite moves it aside and merges again")
+        if problem:
+            print(f"{self.merged} {problem}: it is moved aside")
+        return not problem
 
     def _where_the_parent_is(self) -> Path | str:
         # The adapter names its base by an absolute path; a whole output folder may have been moved or copied since.
         if self.parent is not None:
             return self.parent
-        output, prefix = Path(self.settings.output_dir), self.settings.artifact_prefix
-        name = "prepared" if self.stage.parent == "prepared" else f"{self.stage.parent}-merged"
-        here = output / f"{prefix}-{name}"
-        if read_manifest(self.lora).get("parent_hash") == fingerprint(here):
-            return here
+        for name, recorded in read_manifest(self.lora).get("made_from", {}).items():
+            here = self.lora.parent / name
+            if here.is_dir() and fingerprint(here) == recorded:
+                return here
         from peft import PeftConfig
 
         named = PeftConfig.from_pretrained(str(self.lora)).base_model_name_or_path

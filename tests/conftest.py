@@ -1,5 +1,8 @@
 """What several test files share: a generated dataset, a tiny base, and running a script as a user does."""
 
+import contextlib
+import importlib
+import io
 import os
 import subprocess
 import sys
@@ -40,3 +43,22 @@ def demo_base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "base"
     run("demo/make_base.py", "--out", folder)
     return folder
+
+
+def call(script, *flags):
+    """Run a stage's main in this process; returns its exit code and what it printed (both streams).
+
+    Quicker than `run`, for the many cases in which nothing depends on a process of its own.
+    """
+    module = importlib.import_module(script)
+    printed = io.StringIO()
+    arguments, sys.argv = sys.argv, [f"{script}.py", *map(str, flags)]
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            try:
+                module.main()
+            except SystemExit as stop:
+                return stop.code or 0, printed.getvalue()
+    finally:
+        sys.argv = arguments
+    return 0, printed.getvalue()

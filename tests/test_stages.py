@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import training_tools
+import artifact_tools
 
 SMALL = (
     "--engine", "transformers", "--sizes", 3, "--max_seq_length", 320, "--holdout_examples", 8, "--lora_r", 8,
@@ -107,13 +107,14 @@ def test_the_log_shows_data_masks_and_numbers(chained):
 def test_the_manifest_says_how_an_artifact_was_made(chained):
     manifest = json.loads((artifact(chained[0], "Base-lora") / "manifest.json").read_text())
     assert manifest["stage"] == "Base"
-    assert manifest["parent_hash"] == training_tools.fingerprint(artifact(chained[0], "prepared"))
+    prepared = artifact(chained[0], "prepared")
+    assert manifest["made_from"] == {prepared.name: artifact_tools.fingerprint(prepared)}
     assert manifest["settings"]["lora_r"] == 8
     assert manifest["precision"] == {"engine": "transformers", "dtype": "float32", "load_in_4bit": False}
     assert {"torch", "transformers", "peft", "trl"} <= set(manifest["versions"])
     merged = json.loads((artifact(chained[0], "Base-merged") / "manifest.json").read_text())
     assert (merged["settings"], merged["merge_base"]) == (manifest["settings"], "quantised")
-    assert len(manifest["data_hash"]) == 64
+    assert len(manifest["data_fingerprint"]) == 64
 
 
 def test_the_trained_embedding_is_float32_and_shared(chained):

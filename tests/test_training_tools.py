@@ -1,19 +1,18 @@
-"""Settings, artifacts and order of rows; what the scripts say to a user's mistakes stands in test_stages.py."""
+"""Settings and order of rows; what the scripts say to a user's mistakes stands in test_stages.py."""
 
 import dataclasses
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 import base_finetune
 import base_finetune_final
 import train_grpo
 import training_tools
-from training_tools import EpochSampler, find_problems, new_folder, parse_settings
+from run_settings import find_problems, parse_settings
+from training_tools import EpochSampler
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -132,39 +131,6 @@ def test_bad_config_files_are_refused(capsys, tmp_path, text, message):
 def test_no_default_is_a_problem():
     for module in (base_finetune, base_finetune_final, train_grpo):
         assert find_problems(module.Settings()) == []
-
-
-def test_a_folder_appears_only_when_it_is_complete(tmp_path):
-    target = tmp_path / "artifact"
-    with pytest.raises(RuntimeError, match="killed"), new_folder(target) as beside:
-        (beside / "half").write_text("x")
-        raise RuntimeError("killed")
-    assert not target.exists()
-    with new_folder(target) as beside:
-        assert list(beside.iterdir()) == []  # what the interrupted run left is gone
-        (beside / "whole").write_text("x")
-        assert not target.exists()
-    assert [p.name for p in target.iterdir()] == ["whole"]
-    with pytest.raises(FileExistsError), new_folder(target):
-        pass
-
-
-def test_a_half_written_folder_is_not_taken_for_an_artifact(tmp_path):
-    assert not training_tools.is_complete(tmp_path / "nothing")
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds no complete model"):
-        training_tools.is_complete(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"x")  # a download that was cut
-    with pytest.raises(ValueError, match=r"model.safetensors: "):
-        training_tools.is_complete(tmp_path)
-    save_file({"w": np.zeros(3, dtype=np.float32)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="expected tokenizer.json"):
-        training_tools.is_complete(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert training_tools.is_complete(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-00002-of-00002.safetensors"}}')
-    with pytest.raises(ValueError, match="model-00002-of-00002"):
-        training_tools.is_complete(tmp_path)
 
 
 def test_a_training_has_rows_for_every_epoch_that_it_enters():

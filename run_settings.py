@@ -1,0 +1,261 @@
+"""Settings of a run: their names, defaults and sentences, how they are parsed, and what is wrong with them.
+
+Each stage script adds its own decisions to RunSettings; flags and `--config` files are read here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from model_tools import EMBEDDING_MODULES, LINEAR_MODULES
+
+# Settings that say where and how a run is done and watched, not what comes out of it.
+NOT_THE_COURSE = (
+    "base_model", "dataset_dir", "output_dir", "artifact_prefix", "engine", "dtype", "load_in_4bit", "dry_run",
+    "overwrite", "merge_base", "gradient_checkpointing", "logging_steps", "eval_steps", "eval_puzzles",
+    "per_device_eval_batch_size", "save_steps", "save_total_limit", "report_to", "dataloader_num_workers",
+)  # fmt: skip
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with a default and the sentence that --help shows."""
+    if isinstance(default, (list, tuple)):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class RunSettings:
+    """What all stages share: where things are, how they run, LoRA's shape. The stages add what they decide."""
+
+    # Where
+    base_model: str | None = setting(None, "folder or hub name to start from; default: the parent stage's -merged")
+    dataset_dir: str = setting(
+        "dataset", "folder of task files: lists of input/output pairs, or official train/test files"
+    )
+    output_dir: str = setting("output", "folder of all artifacts; stages find each other's there")
+    artifact_prefix: str = setting("Llama-3.2-1B", "first part of the artifacts' names")
+    # How
+    engine: str = setting("auto", "unsloth, transformers, or auto: unsloth where there is CUDA")
+    load_in_4bit: bool | None = setting(None, "quantise the frozen base; default: on unsloth only")
+    dtype: str = setting("auto", "bfloat16, float16, float32, or auto: what this machine has")
+    full_vocab: bool = setting(False, "keep the whole vocabulary instead of one token per cell")
+    merge_base: str = setting(
+        "quantised",
+        "merge onto the base as it was trained on (quantised) or onto its 16-bit weights (original), which a next "
+        "stage that quantises again needs to keep small changes",
+    )
+    seed: int = setting(42, "seed of order and augmentation")
+    dry_run: bool = setting(False, "check settings, data, model folder and masks, then stop")
+    overwrite: bool = setting(
+        False,
+        "make damaged or outdated artifacts of this stage anew; the old ones are moved aside, never deleted",
+    )
+    # Data
+    n: int | None = setting(
+        None, "base puzzles to train on; default: all that the files yield without using an example twice"
+    )
+    sizes: list[int] = setting([6], "demonstration pairs of a puzzle; several: taken in turn")
+    grid_sizes: list[int] = setting([], "keep only pairs whose sides lie between these two bounds; default: all")
+    dataset_seed: int = setting(42, "seed of how examples form puzzles")
+    tp: str = setting("all", "transposed views: all, true (one drawn a sample) or false")
+    rt: str = setting("all", "rotated views: all, true (one drawn a sample) or false")
+    perm: bool = setting(True, "a new colour permutation for each sample and epoch")
+    keep_background: bool = setting(False, "colour permutations leave 0 alone")
+    shfl_ex: bool = setting(True, "a new order of the demonstrations for each sample and epoch")
+    max_seq_length: int = setting(1536, "longest row in tokens; demonstrations are dropped to fit")
+    # Held out: the same flags everywhere give the same split, so that no stage trains on what the evaluation uses
+    holdout_examples: int = setting(64, "puzzles held out, spread evenly over the tasks that are trained on")
+    holdout_tasks: int = setting(0, "whole tasks held out")
+    holdout_seed: int = setting(42, "seed of the split")
+    # LoRA
+    lora_r: int = setting(512, "rank; embed_tokens and lm_head are trained in full whatever the rank")
+    lora_alpha: float = setting(24.0, "the update is scaled by alpha / sqrt(r)")
+    lora_dropout: float = setting(0.0, "dropout in front of the LoRA matrices")
+    lora_bias: str = setting("none", "none, all or lora_only")
+    use_rslora: bool = setting(True, "rank-stabilised scaling; false: alpha / r")
+    target_modules: list[str] = setting(LINEAR_MODULES + EMBEDDING_MODULES, "layers that LoRA is added to")
+    random_state: int = setting(42, "seed of LoRA's initial values")
+    # Training
+    per_device_train_batch_size: int = setting(4, "samples of one forward pass")
+    gradient_accumulation_steps: int = setting(2, "forward passes of one step")
+    num_train_epochs: float = setting(1.0, "epochs; an epoch holds every base puzzle in each of its enumerated views")
+    max_steps: int = setting(-1, "stop after this many steps; -1: when the epochs are done")
+    learning_rate: float = setting(1e-4, "highest rate of the LoRA matrices")
+    embedding_learning_rate: float = setting(1e-5, "highest rate of embed_tokens and lm_head")
+    lr_scheduler_type: str = setting("cosine", "a schedule of transformers")
+    warmup_ratio: float = setting(0.25, "share of the steps in which the rate rises")
+    optim: str = setting("adamw_8bit", "an optimizer of transformers")
+    weight_decay: float = setting(0.0, "decoupled weight decay")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
+    gradient_checkpointing: bool = setting(True, "recompute activations to save memory; false is faster where they fit")
+    # Watching
+    logging_steps: int = setting(10, "steps between log lines")
+    eval_steps: int = setting(500, "steps between measurements on the held-out puzzles; 0: never")
+    eval_puzzles: int = setting(32, "held-out puzzles that are decoded for the exact match; 0: none")
+    per_device_eval_batch_size: int = setting(8, "held-out puzzles measured or decoded at once")
+    save_steps: int | None = setting(
+        None, "steps between checkpoints; default: as many as are done in five minutes; 0: no checkpoints"
+    )
+    save_total_limit: int = setting(2, "checkpoints kept")
+    report_to: str = setting("none", "none, tensorboard, wandb, ...")
+    dataloader_num_workers: int = setting(0, "processes that make batches ahead; 0: the main one does")
+
+    def problems(self) -> list[str]:
+        """What is wrong with the settings that only this stage has, one line each."""
+        return []
+
+
+def parse_settings(cls: type, argv: Sequence[str] | None = None) -> Any:
+    """Parse flags (`--learning_rate 1e-4`) and an optional `--config file.yaml` into a settings dataclass.
+
+    Flags win over the file. Whatever is wrong is said in one message, with exit code 2.
+    """
+    from transformers.hf_argparser import HfArgumentParser
+
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal or log that cannot show a sign gets another, not a traceback
+            stream.reconfigure(errors="replace")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(cls, description=sys.modules[cls.__module__].__doc__, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE.yaml", help="settings by name; flags win over it")
+    with user_errors():
+        parser.error = _raise_value_error
+        config, _ = _config_parser().parse_known_args(argv)
+        if config.config is not None:
+            # As flags before the others: the parser converts and checks them in the same way, and later flags win.
+            argv = [*_as_flags(_read_config(Path(config.config), cls)), *argv]
+        namespace, unknown = parser.parse_known_args(argv)
+        if unknown:
+            raise ValueError(f"unknown flags: {' '.join(unknown)}; see --help")
+        settings = cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)})
+        problems = find_problems(settings)
+        if problems:
+            raise ValueError("\n".join(["settings that cannot be used:", *(f"  --{p}" for p in problems)]))
+    return settings
+
+
+def _raise_value_error(message: str) -> None:
+    raise ValueError(f"{message}; see --help")
+
+
+def _read_config(path: Path, cls: type) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: found a {type(values).__name__}, expected lines of `name: value`")
+    unknown = sorted(map(str, set(values) - {f.name for f in fields(cls)}))
+    if unknown:
+        raise ValueError(f"{path}: unknown settings {', '.join(unknown)}; see --help for the names")
+    return values
+
+
+def _config_parser() -> Any:
+    import argparse
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    return parser
+
+
+def _as_flags(values: dict[str, Any]) -> list[str]:
+    flags = []
+    for name, value in values.items():
+        if value is None or value == []:  # not set: the default
+            continue
+        flags.append(f"--{name}")
+        flags += [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    return flags
+
+
+def find_problems(settings: RunSettings) -> list[str]:
+    """Everything wrong with the settings themselves, one line each; empty if nothing is."""
+    problems = []
+
+    def check(name: str, good: bool, expected: str) -> None:
+        if not good:
+            problems.append(f"{name} is {getattr(settings, name)!r}: expected {expected}")
+
+    for name in ("learning_rate", "embedding_learning_rate", "lora_alpha", "max_grad_norm", "num_train_epochs"):
+        value = getattr(settings, name)
+        check(name, math.isfinite(value) and value > 0, "a number above 0")
+    for name in (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "lora_r",
+        "logging_steps",
+        "save_total_limit",
+        "per_device_eval_batch_size",
+    ):
+        check(name, getattr(settings, name) >= 1, "a whole number from 1")
+    for name in (
+        "holdout_examples",
+        "holdout_tasks",
+        "eval_steps",
+        "eval_puzzles",
+        "dataloader_num_workers",
+        "seed",
+    ):
+        check(name, getattr(settings, name) >= 0, "a whole number from 0")
+    check("seed", settings.seed < 2**32, "a whole number below 2**32")
+    check("save_steps", settings.save_steps is None or settings.save_steps >= 0, "a whole number from 0")
+    check("n", settings.n is None or settings.n >= 1, "a whole number from 1")
+    check("max_steps", settings.max_steps == -1 or settings.max_steps >= 1, "a whole number from 1, or -1 for no limit")
+    check("max_seq_length", settings.max_seq_length >= 16, "a whole number from 16")
+    check("weight_decay", math.isfinite(settings.weight_decay) and settings.weight_decay >= 0, "a number from 0")
+    check("warmup_ratio", 0 <= settings.warmup_ratio < 1, "a share from 0 to below 1")
+    check("lora_dropout", 0 <= settings.lora_dropout < 1, "a share from 0 to below 1")
+    check("sizes", len(settings.sizes) > 0 and min(settings.sizes) >= 1, "whole numbers from 1")
+    bounds = settings.grid_sizes
+    check("grid_sizes", not bounds or (len(bounds) == 2 and 1 <= bounds[0] <= bounds[1]), "two bounds, such as 1 10")
+    for name, choices in {
+        "engine": ("auto", "unsloth", "transformers"),
+        "dtype": ("auto", "bfloat16", "float16", "float32"),
+        "merge_base": ("quantised", "original"),
+        "tp": ("all", "true", "false"),
+        "rt": ("all", "true", "false"),
+        "lora_bias": ("none", "all", "lora_only"),
+    }.items():
+        check(name, str(getattr(settings, name)).lower() in choices, " or ".join(choices))
+    unknown = [m for m in settings.target_modules if m not in LINEAR_MODULES + EMBEDDING_MODULES]
+    good = not unknown and any(m in LINEAR_MODULES for m in settings.target_modules)
+    check("target_modules", good, f"names among {' '.join(LINEAR_MODULES + EMBEDDING_MODULES)}, not only embeddings")
+    return problems + settings.problems()
+
+
+def failed_checks(settings: RunSettings, checks: dict[str, tuple[bool, str]]) -> list[str]:
+    """One line for each setting whose check (whether it is good, what is expected) failed."""
+    return [
+        f"{name} is {getattr(settings, name)!r}: expected {expected}"
+        for name, (good, expected) in checks.items()
+        if not good
+    ]
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn what a user can mend (bad values, missing or unwritable files) into one message and exit code 2.
+
+    Meant for the set-up of a run. Errors inside training are bugs or machine trouble and keep their traceback, as all
+    do where ARC_TRACEBACK is set in the environment.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("ARC_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
