@@ -210,6 +210,9 @@ def find_problems(settings: RunSettings) -> list[str]:
         "seed",
     ):
         check(name, getattr(settings, name) >= 0, "a whole number from 0")
+    for name in ("dataset_dir", "output_dir", "artifact_prefix"):
+        check(name, bool(getattr(settings, name).strip()), "a name")
+    check("artifact_prefix", Path(settings.artifact_prefix).name == settings.artifact_prefix, "a name without folders")
     check("seed", settings.seed < 2**32, "a whole number below 2**32")
     check("save_steps", settings.save_steps is None or settings.save_steps >= 0, "a whole number from 0")
     check("n", settings.n is None or settings.n >= 1, "a whole number from 1")

@@ -12,12 +12,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from merge_tools import merge_adapter
 
 from arc_loader import ArcDataset, Holdout, format_options
 from arc_samples import SampleEncoder, TrainingSamples
@@ -39,6 +39,7 @@ from artifact_tools import (
     stale_base,
     versions,
 )
+from merge_tools import PROBE, describe_check, make_probe_rows, merge_and_check, record_probe
 from model_tools import (
     EMBEDDING_MODULES,
     InputMaskingDataCollator,
@@ -55,8 +56,12 @@ from model_tools import (
     write_manifest,
 )
 from report_tools import read_metrics
+from run_guards import StopSignals, complete_checkpoints, guard, machine_errors, refuse_pickles
 from run_settings import NOT_THE_COURSE, RunSettings, user_errors
 
+SAVE_SECONDS = 300.0  # of work between checkpoints, unless --save_steps says otherwise
+NEVER = 2**31 - 1  # a number of steps that no run reaches
+PROBE_ROWS = 64  # held-out puzzles on which a merge is compared with the trained model
 COURSE = "course.json"  # beside the checkpoints: what decides the course of the training that they are of
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -494,14 +499,16 @@ def common_arguments(run: StageRun) -> dict[str, Any]:
         "bf16": precision.dtype == "bfloat16",
         "fp16": precision.dtype == "float16",
         "gradient_checkpointing": settings.gradient_checkpointing,
-        "save_strategy": "steps" if settings.save_steps else "no",
-        "save_steps": settings.save_steps or 500,
+        # By the clock (run_guards), unless a number of steps is given; always at the last step.
+        "save_strategy": "no" if settings.save_steps == 0 else "steps",
+        "save_steps": settings.save_steps or NEVER,
         "save_total_limit": settings.save_total_limit,
         "remove_unused_columns": False,  # the collator reads reply_spans and key, the reward reads key
         "dataloader_num_workers": settings.dataloader_num_workers,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_steps": settings.logging_steps,
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it would hide a loss that is no number
         "report_to": [] if settings.report_to == "none" else settings.report_to.split(","),
     }
     if precision.engine == "transformers":
@@ -769,7 +776,7 @@ class StageRun:
 
     def _prepare(self, base: Path | str, folder: Path) -> None:
         print(f"preparing {base} -> {folder}")
-        with new_folder(folder) as beside:
+        with self._machine_errors("preparing the base"), new_folder(folder) as beside:
             done = prepare_base(base, beside, self.settings.full_vocab)
             if Path(base).is_dir():
                 done["base_files"] = file_table(Path(base))
@@ -787,6 +794,8 @@ class StageRun:
 
         with user_errors():
             checkpoint = self._last_checkpoint()
+            if checkpoint is not None:
+                refuse_pickles(checkpoint)
         before = {"global_step": 0, "max_steps": -1, "num_input_tokens_seen": 0}
         if checkpoint is not None:
             print(f"continuing from {checkpoint}")
@@ -795,7 +804,14 @@ class StageRun:
                 # Training was done, only not saved yet. A trainer that resumes here would take one step more.
                 trainer._load_from_checkpoint(str(checkpoint))
                 return
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with self._machine_errors("training"), StopSignals() as signals:
+            guard(trainer, signals=signals, save_seconds=None if self.settings.save_steps is not None else SAVE_SECONDS)
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if signals.received is not None and trainer.state.global_step < trainer.state.max_steps:
+            step, kept = trainer.state.global_step, self._last_checkpoint()
+            kept = f"; {kept} is kept, the same command continues from it" if kept else "; no checkpoint was asked for"
+            print(f"stopped by {signals.received.name} after step {step}{kept}", file=sys.stderr)
+            sys.exit(128 + signals.received)
         state, seconds = trainer.state, result.metrics.get("train_runtime", 0.0)
         losses = [record["loss"] for record in state.log_history if "loss" in record]
         tokens = state.num_input_tokens_seen - before["num_input_tokens_seen"]
@@ -809,9 +825,12 @@ class StageRun:
         )
 
     def _last_checkpoint(self) -> Path | None:
-        # trainer_state.json is what the trainer writes last.
-        found = {int(p.parent.name[11:]): p.parent for p in self.work.glob("checkpoint-[0-9]*/trainer_state.json")}
-        return found[max(found)] if found else None
+        return next(iter(complete_checkpoints(self.work)), None)
+
+    def _machine_errors(self, doing: str) -> AbstractContextManager[None]:
+        return machine_errors(
+            doing, self.settings, Path(self.settings.output_dir), last_checkpoint=self._last_checkpoint
+        )
 
     def save(self, model: Any, data: StageData) -> None:
         """Write the adapter with its tokenizer, manifest, metrics, curves, and what the trained model answers."""
@@ -822,12 +841,14 @@ class StageRun:
             "made_from": made_from(self.parent, self.lora),
         }
         manifest = provenance(self.stage.name, self.stage.script, self.settings, **made)
-        with new_folder(self.lora) as beside:
+        with self._machine_errors("saving the adapter"), new_folder(self.lora) as beside:
             save_adapter(model, data.tokenizer, beside, base=self.parent, precision=self.precision, manifest=manifest)
             metrics = self.work / "metrics.jsonl"
             if metrics.is_file():
                 shutil.copy(metrics, beside / metrics.name)
                 plot_metrics(metrics, beside / "loss.png")
+            rows = data.heldout_rows(self.settings.max_seq_length)[:PROBE_ROWS] or make_probe_rows(data.tokenizer)
+            record_probe(model, self.precision.engine, data.tokenizer, rows, beside / PROBE)
         print(f"saved {self.lora}")
 
     def merge(self) -> None:
@@ -851,13 +872,14 @@ class StageRun:
             parent = self._where_the_parent_is()
             if self.merged.exists():
                 move_aside(self.merged)
-            with new_folder(self.merged) as beside:
-                done = merge_adapter(self.lora, beside, base=parent, merge_base=self.settings.merge_base)
+            with self._machine_errors("merging"), new_folder(self.merged) as beside:
+                done = merge_and_check(self.lora, beside, base=parent, merge_base=self.settings.merge_base)
                 # How the adapter was trained stands in its own manifest; this run's flags had no part in it.
                 made = {name: value for name, value in read_manifest(self.lora).items() if name != "files"}
                 made |= {"adapter": str(self.lora.resolve()), **done, "base": str(parent)}
                 write_manifest(beside, {**made, "made_from": made_from(self.lora, self.merged)})
         self.lock.release()
+        print(describe_check(done["check"]))
         print(f"saved {self.merged}: merged onto the {done['merged_onto']} base in {time.perf_counter() - begin:.0f} s")
         if done["merged_onto"] == "quantised":
             print(

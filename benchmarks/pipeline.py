@@ -3,8 +3,9 @@
     python benchmarks/pipeline.py --base_model MODEL --dataset_dir dataset --output_dir output
 
 Runs the scripts as a user does, then again (everything must be skipped), loads every -merged with plain transformers
-and every -lora with plain peft, counts how much of the trained embedding moved, compares each merge with the model as
-trained, and repeats a few steps of stage 1 in float16. Further flags go to all three scripts. Writes --results.
+and every -lora with plain peft, compares base + adapter as the manifest says with what the trained model answered,
+counts how much of the trained embedding moved, and repeats a few steps of stage 1 in float16. Further flags go to all
+three scripts. Writes --results.
 """
 
 from __future__ import annotations
@@ -63,107 +64,53 @@ def moved_share(output: Path, dataset_dir: str) -> dict[str, Any]:
     return {"dtype": str(after.dtype), "rows": len(seen), "moved": moved}
 
 
-def probe_ids(tokenizer: Any) -> Any:
-    """Token ids (1, tokens) of a text in the puzzles' format, the same in every process."""
-    text = "".join(f"I{i}12\n3{i}4\n+/-=O4{i}\n1{i}\n{tokenizer.eos_token}" for i in range(9))
-    return tokenizer(text, return_tensors="pt")["input_ids"]
-
-
-def save_trained_logits(lora: Path, out: Path) -> None:
-    """Load base and adapter as in training, by the engine that trained them, and save the log probabilities.
-
-    Runs in a process of its own: Unsloth changes the libraries that the other checks use plain.
-    """
-    import model_tools
-    from training_tools import import_unsloth
-
-    precision = model_tools.Precision(**model_tools.read_manifest(lora)["precision"])
-    if precision.engine == "unsloth":
-        import_unsloth()
-    import torch
-
-    model, tokenizer = model_tools.load_model(model_tools.read_manifest(lora)["base"], precision)
-    model = model_tools.load_adapter(model, lora).eval()
-    with torch.no_grad():
-        logits = model(probe_ids(tokenizer).to(model.device)).logits
-    torch.save(torch.log_softmax(logits.double(), -1).cpu(), out)
-
-
-def check_artifacts(output: Path, name: str, logs: Path) -> dict[str, float]:
-    """Load one stage's folders with plain libraries and compare both merges with the model as trained.
+def check_artifacts(output: Path, name: str) -> dict[str, Any]:
+    """Load one stage's folders with plain libraries.
 
     Returns:
-        KL divergence in nats a token, on one text, of each merge base's merge to base and adapter as trained:
-        `kl_quantised`, `kl_original` with the base loaded by transformers, `kl_engine` by the engine that trained.
+        What the script's own proof of the merge found (from the manifest), and under `reloaded_kl` and `reloaded_top1`
+        how near base and adapter, loaded by transformers and peft as the manifest says, come to what the trained model
+        answered when the training ended: KL divergence in nats a token, and the share of equal first choices.
     """
     import torch
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM
 
-    import model_tools
+    from merge_tools import compare_with_probe
+    from model_tools import Precision, load_model, read_manifest
 
     lora, merged = output / f"{PREFIX}-{name}-lora", output / f"{PREFIX}-{name}-merged"
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = model_tools.load_tokenizer(merged)
-    ids = probe_ids(tokenizer).to(device)
-
-    def logits(model: Any) -> torch.Tensor:
-        model.eval()
-        with torch.no_grad():
-            found = torch.log_softmax(model(ids).logits.double(), -1)
-        if not torch.isfinite(found).all():
-            sys.exit(f"{name}: logits that are not finite")
-        return found
-
+    device = {"": "cuda" if torch.cuda.is_available() else "cpu"}
     base = PeftConfig.from_pretrained(lora).base_model_name_or_path
-    plain = logits(AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32, device_map={"": device}))
-    logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, device_map={"": device}), lora))
-    recorded = model_tools.read_manifest(lora)["precision"]
-    as_trained = model_tools.Precision(**{**recorded, "engine": "transformers"})
-    trained = logits(model_tools.load_adapter(model_tools.load_model(base, as_trained)[0], lora))
-    original = output / f"{PREFIX}-{name}-original"
-    if not original.exists():
-        original.mkdir()
-        model_tools.merge_adapter(lora, original, merge_base="original")
-    other = logits(AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32, device_map={"": device}))
-
-    saved = logs / f"{name}-logits.pt"
-    command = [sys.executable, __file__, "--save_logits", str(lora), "--results", str(saved)]
-    if subprocess.run(command, check=False).returncode:
-        sys.exit(f"{name}: the engine that trained the adapter could not load it")
-    by_engine = torch.load(saved, weights_only=True).to(device)
-
-    def apart(p: torch.Tensor, q: torch.Tensor) -> float:
-        return float((p.exp() * (p - q)).sum(-1).mean())
-
-    return {
-        "kl_quantised": apart(trained, plain),
-        "kl_original": apart(trained, other),
-        "kl_engine": apart(by_engine, plain),
-    }
+    for model in (
+        AutoModelForCausalLM.from_pretrained(merged, dtype="auto", device_map=device),
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, device_map=device), lora),
+    ):
+        with torch.no_grad():
+            logits = model(torch.arange(32, device=model.device)[None] % 60).logits
+        if not torch.isfinite(logits).all():
+            sys.exit(f"{name}: logits that are not finite")
+    trained = Precision(**{**read_manifest(lora)["precision"], "engine": "transformers"})
+    model = PeftModel.from_pretrained(load_model(base, trained)[0], lora).eval()
+    kl, top1 = compare_with_probe(model, lora)
+    return {**read_manifest(merged)["check"], "reloaded_kl": kl, "reloaded_top1": top1}
 
 
 def main() -> None:
     """Run, check, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base_model")
+    parser.add_argument("--base_model", required=True)
     parser.add_argument("--dataset_dir", default="dataset")
     parser.add_argument("--output_dir", default="output")
     parser.add_argument("--steps", type=int, default=60, help="steps of stages 1 and 2")
     parser.add_argument("--grpo_steps", type=int, default=5)
     parser.add_argument("--fp16_steps", type=int, default=10, help="0: no float16 run")
-    parser.add_argument("--save_logits", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=Path("pipeline.json"))
     args, more = parser.parse_known_args()
-    if args.save_logits:
-        save_trained_logits(args.save_logits, args.results)
-        return
-    if not args.base_model:
-        parser.error("--base_model is needed")
 
     import torch
 
-    from training_tools import versions
+    from artifact_tools import versions
 
     output, logs = Path(args.output_dir), args.results.parent
     logs.mkdir(parents=True, exist_ok=True)
@@ -197,10 +144,8 @@ def main() -> None:
         result["rows"].append(row)
         print(row, flush=True)
         args.results.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    result["folders"] = sorted(
-        p.name for p in output.iterdir() if p.is_dir() and not p.name.endswith(("-checkpoints", "-original"))
-    )
-    result["merges"] = {name: check_artifacts(output, name, logs) for _, name in STAGES}
+    result["folders"] = sorted(p.name for p in output.iterdir() if p.is_dir() and not p.name.endswith("-checkpoints"))
+    result["merges"] = {name: check_artifacts(output, name) for _, name in STAGES}
     result["embedding"] = moved_share(output, args.dataset_dir)
     result["float16_losses"] = []
     if args.fp16_steps:

@@ -120,7 +120,7 @@ def main() -> None:
     for step in sorted(curves[0]):
         print(f"| {step} | {curves[0][step]:.6f} | {curves[1].get(step, float('nan')):.6f} |")
     print(f"largest difference of a weight: {difference:.2g} (largest weight {largest:.2g})")
-    print("\n".join(lines_with(log, "continuing from", "merge check", "is not whole")))
+    print("\n".join(lines_with(log, "continuing from", "merge proven", "is not whole")))
 
     # The same adapter merged onto the original base.
     original = args.output_dir / "original"
@@ -131,7 +131,7 @@ def main() -> None:
     checks: dict[str, Any] = {}
     for name, output in (("quantised", whole), ("original", original)):
         checks[name] = read_manifest(output / f"{PREFIX}-Base-merged").get("check")
-        print(f"--merge_base {name}: " + " ".join(lines_with(args.output_dir / f"{output.name}.log", "merge check")))
+        print(f"--merge_base {name}: " + " ".join(lines_with(args.output_dir / f"{output.name}.log", "merge proven")))
     result = {
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
         "versions": versions(),

@@ -191,7 +191,7 @@ def test_training_that_was_done_but_not_saved_takes_no_further_step(tmp_path, de
     shutil.rmtree(lora)
     shutil.rmtree(artifact(tmp_path, "Base-merged"))
     printed = run("base_finetune.py", *flags)
-    assert "continuing from" in printed and "trained" not in printed.split("continuing from")[1]
+    assert "continuing from" in printed and "steps to step" not in printed.split("continuing from")[1]
     again = load_file(lora / "adapter_model.safetensors")
     assert all(torch.equal(once[name], again[name]) for name in once)
 
@@ -237,7 +237,18 @@ def test_grpo_learns_from_its_rewards(tmp_path, demo_base):
     fast = ("--learning_rate", 5e-3, "--embedding_learning_rate", 5e-3, "--max_steps", 80, "--eval_steps", 0)
     run("base_finetune.py", *SFT, *fixed, *fast, "--save_steps", 0, "--base_model", demo_base)
     merged = artifact(output, "Base-merged")
-    steps = ("--max_steps", 4, "--learning_rate", 1e-3, "--num_generations", 8, "--per_device_train_batch_size", 16)
+    steps = (
+        "--max_steps",
+        4,
+        "--save_steps",
+        2,
+        "--learning_rate",
+        1e-3,
+        "--num_generations",
+        8,
+        "--per_device_train_batch_size",
+        16,
+    )
     run("train_grpo.py", *GRPO, *fixed, *steps, "--base_model", merged)
     records = [json.loads(x) for x in (artifact(output, "Final-RL-lora") / "metrics.jsonl").read_text().splitlines()]
     rewards = [r["reward"] for r in records if "reward" in r]
@@ -246,6 +257,17 @@ def test_grpo_learns_from_its_rewards(tmp_path, demo_base):
     state = load_file(artifact(output, "Final-RL-lora") / "adapter_model.safetensors")
     assert all(t.abs().max() > 0 for name, t in state.items() if "lora_B" in name)
     assert not any("embed_tokens" in name for name in state)  # stage 3 leaves the embeddings alone
+
+    # Stopped after step 2 and continued: the same rewards, and the same weights bit for bit.
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    for name in ("Final-RL-lora", "Final-RL-merged", "Final-RL-checkpoints/checkpoint-4"):
+        shutil.rmtree(artifact(output, name))
+    printed = run("train_grpo.py", *GRPO, *fixed, *steps, "--base_model", merged)
+    assert "checkpoint-2" in printed and "trained 2 steps to step 4" in printed
+    again = load_file(artifact(output, "Final-RL-lora") / "adapter_model.safetensors")
+    assert all(torch.equal(state[name], again[name]) for name in state)
+    records = [json.loads(x) for x in (artifact(output, "Final-RL-lora") / "metrics.jsonl").read_text().splitlines()]
+    assert [r["reward"] for r in records if "reward" in r] == rewards
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real tokenizer and the course dataset beside the checkout")
