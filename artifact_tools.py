@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from model_tools import MANIFEST, check_base, read_manifest, write_manifest
-from run_settings import NOT_THE_COURSE, RunSettings
+from run_settings import RunSettings, course_settings
 
 INCOMPLETE = ".incomplete"
 LOCK = ".lock"
@@ -419,8 +419,9 @@ def changed_settings(
         precision: those of engine, dtype and load_in_4bit that the user has named; the others may be what they were.
         data: fingerprint of its puzzles; None if they are not at hand.
     """
-    before, now = recorded.get("settings", {}), json.loads(json.dumps(asdict(settings)))
-    pairs = {name: (before[name], now[name]) for name in now if name in before and name not in NOT_THE_COURSE}
+    before = course_settings(recorded.get("settings", {}))
+    now = course_settings(json.loads(json.dumps(asdict(settings))))
+    pairs = {name: (before[name], now[name]) for name in now if name in before}
     if recorded.get("precision"):
         pairs |= {name: (recorded["precision"][name], value) for name, value in precision.items()}
     changed = [f"{name} (was {_short(a)}, is {_short(b)})" for name, (a, b) in pairs.items() if a != b]

@@ -760,105 +760,11 @@ def load_adapter(model: Any, path: str | Path) -> Any:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(model, str(path), is_trainable=False)
+        # Read on the CPU: beside a model in float32, a card of 8 GB has no room for a second copy of whole matrices.
+        return PeftModel.from_pretrained(model, str(path), is_trainable=False, torch_device="cpu")
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
         raise ValueError(
             f"the adapter {path} was trained on another base: {str(error).splitlines()[-1].strip()}"
         ) from None
-
-
-def merge_adapter(
-    adapter: str | Path,
-    out: str | Path,
-    *,
-    base: str | Path | None = None,
-    merge_base: str = "quantised",
-    precision: Precision | None = None,
-) -> dict[str, Any]:
-    """Merge an adapter into its base and write a standalone 16-bit model.
-
-    The sum is made in float32 and rounded once. `quantised`: onto the base as the adapter was trained on it, that is
-    4-bit weights dequantised (what training saw, so the merge behaves as the trained model did). `original`: onto the
-    16-bit base. An adapter that was trained on a 16-bit base gives the same either way.
-
-    Args:
-        adapter: a `-lora` folder.
-        out: an existing folder, written into.
-        base: the 16-bit base folder; default: the one that the adapter names.
-        merge_base: "quantised" or "original".
-        precision: how the base was loaded in training; default: as the adapter's manifest says.
-
-    Returns:
-        What was done, for the manifest.
-
-    Raises:
-        ValueError: unknown `merge_base`, or an adapter that does not say how its base was loaded.
-    """
-    import torch
-    from peft import PeftConfig
-
-    if merge_base not in ("quantised", "original"):
-        raise ValueError(f"merge_base is {merge_base!r}: expected 'quantised' or 'original'")
-    base = base or PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    if precision is None:
-        recorded = read_manifest(adapter).get("precision")
-        if recorded is None and merge_base == "quantised":
-            raise ValueError(f"{adapter} does not record how its base was loaded: merge with --merge_base original")
-        precision = Precision(**recorded) if recorded else None
-    quantised = merge_base == "quantised" and precision is not None and precision.load_in_4bit
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_merge_base(base, precision if quantised else None, device)
-    # A 16-bit type as saved: the base's own, or float16 if that is what the arithmetic of the training was.
-    dtype = torch.float16 if precision is not None and precision.dtype == "float16" else saved_dtype(base)
-    merged = load_adapter(model, adapter).merge_and_unload(safe_merge=True)
-    if merged.config.tie_word_embeddings:
-        merged.tie_weights()
-    merged = merged.to(dtype)
-    merged.config.dtype = dtype
-    merged.save_pretrained(str(out))
-    load_tokenizer(adapter).save_pretrained(str(out))
-    return {"merge_base": merge_base, "merged_onto": "quantised" if quantised else "16-bit", "dtype": str(dtype)[6:]}
-
-
-def saved_dtype(folder: str | Path) -> torch.dtype:
-    """The 16-bit type that a model folder is stored in (bfloat16 for one stored in float32)."""
-    import torch
-    from transformers import AutoConfig
-
-    dtype = AutoConfig.from_pretrained(str(folder)).dtype
-    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-
-
-def load_merge_base(base: str | Path, precision: Precision | None, device: str = "cpu") -> Any:
-    """Load a base in float32, its linear layers as 4-bit training saw them if `precision` is given.
-
-    Args:
-        base: a 16-bit model folder.
-        precision: how it was loaded in training, or None for the 16-bit weights.
-        device: where to quantise and add; the same kind of device as in training gives the same 4-bit values.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        str(base), dtype=torch.float32, device_map={"": device}, trust_remote_code=False
-    )
-    if precision is None or not precision.load_in_4bit:
-        return model
-    import bitsandbytes as bnb
-
-    trained = _load_transformers(base, precision)
-    with torch.no_grad():
-        for name, module in trained.named_modules():
-            if isinstance(module, bnb.nn.Linear4bit):
-                # Rounded to the compute type first, as each forward pass of the training did; then exact in float32.
-                weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).to(
-                    precision.torch_dtype
-                )
-                model.get_submodule(name).weight.copy_(weight)
-            else:
-                for own, value in module.named_parameters(recurse=False):
-                    model.get_submodule(name).get_parameter(own).copy_(value)
-    return model

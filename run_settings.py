@@ -113,6 +113,13 @@ class RunSettings:
         return []
 
 
+def course_settings(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what comes out of a training; of the batch only its size, however it is divided."""
+    course = {name: value for name, value in values.items() if name not in NOT_THE_COURSE}
+    parts = [course.pop(name, 1) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
+    return course | {"samples_per_step": parts[0] * parts[1]}
+
+
 def parse_settings(cls: type, argv: Sequence[str] | None = None) -> Any:
     """Parse flags (`--learning_rate 1e-4`) and an optional `--config file.yaml` into a settings dataclass.
 

@@ -56,11 +56,22 @@ from model_tools import (
     write_manifest,
 )
 from report_tools import read_metrics
-from run_guards import StopSignals, complete_checkpoints, guard, machine_errors, refuse_pickles
-from run_settings import NOT_THE_COURSE, RunSettings, user_errors
+from run_guards import (
+    StopSignals,
+    complete_checkpoints,
+    count_weights,
+    disk_needs,
+    find_shortages,
+    generation_steps,
+    guard,
+    machine_errors,
+    memory_needs,
+    read_free,
+    refuse_pickles,
+)
+from run_settings import RunSettings, course_settings, user_errors
 
 SAVE_SECONDS = 300.0  # of work between checkpoints, unless --save_steps says otherwise
-NEVER = 2**31 - 1  # a number of steps that no run reaches
 PROBE_ROWS = 64  # held-out puzzles on which a merge is compared with the trained model
 COURSE = "course.json"  # beside the checkpoints: what decides the course of the training that they are of
 
@@ -499,16 +510,14 @@ def common_arguments(run: StageRun) -> dict[str, Any]:
         "bf16": precision.dtype == "bfloat16",
         "fp16": precision.dtype == "float16",
         "gradient_checkpointing": settings.gradient_checkpointing,
-        # By the clock (run_guards), unless a number of steps is given; always at the last step.
-        "save_strategy": "no" if settings.save_steps == 0 else "steps",
-        "save_steps": settings.save_steps or NEVER,
-        "save_total_limit": settings.save_total_limit,
+        # By the clock unless a number of steps is given, and at the last step; run_guards.guard keeps the newest.
+        "save_strategy": "steps" if settings.save_steps else "no",
+        "save_steps": settings.save_steps or 500,
         "remove_unused_columns": False,  # the collator reads reply_spans and key, the reward reads key
         "dataloader_num_workers": settings.dataloader_num_workers,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_steps": settings.logging_steps,
         "logging_first_step": True,
-        "logging_nan_inf_filter": False,  # it would hide a loss that is no number
         "report_to": [] if settings.report_to == "none" else settings.report_to.split(","),
     }
     if precision.engine == "transformers":
@@ -729,6 +738,7 @@ class StageRun:
         """
         with user_errors():
             self._check_checkpoints(data)
+            self._check_machine(data.tokenizer)
             if self.settings.dry_run:
                 print("dry run: settings, data, model folder and masks are fine")
                 sys.exit(0)
@@ -760,9 +770,31 @@ class StageRun:
         print(f"{problem}: it will be moved aside")
         self.to_move.append(self.work)
 
+    def _check_machine(self, tokenizer: Any) -> None:
+        # Whether there is room for what will be written, and memory for the weights at the very least.
+        from transformers import AutoConfig
+
+        settings, precision = self.settings, self.precision
+        counts = count_weights(
+            AutoConfig.from_pretrained(str(self.parent)),
+            target_modules=settings.target_modules,
+            r=settings.lora_r,
+            vocabulary=None if self.to_prepare is None or settings.full_vocab else len(tokenizer),
+        )
+        disk = disk_needs(
+            counts,
+            optim=settings.optim,
+            checkpoints=0 if settings.save_steps == 0 else settings.save_total_limit,
+            checkpoints_there=len(complete_checkpoints(self.work, quiet=True)),
+            prepared=self.to_prepare is not None,
+        )
+        memory = memory_needs(counts, **asdict(precision), optim=settings.optim)
+        shortages = find_shortages([disk, *memory], read_free(settings.output_dir))
+        if shortages:
+            raise ValueError("\n".join(shortages))
+
     def _course(self, data: StageData) -> dict[str, Any]:
-        course = {name: value for name, value in asdict(self.settings).items() if name not in NOT_THE_COURSE}
-        course |= {
+        course = course_settings(asdict(self.settings)) | {
             "precision": asdict(self.precision),
             "data": data.split.train.content_hash(),
             "parent": None if self.to_prepare else fingerprint(self.parent),
@@ -804,14 +836,17 @@ class StageRun:
                 # Training was done, only not saved yet. A trainer that resumes here would take one step more.
                 trainer._load_from_checkpoint(str(checkpoint))
                 return
+        by_the_clock = self.settings.save_steps is None
         with self._machine_errors("training"), StopSignals() as signals:
-            guard(trainer, signals=signals, save_seconds=None if self.settings.save_steps is not None else SAVE_SECONDS)
+            guard(
+                trainer,
+                signals=signals,
+                save_seconds=SAVE_SECONDS if by_the_clock else None,
+                steps_between_saves_multiple=generation_steps(trainer.args),
+                keep=self.settings.save_total_limit,
+            )
             result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if signals.received is not None and trainer.state.global_step < trainer.state.max_steps:
-            step, kept = trainer.state.global_step, self._last_checkpoint()
-            kept = f"; {kept} is kept, the same command continues from it" if kept else "; no checkpoint was asked for"
-            print(f"stopped by {signals.received.name} after step {step}{kept}", file=sys.stderr)
-            sys.exit(128 + signals.received)
+        signals.end_if_received(self.work)
         state, seconds = trainer.state, result.metrics.get("train_runtime", 0.0)
         losses = [record["loss"] for record in state.log_history if "loss" in record]
         tokens = state.num_input_tokens_seen - before["num_input_tokens_seen"]
@@ -829,7 +864,11 @@ class StageRun:
 
     def _machine_errors(self, doing: str) -> AbstractContextManager[None]:
         return machine_errors(
-            doing, self.settings, Path(self.settings.output_dir), last_checkpoint=self._last_checkpoint
+            doing,
+            asdict(self.settings) if doing == "training" else {},
+            folder=self.settings.output_dir,
+            checkpoint=self._last_checkpoint,
+            artifacts=[self.stage.default_parent(self.settings), self.lora, self.merged],
         )
 
     def save(self, model: Any, data: StageData) -> None:

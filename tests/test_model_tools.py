@@ -1,102 +1,17 @@
-"""Cutting the vocabulary, LoRA, saving and merging, on models small enough for any machine."""
+"""Cutting the vocabulary, LoRA and saving, on models small enough for any machine."""
 
 import json
 import math
-import shutil
 
 import pytest
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    TrainingArguments,
-)
+from tiny_models import PUZZLE, byte_level_tokenizer, logits_of, prepared_base, save_base, sentencepiece_tokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 import model_tools
 import training_tools
-from model_tools import EMBEDDING_MODULES, LINEAR_MODULES, Precision
-
-SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|eom_id|>", "<|eot_id|>"]
-TEXT = ["".join(map(str, range(i, i + 40))) + "\nABC xyz+/-= the cat sat on the mat\n" for i in range(300)]
-PUZZLE = "ABCxyzI123\n456\n+/-=O12\n3\n<|eot_id|>I1\n+/-=O9\n<|eot_id|>"
-
-
-def byte_level_tokenizer():
-    """Like Llama 3's: byte-level BPE, digits merge in threes, BOS from the post-processor, no pad token."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"\p{N}{1,3}|\s*[\r\n]+|\s*\p{L}+|[^\s\p{L}\p{N}]+|\s+"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])  # fmt: skip
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXT, trainer)
-    bos = tokenizer.token_to_id(SPECIAL[0])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{SPECIAL[0]} $A", special_tokens=[(SPECIAL[0], bos)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token="<|eot_id|>")
-
-
-def sentencepiece_tokenizer():
-    """Like Llama 2's: spaces become "▁", one is put in front, the line break falls back to its byte token."""
-    special = ["<unk>", "<s>", "</s>", "<pad>", *(f"<0x{i:02X}>" for i in range(256))]
-    trained = Tokenizer(models.BPE(unk_token="<unk>"))
-    trained.train_from_iterator(
-        [
-            t.replace("\n", "").replace(" ", "▁") + "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!?.:,;*"
-            for t in TEXT
-        ],
-        trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False),
-    )
-    tables = json.loads(trained.to_str())["model"]
-    model = models.BPE(
-        vocab=tables["vocab"], merges=[tuple(m) for m in tables["merges"]], unk_token="<unk>", byte_fallback=True
-    )
-    tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in special[:4]])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
-    )
-
-
-def save_base(folder, tokenizer, tied=True, dtype=torch.bfloat16, vocabulary=None):
-    """A 2-layer Llama with random weights, as a model folder."""
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=vocabulary or len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=[tokenizer.eos_token_id, 1], pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def logits_of(model, ids):
-    model.eval()
-    with torch.no_grad():
-        return model(ids).logits.float()
-
-
-def divergence(p, q):
-    """KL(p || q) of two logit tensors, mean over positions, in nats."""
-    p, q = torch.log_softmax(p.double(), -1), torch.log_softmax(q.double(), -1)
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
+from model_tools import Precision
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Vocabulary
@@ -168,91 +83,13 @@ def test_a_pad_token_that_is_the_end_token_is_replaced(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# LoRA and merging
-
-PRECISIONS = [
-    Precision("transformers", dtype, four) for dtype in ("float32", "bfloat16", "float16") for four in (False, True)
-]
-
-
-def train_a_little(model, precision, ids, steps=3):
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
-        with torch.autocast("cpu", precision.torch_dtype, enabled=precision.dtype != "float32"):
-            loss = model(ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return float(loss.detach())
+# LoRA
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     """Tied and untied prepared bases."""
-    folders = {}
-    for tied in (True, False):
-        root = tmp_path_factory.mktemp(f"tied_{tied}")
-        (root / "prepared").mkdir()
-        model_tools.prepare_base(save_base(root / "base", byte_level_tokenizer(), tied), root / "prepared")
-        folders[tied] = root / "prepared"
-    return folders
-
-
-@pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: f"{p.dtype}-{'4bit' if p.load_in_4bit else '16bit'}")
-@pytest.mark.parametrize("targets", [LINEAR_MODULES + EMBEDDING_MODULES, LINEAR_MODULES], ids=["embeddings", "linear"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_the_merge_is_the_model_that_was_trained(tmp_path, bases, tied, targets, precision):
-    torch.manual_seed(0)
-    ids = torch.randint(0, 74, (4, 40))
-    model, tokenizer = model_tools.load_model(bases[tied], precision)
-    start = logits_of(model, ids)
-    model = model_tools.add_lora(model, precision, r=16, target_modules=targets)
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-    train_a_little(model, precision, ids)
-    trained = logits_of(model, ids)
-    lora, merged = tmp_path / "lora", tmp_path / "merged"
-    lora.mkdir()
-    merged.mkdir()
-    model_tools.save_adapter(model, tokenizer, lora, base=bases[tied], precision=precision)
-    done = model_tools.merge_adapter(lora, merged)
-
-    # Plain transformers loads the merge; it answers as the trained model does, up to rounding to 16 bits.
-    again = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
-    assert divergence(trained, logits_of(again, ids)) < 1e-5
-    assert divergence(trained, start) > 1e-2  # there was something to merge
-    saved = AutoModelForCausalLM.from_pretrained(merged)
-    assert saved.dtype == (torch.float16 if precision.dtype == "float16" else torch.bfloat16)
-    assert done["merged_onto"] == ("quantised" if precision.load_in_4bit else "16-bit")
-    shared = again.get_input_embeddings().weight.data_ptr() == again.get_output_embeddings().weight.data_ptr()
-    assert shared is tied
-    # Plain peft loads the adapter onto the folder that it names; loaded as in training, it is the trained model.
-    from peft import PeftConfig, PeftModel
-
-    base = PeftConfig.from_pretrained(lora).base_model_name_or_path
-    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora)
-    recorded = Precision(**model_tools.read_manifest(lora)["precision"])
-    same, _ = model_tools.load_model(base, recorded)
-    assert divergence(trained, logits_of(model_tools.load_adapter(same, lora), ids)) < 1e-5
-    assert divergence(trained, logits_of(plain, ids)) < (0.05 if precision.load_in_4bit else 1e-5)
-
-
-def test_the_original_merge_base_differs_from_the_quantised_one_by_the_quantisation(tmp_path, bases):
-    precision = Precision("transformers", "float32", True)
-    ids = torch.randint(0, 74, (4, 40), generator=torch.Generator().manual_seed(0))
-    model, tokenizer = model_tools.load_model(bases[True], precision)
-    model = model_tools.add_lora(model, precision, r=16)
-    train_a_little(model, precision, ids)
-    trained = logits_of(model, ids)
-    model_tools.save_adapter(model, tokenizer, tmp_path, base=bases[True], precision=precision)
-    apart = {}
-    for merge_base in ("quantised", "original"):
-        (tmp_path / merge_base).mkdir()
-        model_tools.merge_adapter(tmp_path, tmp_path / merge_base, merge_base=merge_base)
-        merged = AutoModelForCausalLM.from_pretrained(tmp_path / merge_base, dtype=torch.float32)
-        apart[merge_base] = divergence(trained, logits_of(merged, ids))
-    assert apart["quantised"] < 1e-5
-    assert apart["original"] > 10 * apart["quantised"]
+    return {tied: prepared_base(tmp_path_factory.mktemp(f"tied_{tied}"), tied) for tied in (True, False)}
 
 
 def test_rslora_scales_by_the_root_of_the_rank(bases):
@@ -296,19 +133,6 @@ def test_an_adapter_of_another_base_is_refused(tmp_path, bases):
     other = save_base(tmp_path / "other", byte_level_tokenizer())
     with pytest.raises(ValueError, match="trained on another base"):
         model_tools.load_adapter(AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32), tmp_path / "lora")
-
-
-def test_merge_base_must_be_known_and_recorded(tmp_path, bases):
-    precision = Precision("transformers", "float32", False)
-    model, tokenizer = model_tools.load_model(bases[True], precision)
-    model_tools.save_adapter(
-        model_tools.add_lora(model, precision, r=4), tokenizer, tmp_path / "lora", base=bases[True], precision=precision
-    )
-    with pytest.raises(ValueError, match="'quantised' or 'original'"):
-        model_tools.merge_adapter(tmp_path / "lora", tmp_path, merge_base="other")
-    shutil.move(tmp_path / "lora" / model_tools.MANIFEST, tmp_path)
-    with pytest.raises(ValueError, match="does not record.*--merge_base original"):
-        model_tools.merge_adapter(tmp_path / "lora", tmp_path)
 
 
 def test_precision_of_a_machine_without_cuda(monkeypatch):
