@@ -1,0 +1,163 @@
+"""A cache of results on the disk that holds JSON and nothing else, so that reading one is safe whoever wrote it.
+
+diskcache 5.6.3 unpickles what a cache's database tells it to, also through its JSONDisk (CVE-2025-69872), and reads and
+deletes whatever files the database names. This module opens a cache so that it does neither.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import zlib
+from pathlib import Path
+from typing import Any
+
+import diskcache
+from diskcache.core import (
+    DBNAME,
+    DEFAULT_SETTINGS,
+    EVICTION_POLICY,
+    METADATA,
+    MODE_BINARY,
+    MODE_RAW,
+    UNKNOWN,
+)
+
+# Names that diskcache gives to the files of large values; whatever else a database names is not its own.
+VALUE_FILE = re.compile(r"[0-9a-f]{2}[/\\][0-9a-f]{2}[/\\][0-9a-f]{28}\.val")
+SETTINGS = {
+    **DEFAULT_SETTINGS,
+    "disk_compress_level": 1,
+    # Results are kept until they are deleted: they are small, and what one of them cost to make is not.
+    "eviction_policy": "none",
+    "cull_limit": 0,
+}
+WORDS = {"wal", *EVICTION_POLICY}  # values of settings that are no numbers
+
+
+class UntrustedCacheError(ValueError):
+    """A cache folder holds what this program does not write: it was made by another one, tampered with, or damaged."""
+
+    def __init__(self, folder: str | Path, found: str):
+        """Say which folder, what was found in it, and what to do."""
+        super().__init__(
+            f"the cache {folder} holds {found}, which this program does not write and does not read (it could run "
+            "commands): delete the folder or move it away; results are then computed anew"
+        )
+
+
+class TrustedDisk(diskcache.JSONDisk):
+    """Keys and values as JSON, as diskcache's JSONDisk stores them; anything else that is found is refused."""
+
+    def get(self, key: Any, raw: int) -> Any:
+        """A stored key as the object that it is.
+
+        Raises:
+            UntrustedCacheError: it is pickled, or no JSON.
+        """
+        if not raw:
+            raise UntrustedCacheError(self._directory, "a pickled key")
+        try:
+            return super().get(key, raw)
+        except (zlib.error, ValueError, TypeError) as error:
+            raise UntrustedCacheError(self._directory, f"a key that is no JSON ({error})") from None
+
+    def store(self, value: Any, read: bool, key: Any = UNKNOWN) -> tuple[int, int, str | None, Any]:
+        """A value as the database's fields.
+
+        Raises:
+            TypeError: it is no JSON, or a file (`read`).
+        """
+        if read:
+            raise TypeError("the result cache holds JSON values, not files")
+        return super().store(value, read, key=key)
+
+    def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
+        """A stored value as the object that it is.
+
+        Raises:
+            UntrustedCacheError: it is pickled, no JSON, or in a file outside of the cache's own.
+            OSError: its file is not there.
+        """
+        if mode not in (MODE_RAW, MODE_BINARY) or read:
+            raise UntrustedCacheError(self._directory, "a value that is pickled or otherwise no JSON")
+        if mode == MODE_BINARY:
+            self._check_file(filename)
+        try:
+            return super().fetch(mode, filename, value, read)
+        except (zlib.error, ValueError, TypeError) as error:
+            raise UntrustedCacheError(self._directory, f"a value that is no JSON ({error})") from None
+
+    def remove(self, file_path: str) -> None:
+        """Delete the file of a value.
+
+        Raises:
+            UntrustedCacheError: it is no file of the cache's own; nothing is deleted.
+        """
+        self._check_file(file_path)
+        super().remove(file_path)
+
+    def _check_file(self, name: Any) -> None:
+        folder = Path(self._directory).resolve()
+        own = isinstance(name, str) and VALUE_FILE.fullmatch(name) is not None
+        if not own or not (folder / name).resolve().is_relative_to(folder):
+            raise UntrustedCacheError(self._directory, f"a value that is said to be in the file {str(name)[:80]!r}")
+
+
+def open_cache(folder: str | Path) -> diskcache.Cache:
+    """Open a cache of JSON keys and values, or make one.
+
+    Nothing is dropped from it to make room. Several processes may use it at once; one that is killed while it writes
+    leaves the cache whole, without that entry. `incr` and `decr` do not work, as with any JSONDisk.
+
+    Args:
+        folder: of the cache.
+
+    Raises:
+        UntrustedCacheError: the folder holds another kind of cache, or one that was tampered with or damaged. Reading a
+            row, later, raises it too.
+        ValueError: the folder's name holds the name of an environment variable, as in "$HOME".
+    """
+    folder = Path(folder).absolute()  # so that diskcache does not expand a ~
+    if os.path.expandvars(folder) != str(folder):
+        raise ValueError(f"the cache folder {folder}: diskcache would expand the $ in its name; use another name")
+    _check_settings(folder)
+    try:
+        return diskcache.Cache(str(folder), disk=TrustedDisk, **SETTINGS)
+    except sqlite3.DatabaseError as error:
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: Path, error: sqlite3.DatabaseError) -> Exception:
+    # A lock or a full disk is trouble of the machine, not of the cache.
+    if isinstance(error, sqlite3.OperationalError) and "no such" not in str(error):
+        return error
+    return UntrustedCacheError(folder, f"a database that cannot be read ({error})")
+
+
+def _check_settings(folder: Path) -> None:
+    """Look at the settings that a database holds, before diskcache obeys them.
+
+    diskcache puts names and values into PRAGMA statements and sets attributes of its own objects by them.
+
+    Raises:
+        UntrustedCacheError: there are others than diskcache writes.
+    """
+    database = folder / DBNAME
+    if not database.exists():
+        return
+    try:
+        connection = sqlite3.connect(database, timeout=60)
+        try:
+            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            rows = connection.execute("SELECT key, value FROM Settings").fetchall() if "Settings" in tables else []
+        finally:
+            connection.close()
+    except sqlite3.DatabaseError as error:
+        raise _unreadable(folder, error) from None
+    for key, value in rows:
+        if key not in SETTINGS and key not in METADATA:
+            raise UntrustedCacheError(folder, f"the setting {str(key)[:80]!r}")
+        if not isinstance(value, (int, float)) and value not in WORDS:
+            raise UntrustedCacheError(folder, f"a value of the setting {key!r} that is no number")
