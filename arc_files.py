@@ -14,6 +14,8 @@ import contextlib
 import hashlib
 import json
 import os
+import reprlib
+import stat
 import tempfile
 import time
 import zipfile
@@ -25,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 MAX_SIDE = 30
+MAX_FILE_BYTES = 100_000_000  # far above any file of puzzles, and parsed within the memory of a small machine
 CACHE_VERSION = 1
 CACHE_MIN_BYTES = 1_000_000  # parsing less than this takes milliseconds: not worth a file in the user's cache
 
@@ -149,14 +152,38 @@ class Grids(Window):
 # Reading and checking JSON
 
 
+class _Picture(reprlib.Repr):
+    """Pictures of values that stay small, and quick to make, however large or deeply nested the value is."""
+
+    def __init__(self) -> None:
+        """Sizes that show a grid of a few cells whole."""
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict, self.maxstring = 4, 8, 8, 8, 60
+
+    def repr_int(self, x: int, level: int) -> str:
+        """An integer; Python refuses to write those of thousands of digits."""
+        return repr(x) if x.bit_length() <= 64 else "an integer of more than 64 bits"
+
+
+_picture = _Picture().repr
+
+
 def show(value: Any) -> str:
     """A short picture of a value for a message."""
-    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 64:
-        return "an integer of more than 64 bits"
     if isinstance(value, (list, tuple, dict)) and len(value) > 8:
         return f"a {type(value).__name__} of {len(value)}"
-    text = repr(value)
+    text = _picture(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def show_name(name: Any) -> str:
+    """A puzzle's or file's name for a message: as it is, or a short picture of it if it is long or not printable."""
+    return name if isinstance(name, str) and len(name) <= 60 and name.isprintable() else show(name)
+
+
+def is_unicode(name: str) -> bool:
+    """Whether a name can be written as UTF-8; JSON and file systems can give halves of surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def check_grid(grid: Any, where: str) -> np.ndarray:
@@ -235,19 +262,30 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         FileNotFoundError, ValueError: it is not there, or cannot be read.
     """
+    expected = "expected a readable JSON file"
     try:
+        state = os.stat(path)
+        if stat.S_ISDIR(state.st_mode):
+            raise ValueError(f"{path}: cannot be read (it is a folder), {expected}")
+        if not stat.S_ISREG(state.st_mode):  # reading a pipe or a device might never end
+            raise ValueError(f"{path}: cannot be read (it is a pipe, socket or device), {expected}")
+        if state.st_size > MAX_FILE_BYTES:
+            raise ValueError(
+                f"{path}: found {state.st_size:,} bytes, expected at most {MAX_FILE_BYTES:,}: leave out some pairs"
+            )
         return path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error}); expected a readable JSON file") from None
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error}); {expected}") from None
 
 
 def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(items)
     if len(found) < len(items):
-        names = [name for name, _ in items]
-        raise ValueError(f"duplicate id {next(name for name in names if names.count(name) > 1)!r}")
+        seen: set[str] = set()
+        # set.add gives None: the first name that is in `seen` when it comes.
+        raise ValueError(f"duplicate id {show(next(name for name, _ in items if name in seen or seen.add(name)))}")
     return found
 
 
@@ -400,6 +438,9 @@ def list_json(folder: str | os.PathLike[str], pattern: str = "*.json") -> list[P
         raise ValueError(
             f"{folder}: cannot be read ({error.strerror or error}), expected a folder of .json files"
         ) from None
+    for path in files:
+        if not is_unicode(path.name):
+            raise ValueError(f"{folder}: found a file named {show(path.name)}, expected names in UTF-8: rename it")
     if not files:
         raise FileNotFoundError(f"{folder}: found no {pattern}, expected one JSON file for each task")
     return files

@@ -44,11 +44,13 @@ from arc_files import (
     Window,
     check_grid,
     check_puzzle,
+    is_unicode,
     list_json,
     parse_json,
     read_bytes,
     read_tasks,
     show,
+    show_name,
 )
 
 COLOURS = "0123456789"
@@ -359,6 +361,17 @@ class ArcDataset:
         tasks = parse_json(read_bytes(metadata), metadata)
         if not isinstance(tasks, dict) or not tasks:
             raise ValueError(f"{metadata}: found {show(tasks)}, expected an object with the task names")
+        for name in tasks:
+            # Longer ones no file system takes.
+            if (
+                not name
+                or not is_unicode(name)
+                or Path(name).name != name
+                or name == ".."
+                or "\0" in name
+                or len(name) > 200
+            ):
+                raise ValueError(f"{metadata}: found the task name {show(name)}, expected the name of a file in tasks")
         names = sorted(tasks)
         files = [Path(path) / "tasks" / f"{name}.json" for name in names]
         names = _unique_names(files, [cls.base_key_replace_invalid_chars(name) for name in names])
@@ -480,10 +493,10 @@ class ArcDataset:
         found = parse_json(read_bytes(path), path)
         if not isinstance(found, dict):
             raise ValueError(f"{path}: found {show(found)}, expected {{id: [grid for each test input]}}")
-        missing = [puzzle for puzzle in self.challenge if puzzle not in found]
+        missing = [puzzle for puzzle in self.challenge if found.get(puzzle) is None]
         if missing:
             raise ValueError(
-                f"{path}: no solutions of {len(missing):,} puzzles, such as {missing[0]}; expected all puzzles'"
+                f"{path}: no solutions of {len(missing):,} puzzles, such as {show_name(missing[0])}, expected all"
             )
         with _named(path):
             collected = _collect(self.challenge, {puzzle: found[puzzle] for puzzle in self.challenge})
@@ -1042,12 +1055,15 @@ class ArcDataset:
             'bad_content', 'bad_xy_size', 'sol_unknown', 'unknown' (no key), or 'cant_decode: REASON'.
 
         Raises:
-            ValueError: `lines_sep` is empty, or the key is not in the grammar. Never because of the text.
+            ValueError: `lines_sep` or `reply_end` is empty, or the key is not in the grammar; never because of the
+                text.
 
         Source: ARChitects' ArcDataset.decode, which drops whatever is not a digit; strict here.
         """
         if not lines_sep:
             raise ValueError("lines_sep is empty, expected what stands between rows")
+        if reply_end == "":
+            raise ValueError("reply_end is empty, expected what ends a reply, or None")
         ended = False
         if reply_end is not None:
             text, end, _ = text.partition(reply_end)
@@ -1253,9 +1269,9 @@ def _collect(
             grids.extend(value)
 
     for puzzle, value in challenge.items():
-        where = f"puzzle {puzzle}"
-        if not isinstance(puzzle, str) or not puzzle or "_" in puzzle or "." in puzzle:
-            raise ValueError(f'{where}: found the id {puzzle!r}, expected text without "_" and "."')
+        where = f"puzzle {show_name(puzzle)}"
+        if not isinstance(puzzle, str) or not puzzle or "_" in puzzle or "." in puzzle or not is_unicode(puzzle):
+            raise ValueError(f'{where}: found the id {show(puzzle)}, expected text without "_" and "."')
         given = solutions.get(puzzle)
         if (
             isinstance(value, Mapping)

@@ -2,10 +2,12 @@
 
 import json
 import os
+import time
 
 import numpy as np
 import pytest
 
+import arc_files
 from arc_loader import ArcDataset
 
 GOOD = {"input": [[1, 2], [3, 4]], "output": [[5]]}
@@ -151,6 +153,9 @@ def test_a_byte_order_mark_is_no_error(tmp_path):
         (b'{"a_b":{"train":[{"input":[[1]],"output":[[1]]}],"test":[]}}', ("a_b", '"_"')),
         (b'{"a":{"train":[],"test":[]},"a":{"train":[],"test":[]}}', ("duplicate", "'a'")),
         (b'{"train":[],"test":[]}', ("found",)),
+        (rb'{"\ud800":{"train":[{"input":[[1]],"output":[[1]]}],"test":[]}}', (r"puzzle '\ud800'", "expected text")),
+        (b'{"' + b"a" * 5000 + b'":5}', ("puzzle 'aaaa", "found 5")),
+        (b'{"a\\nb":5}', (r"puzzle 'a\nb'", "found 5")),
     ],
 )
 def test_bad_challenge_files(tmp_path, content, words):
@@ -167,6 +172,7 @@ def test_bad_challenge_files(tmp_path, content, words):
         ({"a": [[[1]], [[2]]]}, ("puzzle a", "1 test inputs")),
         ({"a": []}, ("puzzle a", "1 test inputs")),
         ({"a": 5}, ("puzzle a", "found solutions 5")),
+        ({"a": None}, ("1 puzzles", "such as a")),
         ([1], ("found [1]",)),
     ],
 )
@@ -232,6 +238,49 @@ def test_files_that_may_not_be_read(tmp_path):
             ArcDataset.load_from_local_json(tmp_path)
     finally:
         tmp_path.chmod(0o700)
+
+
+def test_what_never_ends_or_is_too_large_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    (tmp_path / "large.json").write_bytes(b"[")
+    os.truncate(tmp_path / "large.json", arc_files.MAX_FILE_BYTES + 1)
+    for name, words in (("pipe", "pipe"), ("zero", "device"), ("large", "100,000,001 bytes")):
+        for load in (ArcDataset.load_from_json, ArcDataset({}).load_solutions):
+            with pytest.raises(ValueError) as error:
+                load(tmp_path / f"{name}.json")
+            check(error, f"{name}.json", words)
+
+
+def test_an_object_with_very_many_names_is_looked_through_quickly(tmp_path):
+    names = ",".join(f'"{number}":0' for number in range(200_000))
+    (tmp_path / "c.json").write_text(f'{{{names},"199999":0}}')
+    begin = time.perf_counter()
+    with pytest.raises(ValueError, match="duplicate id '199999'"):
+        ArcDataset.load_from_json(tmp_path / "c.json")
+    assert time.perf_counter() - begin < 10
+
+
+def test_task_names_that_are_no_file_names(tmp_path):
+    (tmp_path / "tasks").mkdir()
+    for name in ("", "..", "../x", "/x", "a/b", "\0", "\ud800", "x" * 300):
+        (tmp_path / "metadata.json").write_text(json.dumps({name: {}}))
+        with pytest.raises(ValueError) as error:
+            ArcDataset.load_from_rearc(tmp_path, n=1, sizes=[6], seed=0)
+        check(error, "metadata.json", "task name")
+
+
+def test_file_names_that_are_not_utf_8(tmp_path):
+    name = os.fsdecode(b"a\xff.json")
+    (tmp_path / name).write_text(json.dumps([GOOD] * 7))
+    with pytest.raises(ValueError) as error:
+        ArcDataset.load_from_local_json(tmp_path)
+    check(error, str(tmp_path), r"'a\udcff.json'", "UTF-8")
+
+
+def test_an_end_of_reply_that_is_empty_is_no_end():
+    with pytest.raises(ValueError, match="reply_end is empty"):
+        ArcDataset({}).decode("1", lines_sep="\n", reply_end="")
 
 
 def test_two_files_of_one_name(tmp_path):
