@@ -236,6 +236,8 @@ def find_changed_file(folder: Path, table: dict[str, dict[str, Any]]) -> str | N
     """
     for name, recorded in table.items():
         path = folder / name
+        if not isinstance(recorded, dict) or set(recorded) != {"bytes", "mtime_ns", "sha256"}:
+            return f"{MANIFEST} cannot be read (its entry of {name})"
         try:
             state = path.stat()
         except OSError:
@@ -261,22 +263,13 @@ def fingerprint(folder: str | Path) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether a folder is there: a finished artifact, or a model made elsewhere that can be read.
+def find_damage(folder: Path, kind: str = "model") -> str | None:
+    """What is wrong with a folder that exists, as words; None if it is whole.
 
-    Raises:
-        ValueError: it exists and is damaged or no model.
+    Args:
+        folder: an artifact, or a model or adapter that was made elsewhere.
+        kind: "model" or "adapter": what it should be.
     """
-    if not folder.exists():
-        return False
-    damage = find_damage(folder)
-    if damage:
-        raise ValueError(f"{folder} is damaged: {damage}")
-    return True
-
-
-def find_damage(folder: Path) -> str | None:
-    """What is wrong with a folder that exists, as words; None if it is whole."""
     if not folder.is_dir():
         return "it is no folder"
     try:
@@ -285,34 +278,52 @@ def find_damage(folder: Path) -> str | None:
         return str(error)
     if manifest.get("files"):
         return find_changed_file(folder, manifest["files"])
-    problem = find_model_problem(folder)
+    problem = find_model_problem(folder, kind)
     if problem is None:
         print(f"note: {folder} has no {MANIFEST} of this pipeline: made elsewhere; it was looked through and is used")
     return problem
 
 
-def find_model_problem(folder: Path) -> str | None:
+def find_model_problem(folder: Path, kind: str = "model") -> str | None:
     """What keeps a folder from being loaded as a model or an adapter, as words; None if nothing does.
 
     Reads the configuration, the tokenizer and the headers of the weights, not the weights: every tensor that the
     configuration asks for must be there in its shape.
+
+    Args:
+        folder: of the model.
+        kind: "model" or "adapter".
     """
-    adapter = (folder / "adapter_config.json").is_file()
-    if not adapter and not (folder / "config.json").is_file():
-        return "it holds no config.json and no adapter_config.json"
-    name = "adapter_model" if adapter else "model"
-    shapes = _stored_shapes(folder, name)
+    config = "adapter_config.json" if kind == "adapter" else "config.json"
+    if not (folder / config).is_file():
+        found = [name for name in ("adapter_config.json", "config.json") if (folder / name).is_file()]
+        return f"it holds no {config}" + (f" but a {found[0]}: that is no {kind}" if found else "")
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            return f"{path.name} is not JSON"
+        if path.name == "adapter_config.json" and (not isinstance(content, dict) or content.get("peft_type") != "LORA"):
+            return f"{path.name} is of no LoRA adapter"
+    shapes = _stored_shapes(folder, "adapter_model" if kind == "adapter" else "model")
     if isinstance(shapes, str):
         return shapes
-    if adapter:
-        try:
-            json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        except ValueError:
-            return "adapter_config.json is not JSON"
-        return None if shapes else "adapter_model.safetensors is empty"
+    if kind == "adapter":
+        return _incomplete_pair(shapes)
     if not (folder / "tokenizer.json").is_file():
         return "it holds no tokenizer.json (a fast tokenizer)"
     return _compare_with_config(folder, shapes)
+
+
+def _incomplete_pair(shapes: dict[str, tuple[int, ...]]) -> str | None:
+    # LoRA's matrices come in pairs.
+    if not shapes:
+        return "adapter_model.safetensors is empty"
+    for name in shapes:
+        for one, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
+            if f".{one}." in name and name.replace(f".{one}.", f".{other}.") not in shapes:
+                return f"adapter_model.safetensors lacks {name.replace(one, other)}"
+    return None
 
 
 def _stored_shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]] | str:
@@ -350,7 +361,7 @@ def _compare_with_config(folder: Path, shapes: dict[str, tuple[int, ...]]) -> st
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever a bad configuration makes transformers raise
         return f"config.json is of no model that can be loaded ({(str(error).strip() or repr(error)).splitlines()[0]})"
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:

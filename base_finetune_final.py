@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from artifact_tools import Stage
 from model_tools import InputMaskingDataCollator, add_lora, load_model
-from run_settings import RunSettings, parse_settings, setting, user_errors
+from run_settings import RunSettings, failed_checks, parse_settings, setting, user_errors
 from training_tools import StageRun, heldout_measure, load_data, lora_options, report_masks, sft_trainer, watch
 
 STAGE = Stage("Final", parent="Base", script="base_finetune_final.py", parent_script="base_finetune.py")
@@ -30,6 +30,12 @@ class Settings(RunSettings):
     mask_first_n_examples: int = setting(
         1, "leading outputs that are masked too: a rule cannot be known before its first pair"
     )
+
+    def problems(self) -> list[str]:
+        """What is wrong with these settings, one line each."""
+        return failed_checks(
+            self, {"mask_first_n_examples": (self.mask_first_n_examples >= 0, "a whole number from 0")}
+        )
 
 
 def main() -> None:

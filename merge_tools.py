@@ -1054,7 +1054,9 @@ def main() -> None:
             args.merge.write_text(json.dumps(result), encoding="utf-8")
         else:
             print(describe_check(check_merge(args.adapter, args.merged, **options)))
-    except (MergeError, ValueError, OSError) as error:
+    except (RuntimeError, MemoryError, ValueError, OSError) as error:  # MergeError and torch's memory errors among them
+        if not args.merge and not isinstance(error, (MergeError, ValueError, OSError)):
+            raise
         if args.merge:
             kind = next(name for name, kind in _PASSED_ON.items() if isinstance(error, kind))
             args.merge.write_text(json.dumps({"error": kind, "message": str(error)}), encoding="utf-8")

@@ -249,7 +249,11 @@ def load_tokenizer(path: str | Path, pad_token: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception for whatever is wrong with a file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise ValueError(f"the tokenizer of {path} cannot be loaded ({reason})") from None
     if not tokenizer.is_fast:
         raise ValueError(f"{path} has no tokenizer.json: expected a fast tokenizer")
     if pad_token is None and tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
@@ -413,9 +417,19 @@ def check_base(base_model: str | Path) -> Any:
     """
     from transformers import AutoConfig
 
+    folder = Path(base_model) if Path(base_model).is_dir() else None
+    if folder is not None and not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{folder} is an adapter, not a model: name the -merged folder beside it")
+        raise ValueError(f"{folder} holds no config.json: expected the folder of a model")
     try:
         config = AutoConfig.from_pretrained(str(base_model), trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever a bad configuration makes transformers raise
+        if folder is not None:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+            raise ValueError(f"{folder / 'config.json'} is of no model that can be loaded ({reason})") from None
+        if not isinstance(error, (OSError, ValueError)):
+            raise
         gated = "gated" in str(error).lower() or "401" in str(error) or "403" in str(error)
         reason = "it is gated" if gated else "no such folder, and the hub does not give it"
         raise FileNotFoundError(
@@ -708,6 +722,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
     if not isinstance(manifest, dict):
         raise ValueError(f"{path} cannot be read (it holds a {type(manifest).__name__})")
+    for name in ("files", "made_from", "settings", "precision", "check"):
+        if not isinstance(manifest.get(name, {}), dict):
+            raise ValueError(f"{path} cannot be read ({name} is no object)")
     return manifest
 
 
@@ -738,6 +755,10 @@ def save_adapter(
     """
     for config in model.peft_config.values():
         config.base_model_name_or_path = _reference(base)
+        if isinstance(config.target_modules, set):
+            config.target_modules = sorted(config.target_modules)  # a set's order differs from process to process
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)  # how it was loaded is no part of what it is
     # "auto" would guess from the base's vocabulary whether to save the embeddings: modules_to_save says so already.
     model.save_pretrained(str(path), save_embedding_layers=False)
     tokenizer.save_pretrained(str(path))

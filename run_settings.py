@@ -156,17 +156,31 @@ def _raise_value_error(message: str) -> None:
 def _read_config(path: Path, cls: type) -> dict[str, Any]:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """A safe loader that takes no name twice."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = sorted({str(name) for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"{path}: {', '.join(twice)} stands there twice")
+            return super().construct_mapping(node, deep)
+
     if not path.is_file():
         raise FileNotFoundError(f"--config {path}: no such file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader) or {}  # noqa: S506 - it is a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, TypeError) as error:
         raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: found a {type(values).__name__}, expected lines of `name: value`")
     unknown = sorted(map(str, set(values) - {f.name for f in fields(cls)}))
     if unknown:
         raise ValueError(f"{path}: unknown settings {', '.join(unknown)}; see --help for the names")
+    lists = {f.name for f in fields(cls) if "list" in str(f.type)}
+    wrong = sorted(name for name, value in values.items() if isinstance(value, (list, dict)) and name not in lists)
+    if wrong:
+        raise ValueError(f"{path}: {', '.join(wrong)}: found several values, expected one")
     return values
 
 
@@ -214,13 +228,14 @@ def find_problems(settings: RunSettings) -> list[str]:
         "eval_steps",
         "eval_puzzles",
         "dataloader_num_workers",
-        "seed",
     ):
         check(name, getattr(settings, name) >= 0, "a whole number from 0")
     for name in ("dataset_dir", "output_dir", "artifact_prefix"):
         check(name, bool(getattr(settings, name).strip()), "a name")
+    check("base_model", settings.base_model is None or bool(settings.base_model.strip()), "a folder or hub name")
     check("artifact_prefix", Path(settings.artifact_prefix).name == settings.artifact_prefix, "a name without folders")
-    check("seed", settings.seed < 2**32, "a whole number below 2**32")
+    for name in ("seed", "random_state", "dataset_seed", "holdout_seed"):
+        check(name, 0 <= getattr(settings, name) < 2**32, "a whole number from 0 to below 2**32")
     check("save_steps", settings.save_steps is None or settings.save_steps >= 0, "a whole number from 0")
     check("n", settings.n is None or settings.n >= 1, "a whole number from 1")
     check("max_steps", settings.max_steps == -1 or settings.max_steps >= 1, "a whole number from 1, or -1 for no limit")

@@ -6,13 +6,15 @@ imported inside functions, Unsloth before the libraries that it patches.
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import json
 import math
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ from artifact_tools import (
     stale_base,
     versions,
 )
-from merge_tools import PROBE, describe_check, make_probe_rows, merge_and_check, record_probe
+from merge_tools import PROBE, MergeError, describe_check, make_probe_rows, merge_and_check, record_probe
 from model_tools import (
     EMBEDDING_MODULES,
     InputMaskingDataCollator,
@@ -124,6 +126,8 @@ def load_split(settings: RunSettings, quiet: bool = False) -> Holdout:
     split = data.holdout(examples=settings.holdout_examples, tasks=settings.holdout_tasks, seed=settings.holdout_seed)
     train = split.train if settings.n is None else split.train.subset(settings.n)
     if not quiet:
+        if data.left_out:
+            print("left out: " + ", ".join(f"{count:,} {what}" for what, count in data.left_out.items()))
         print(
             f"{settings.dataset_dir}: {len(data.keys):,} base puzzles; {len(train.keys):,} to train on, held out "
             f"{len(split.seen.keys):,} of the same tasks and {len(split.unseen.keys):,} of "
@@ -533,13 +537,23 @@ def check_arguments(run: StageRun) -> None:
     """
     from transformers import TrainingArguments
     from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
 
+    for name, known, usual in (
+        ("optim", OptimizerNames, ["adamw_8bit", "adamw_torch"]),
+        ("lr_scheduler_type", SchedulerType, ["cosine", "linear"]),
+    ):
+        value, names = getattr(run.settings, name), [str(member.value) for member in known]
+        if value not in names:
+            near = ", ".join(difflib.get_close_matches(value, names) or usual)
+            raise ValueError(f"--{name} {value}: expected a name that transformers knows, such as {near}")
     try:
         arguments = TrainingArguments(**common_arguments(run))
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()  # says if its package is missing
-    except (RuntimeError, ImportError) as error:
-        raise ValueError(f"--report_to {run.settings.report_to}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise ValueError(f"--report_to {run.settings.report_to}: {str(error).splitlines()[0][:300]}") from None
 
 
 def watch(trainer: Any, run: StageRun, measure: Callable[[], dict[str, float]] | None) -> None:
@@ -693,7 +707,7 @@ class StageRun:
                 )
             self.to_move = existing([self.merged, self.work])
             return False
-        damage = find_damage(self.lora)
+        damage = find_damage(self.lora, "adapter")
         problem = f"is damaged: {damage}" if damage else self._outdated()
         if problem and not settings.overwrite:
             raise ValueError(f"{self.lora} {problem}; {overwrite}")
@@ -862,10 +876,10 @@ class StageRun:
     def _last_checkpoint(self) -> Path | None:
         return next(iter(complete_checkpoints(self.work)), None)
 
-    def _machine_errors(self, doing: str) -> AbstractContextManager[None]:
+    def _machine_errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
         return machine_errors(
             doing,
-            asdict(self.settings) if doing == "training" else {},
+            asdict(self.settings) | {"dtype": self.precision.dtype} if doing == "training" else {},
             folder=self.settings.output_dir,
             checkpoint=self._last_checkpoint,
             artifacts=[self.stage.default_parent(self.settings), self.lora, self.merged],
@@ -911,7 +925,7 @@ class StageRun:
             parent = self._where_the_parent_is()
             if self.merged.exists():
                 move_aside(self.merged)
-            with self._machine_errors("merging"), new_folder(self.merged) as beside:
+            with self._merge_errors(), self._machine_errors("merging"), new_folder(self.merged) as beside:
                 done = merge_and_check(self.lora, beside, base=parent, merge_base=self.settings.merge_base)
                 # How the adapter was trained stands in its own manifest; this run's flags had no part in it.
                 made = {name: value for name, value in read_manifest(self.lora).items() if name != "files"}
@@ -925,6 +939,20 @@ class StageRun:
                 "note: a next stage that quantises this model again loses its small changes (benchmarks/README.md); to "
                 "keep them, run this again with --merge_base original --overwrite"
             )
+
+    @contextlib.contextmanager
+    def _merge_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except MergeError as error:
+            if os.environ.get("ARC_TRACEBACK"):
+                raise
+            print(
+                f"error: the merge of {self.lora} failed its proof and was not kept: {error}\n"
+                "The adapter is as it was.",
+                file=sys.stderr,
+            )
+            sys.exit(1)
 
     def _is_merged(self) -> bool:
         # Whether the merge is there and is that of this adapter onto the base that is asked for.

@@ -433,7 +433,7 @@ MODELS = [
      b'{"weight_map": {"x": "../../x.safetensors"}}')), ("x.safetensors",)),
     ("a missing tensor", model(without_a_tensor("mlp.up_proj")), ("weights lack", "up_proj")),
     ("no tokenizer.json", model(remove("tokenizer.json")), ("holds no tokenizer.json",)),
-    ("tokenizer.json is not JSON", model(write("tokenizer.json", b"{")), ("tokenizer.json cannot be read",)),
+    ("tokenizer.json is not JSON", model(write("tokenizer.json", b"{")), ("tokenizer.json is not JSON",)),
     ("tokenizer_config.json is not JSON", model(write("tokenizer_config.json", b"{")), ("tokenizer",)),
     ("generation_config.json is not JSON", model(write("generation_config.json", b"{")), ("generation_config.json",)),
     ("another model's tokenizer", model(another_tokenizer), ("ids up to 512", "512 rows")),

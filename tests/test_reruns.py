@@ -219,3 +219,29 @@ def test_checkpoints_of_other_settings_are_refused_or_moved_aside(done):
     code, printed = again("base_finetune", "--lora_alpha", 3, "--overwrite")
     assert code == 0 and "trained 2 steps" in printed, printed
     assert (output / "Llama-3.2-1B-Base-checkpoints.old-1").is_dir()
+
+
+def test_a_merge_that_fails_its_proof_is_not_kept(done, monkeypatch):
+    import merge_tools
+
+    output, again = done
+    shutil.rmtree(artifact(output, "Base-merged"))
+    real = merge_tools.merge_adapter
+
+    def forgetful(adapter, out, **options):
+        found = real(adapter, out, **options)
+        shutil.copy(artifact(output, "prepared") / "model.safetensors", out / "model.safetensors")
+        return found
+
+    monkeypatch.setattr(merge_tools, "merge_adapter", forgetful)
+    before = contents(artifact(output, "Base-lora"))
+    code, printed = again("base_finetune")
+    assert code == 1 and "error: the merge of" in printed and "failed its proof and was not kept" in printed, printed
+    assert "Traceback" not in printed and "The adapter is as it was" in printed
+    assert not artifact(output, "Base-merged").exists() and not list(output.glob("*.incomplete"))
+    assert contents(artifact(output, "Base-lora")) == before
+    monkeypatch.setattr(merge_tools, "merge_adapter", real)
+    code, printed = again("base_finetune")
+    assert code == 0 and "merge proven" in printed, printed
+    check = read_manifest(artifact(output, "Base-merged"))["check"]
+    assert check["kl"] <= check["kl_bound"] and check["prompts"] == 8 and check["trained_top1"] == 1.0
