@@ -1,8 +1,10 @@
-# make env     the environment .venv, from requirements-cpu.txt
-# make lint    ruff
-# make test    env, lint and all tests that need no CUDA
-# make demo    env, then the three stages on generated data and a tiny model
-# make clean   caches of tools only: no environment, no data, no models
+# make env       the environment .venv, from requirements-cpu.txt
+# make lint      ruff
+# make test      env, lint and all tests that need no CUDA
+# make demo      env, then the three stages on generated data and a tiny model
+# make torture   env, then the three stages on a tiny model, killed at 100 random moments (about 20 minutes on 2 cores)
+# make fuzz      env, then 100,000 random inputs for the loader and the decoder (about 4 minutes)
+# make clean     caches of tools only: no environment, no data, no models
 #
 # Variables, as in `make env PYTHON=python3.12`:
 #   PYTHON       the Python that the environment is made from, 3.11 or later
@@ -32,7 +34,7 @@ DEMO_OUTPUT ?= demo/output
 DEMO_FLAGS ?= --dataset_dir $(DEMO_DATASET) --output_dir $(DEMO_OUTPUT)
 
 .DEFAULT_GOAL := help
-.PHONY: help env lint test demo clean
+.PHONY: help env lint test demo torture fuzz clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -66,6 +68,15 @@ demo: env
 	$(BIN)/python base_finetune.py --config demo/demo.yaml $(DEMO_FLAGS) --base_model $(DEMO_BASE)
 	$(BIN)/python base_finetune_final.py --config demo/demo.yaml $(DEMO_FLAGS)
 	$(BIN)/python train_grpo.py --config demo/demo_grpo.yaml $(DEMO_FLAGS)
+
+KILLS ?= 100
+SEED ?= 0
+torture: env
+	$(BIN)/python benchmarks/torture.py --kills $(KILLS) --seed $(SEED) --workers $(WORKERS)
+
+FUZZ_EXAMPLES ?= 100000
+fuzz: env
+	ARC_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q -n 0 tests/test_fuzz.py
 
 clean:
 	rm -rf .pytest_cache .ruff_cache .hypothesis unsloth_compiled_cache

@@ -762,7 +762,12 @@ def save_adapter(
     # "auto" would guess from the base's vocabulary whether to save the embeddings: modules_to_save says so already.
     model.save_pretrained(str(path), save_embedding_layers=False)
     tokenizer.save_pretrained(str(path))
-    write_manifest(path, {**(manifest or {}), "base": _reference(base), "precision": asdict(precision)})
+    how = {"base": _reference(base), "precision": asdict(precision)}
+    if precision.load_in_4bit:
+        # For whoever loads it without this pipeline: transformers.BitsAndBytesConfig(**quantization).
+        recorded = quantization_config(precision).to_dict()
+        how["quantization"] = {name: recorded[name] for name in recorded if name.startswith(("load_in_4", "bnb_4"))}
+    write_manifest(path, {**(manifest or {}), **how})
 
 
 def _reference(model: str | Path) -> str:

@@ -579,8 +579,10 @@ def watch(trainer: Any, run: StageRun, measure: Callable[[], dict[str, float]] |
                 # A continued run repeats the steps after its checkpoint: their lines are written anew.
                 kept = [r for r in read_metrics(self.path) if r["step"] <= state.global_step and state.global_step]
                 number = len(list(run.work.glob("metrics-*.jsonl")))
-                self.path.rename(run.work / f"metrics-{number}.jsonl")
-                self.path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+                shutil.copy(self.path, run.work / f"metrics-{number}.jsonl")
+                beside = run.work / "metrics.tmp"  # a run that is killed here loses no line
+                beside.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+                beside.replace(self.path)
             self.seen = (time.perf_counter(), state.num_input_tokens_seen)
 
         def on_log(

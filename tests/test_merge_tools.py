@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import divergence, logits_of, prepared_base, train_a_little
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import inference_tools
 import merge_tools
@@ -118,7 +118,11 @@ def test_the_merge_is_the_model_that_was_trained(tmp_path, bases, tied, targets,
     named = PeftConfig.from_pretrained(lora).base_model_name_or_path
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(named, dtype=torch.float32), lora)
     assert divergence(trained, logits_of(plain, ids)) < (0.1 if precision.load_in_4bit else 2e-3)
-    same, _ = model_tools.load_model(named, Precision(**model_tools.read_manifest(lora)["precision"]))
+    manifest = model_tools.read_manifest(lora)
+    if precision.load_in_4bit:
+        recorded = BitsAndBytesConfig(**manifest["quantization"])
+        assert recorded.to_dict() == model_tools.quantization_config(precision).to_dict()
+    same, _ = model_tools.load_model(named, Precision(**manifest["precision"]))
     same = PeftModel.from_pretrained(same, lora)
     probe = merge_tools.read_probe(lora)
     # In training, hooks keep the activations in 16 bits beside an embedding in float32; plain peft has none.
