@@ -172,3 +172,35 @@ def test_final_folders_hold_no_pickles_and_checkpoints_are_marked(tmp_path, unin
     marker = artifact(tmp_path, "Base-checkpoints") / "checkpoint-2" / "complete.json"
     sizes = json.loads(marker.read_text())
     assert {"adapter_model.safetensors", "optimizer.pt", "trainer_state.json"} <= set(sizes)
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3, 4, 5, 6])
+def test_killed_just_before_or_after_a_folder_gets_its_name(tmp_path, uninterrupted, demo_base, demo_dataset, moment):
+    # The three renames of stage 1: -prepared, -lora, -merged. Dying right there leaves no time to tidy up.
+    _, flags = uninterrupted
+    flags = (*flags, "--max_steps", 3, "--output_dir", tmp_path)
+    code = (
+        "import os, sys\nfrom pathlib import Path\nimport base_finetune\n"
+        "real, seen = Path.rename, []\n"
+        "def rename(self, target):\n"
+        "    if self.name.endswith('.incomplete'):\n"
+        "        seen.append(1)\n"
+        f"        if len(seen) == {(moment + 1) // 2}:\n"
+        f"            {'pass' if moment % 2 else 'real(self, target)'}\n"
+        "            os._exit(137)\n"
+        "    return real(self, target)\n"
+        "Path.rename = rename\nsys.argv = ['base_finetune.py', *sys.argv[1:]]\nbase_finetune.main()\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *map(str, flags)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 137, done.stdout + done.stderr
+    exit_code, printed = call("base_finetune", *flags)
+    assert exit_code == 0, printed
+    assert ("training skipped" in printed) == (moment >= 4), printed
+    assert ("merge skipped" in printed) == (moment == 6), printed
+    assert not list(tmp_path.glob("*.incomplete"))
+    whole = tmp_path / "whole"
+    assert call("base_finetune", *flags[:-1], whole)[0] == 0
+    for name, file in (("Base-lora", "adapter_model.safetensors"), ("Base-merged", "model.safetensors")):
+        assert artifact(whole, name).joinpath(file).read_bytes() == artifact(tmp_path, name).joinpath(file).read_bytes()
