@@ -21,11 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model_tools import MANIFEST, check_base, read_manifest, write_manifest
+from model_tools import MANIFEST, absolute_reference, check_base, read_manifest, write_manifest
+from run_guards import flush
 from run_settings import RunSettings, course_settings
 
 INCOMPLETE = ".incomplete"
-LOCK = ".lock"
+LOCK, LOCK_HOLDER = ".lock", ".lock.by"
 PACKAGES = (
     "torch",
     "transformers",
@@ -38,8 +39,10 @@ PACKAGES = (
     "unsloth_zoo",
     "numpy",
 )
-# Files of a folder that are about the model, not part of it: they differ between two runs with the same result.
-ABOUT_THE_MODEL = (MANIFEST, "probe.safetensors", "make_base.json", ".jsonl", ".png", ".md")
+# Files that make a model; what else lies in a folder (logs, pictures, notes, other formats) is about it.
+MODEL_SUFFIXES = (".safetensors", ".json", ".model", ".jinja")
+# adapter_config.json names the base by its path, which differs from place to place; the weights show the rest of it.
+ABOUT_THE_MODEL = (MANIFEST, "probe.safetensors", "make_base.json", "adapter_config.json")
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
         raise
     beside.rename(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def _seal(folder: Path) -> None:
@@ -118,19 +121,8 @@ def _seal(folder: Path) -> None:
     if manifest:
         write_manifest(folder, {**manifest, "files": file_table(folder)})
     for path in sorted(folder.rglob("*")):
-        _flush(path)
-    _flush(folder)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:  # some network file systems cannot flush folders
-        if not path.is_dir():
-            raise
-    finally:
-        os.close(descriptor)
+        flush(path)
+    flush(folder)
 
 
 def move_aside(path: Path) -> Path:
@@ -164,21 +156,28 @@ class OutputLock:
         """
         import filelock
 
+        holder = "another run"
         if self._lock is not None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / LOCK
-        lock = filelock.FileLock(path)
+        # Not in the lock's own file: where a file system knows no locks, filelock keeps its record there.
+        by = self.folder / LOCK_HOLDER
+        lock = filelock.FileLock(self.folder / LOCK)
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            holder = path.read_text(encoding="utf-8", errors="replace").strip() or "another run"
+            with contextlib.suppress(OSError):
+                holder = by.read_text(encoding="utf-8", errors="replace").strip()
             raise BlockingIOError(
                 f"{self.folder} is in use by {holder}: wait for it to end, stop it, or use another --output_dir"
             ) from None
+        except OSError as error:
+            raise OSError(
+                f"{self.folder} cannot be locked ({error.strerror or error}): use an --output_dir on a local disk"
+            ) from None
         self._lock = lock
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        path.write_text(
+        by.write_text(
             f"{self.script} (process {os.getpid()} on {socket.gethostname()}, since {now})\n", encoding="utf-8"
         )
 
@@ -186,7 +185,7 @@ class OutputLock:
         """Give the lock back, if this run has it."""
         if self._lock is not None:
             with contextlib.suppress(OSError):  # the folder may be gone
-                (self.folder / LOCK).write_text("", encoding="utf-8")
+                (self.folder / LOCK_HOLDER).unlink()
             self._lock.release(force=True)
             self._lock = None
 
@@ -211,10 +210,21 @@ def versions() -> dict[str, str]:
 # What a folder is
 
 
-def file_table(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size (bytes), time of change (ns) and sha256 of every file of a folder but its manifest, by relative name."""
+def makes_the_model(name: str) -> bool:
+    """Whether a file of a folder, by its relative name, is part of the model."""
+    return "/" not in name and name.endswith(MODEL_SUFFIXES) and name not in ABOUT_THE_MODEL
+
+
+def file_table(folder: Path, *, model_only: bool = False) -> dict[str, dict[str, Any]]:
+    """Size (bytes), time of change (ns) and sha256 of the files of a folder but its manifest, by relative name.
+
+    Args:
+        folder: any folder.
+        model_only: only of the files that make the model; for folders that are not ours.
+    """
+    files = (p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     table = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):
+    for path in sorted(p for p in files if not model_only or makes_the_model(p.relative_to(folder).as_posix())):
         state = path.stat()
         table[path.relative_to(folder).as_posix()] = {
             "bytes": state.st_size,
@@ -236,8 +246,6 @@ def find_changed_file(folder: Path, table: dict[str, dict[str, Any]]) -> str | N
     """
     for name, recorded in table.items():
         path = folder / name
-        if not isinstance(recorded, dict) or set(recorded) != {"bytes", "mtime_ns", "sha256"}:
-            return f"{MANIFEST} cannot be read (its entry of {name})"
         try:
             state = path.stat()
         except OSError:
@@ -252,14 +260,13 @@ def find_changed_file(folder: Path, table: dict[str, dict[str, Any]]) -> str | N
 def fingerprint(folder: str | Path) -> str:
     """A sha256 that tells one model or adapter from another by the contents of its files.
 
-    Two runs with the same result have the same one; an adapter's configuration, with the path of its base, counts. Of
-    a hub name it is the name's.
+    Two runs with the same result have the same one, wherever they stand. Of a hub name it is the name's.
     """
     folder = Path(folder)
     if not folder.is_dir():
         return hashlib.sha256(str(folder).encode()).hexdigest()
-    table = read_manifest(folder).get("files") or file_table(folder)
-    parts = sorted((name, entry["sha256"]) for name, entry in table.items() if not name.endswith(ABOUT_THE_MODEL))
+    table = read_manifest(folder).get("files") or file_table(folder, model_only=True)
+    parts = sorted((name, entry["sha256"]) for name, entry in table.items() if makes_the_model(name))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -277,10 +284,11 @@ def find_damage(folder: Path, kind: str = "model") -> str | None:
     except ValueError as error:
         return str(error)
     if manifest.get("files"):
-        return find_changed_file(folder, manifest["files"])
+        # A log or picture that someone looked at and changed is no damage to the model.
+        return find_changed_file(folder, {n: e for n, e in manifest["files"].items() if n.endswith(MODEL_SUFFIXES)})
     problem = find_model_problem(folder, kind)
     if problem is None:
-        print(f"note: {folder} has no {MANIFEST} of this pipeline: made elsewhere; it was looked through and is used")
+        print(f"note: {folder} has no {MANIFEST} with its files: made elsewhere; it was looked through and is used")
     return problem
 
 
@@ -393,11 +401,7 @@ def made_from(folder: Path | str, of: Path) -> dict[str, str]:
         of: the artifact.
     """
     beside = Path(folder).is_dir() and Path(folder).resolve().parent == of.resolve().parent
-    return {Path(folder).name if beside else _reference(folder): fingerprint(folder)}
-
-
-def _reference(model: Path | str) -> str:
-    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+    return {Path(folder).name if beside else absolute_reference(folder): fingerprint(folder)}
 
 
 def find_outdated(folder: Path) -> str | None:
@@ -411,11 +415,14 @@ def find_outdated(folder: Path) -> str | None:
         if not parent.is_dir():
             continue
         if fingerprint(parent) != recorded:
-            return f"{folder} was made from another {name} than the one that is there now"
+            script = manifest.get("script", "the script that made it")
+            return (
+                f"{folder} was made from another {name} than the one that is there now: run {script} again, as it was "
+                "run, with --overwrite"
+            )
         earlier = find_outdated(parent)
         if earlier:
-            script = read_manifest(parent).get("script")
-            return f"{earlier}" + (f" (made anew by `python {script} --overwrite`)" if script else "")
+            return earlier
     return None
 
 
@@ -473,7 +480,7 @@ def find_parent(stage: Stage, settings: RunSettings, without_prepared: bool = Fa
         check_base(parent)
         return str(parent)
     parent = Path(parent)
-    again = f"; make it again with `python {stage.parent_script} --output_dir {output} --overwrite`"
+    again = f"; run {stage.parent_script} again as it was run, with --overwrite: only what is damaged is made anew"
     made_here = read_manifest_or_nothing(parent)
     if made_here.get("files"):
         problem = find_damage(parent)

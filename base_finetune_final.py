@@ -48,10 +48,11 @@ def main() -> None:
             collator = InputMaskingDataCollator(data.tokenizer, mask_first_n_examples=settings.mask_first_n_examples)
             report_masks(run, data, collator)
         run.begin(data)
-        model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
-        model = add_lora(model, run.precision, **lora_options(settings))
-        trainer = sft_trainer(model, run, data, collator)
-        watch(trainer, run, heldout_measure(model, run, data))
+        with run.machine_errors("loading the model"):
+            model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
+            model = add_lora(model, run.precision, **lora_options(settings))
+            trainer = sft_trainer(model, run, data, collator)
+            watch(trainer, run, heldout_measure(model, run, data))
         run.train(trainer, data)
         run.save(model, data)
         del model, trainer

@@ -388,7 +388,9 @@ def prepare_base(base_model: str | Path, out: str | Path, full_vocab: bool = Fal
 
     check_base(base_model)
     tokenizer = load_tokenizer(base_model)
-    model = AutoModelForCausalLM.from_pretrained(str(base_model), dtype="auto", trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(base_model), dtype="auto", trust_remote_code=False, use_safetensors=True
+    )
     if model.dtype == torch.float32:
         model = model.to(torch.bfloat16)
     before = len(tokenizer)
@@ -571,7 +573,12 @@ def _load_transformers(path: str | Path, precision: Precision) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     quantised = {"quantization_config": quantization_config(precision)} if precision.load_in_4bit else {}
     model = AutoModelForCausalLM.from_pretrained(
-        str(path), dtype=precision.torch_dtype, device_map={"": device}, trust_remote_code=False, **quantised
+        str(path),
+        dtype=precision.torch_dtype,
+        device_map={"": device},
+        trust_remote_code=False,
+        use_safetensors=True,
+        **quantised,
     )
     for module in model.modules():
         # On CPUs with AVX512-BF16 the first forward pass repacks 4-bit weights and later gradients are wrong.
@@ -725,6 +732,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     for name in ("files", "made_from", "settings", "precision", "check"):
         if not isinstance(manifest.get(name, {}), dict):
             raise ValueError(f"{path} cannot be read ({name} is no object)")
+    for name, entry in manifest.get("files", {}).items():
+        if not isinstance(entry, dict) or set(entry) != {"bytes", "mtime_ns", "sha256"}:
+            raise ValueError(f"{path} cannot be read (its entry of {name})")
     return manifest
 
 
@@ -754,7 +764,7 @@ def save_adapter(
         manifest: what else to record.
     """
     for config in model.peft_config.values():
-        config.base_model_name_or_path = _reference(base)
+        config.base_model_name_or_path = absolute_reference(base)
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)  # a set's order differs from process to process
     for name in ("is_local", "local_files_only"):
@@ -762,7 +772,7 @@ def save_adapter(
     # "auto" would guess from the base's vocabulary whether to save the embeddings: modules_to_save says so already.
     model.save_pretrained(str(path), save_embedding_layers=False)
     tokenizer.save_pretrained(str(path))
-    how = {"base": _reference(base), "precision": asdict(precision)}
+    how = {"base": absolute_reference(base), "precision": asdict(precision)}
     if precision.load_in_4bit:
         # For whoever loads it without this pipeline: transformers.BitsAndBytesConfig(**quantization).
         recorded = quantization_config(precision).to_dict()
@@ -770,8 +780,8 @@ def save_adapter(
     write_manifest(path, {**(manifest or {}), **how})
 
 
-def _reference(model: str | Path) -> str:
-    # A folder by its absolute path, so that the adapter loads from anywhere; a hub name as it is.
+def absolute_reference(model: str | Path) -> str:
+    """A model's folder by its absolute path, so that what names it loads from anywhere; a hub name as it is."""
     return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
 
 
@@ -781,10 +791,12 @@ def load_adapter(model: Any, path: str | Path) -> Any:
     Any engine's adapter goes onto any engine's base.
 
     Raises:
-        ValueError: the adapter's matrices do not fit the base (another size or vocabulary).
+        ValueError: no adapter, or its matrices do not fit the base (another size or vocabulary).
     """
     from peft import PeftModel
 
+    if not (Path(path) / "adapter_model.safetensors").is_file():  # peft would look for a pickle instead
+        raise ValueError(f"{path} has no adapter_model.safetensors: expected the folder of an adapter")
     try:
         # Read on the CPU: beside a model in float32, a card of 8 GB has no room for a second copy of whole matrices.
         return PeftModel.from_pretrained(model, str(path), is_trainable=False, torch_device="cpu")

@@ -199,8 +199,8 @@ def guard(
             if control.should_save or control.should_training_stop:
                 check_weights_are_finite(trainer.model, state.global_step)
             if control.should_save:
-                # A folder of that name, left by a run that was killed, is no checkpoint while it is written over.
-                (checkpoint_folder(args, state) / MARKER).unlink(missing_ok=True)
+                # What a killed run left under that name is no part of what is written now.
+                shutil.rmtree(checkpoint_folder(args, state), ignore_errors=True)
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.saved_at, self.wanted = time.monotonic(), False
@@ -235,19 +235,20 @@ def check_weights_are_finite(model: Any, step: int) -> None:
 
 def mark_complete(folder: Path) -> None:
     """Flush a checkpoint's files to the disk, then write the marker that names each with its size, in one move."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MARKER, f"{MARKER}.tmp"))
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     for path in (*files, *(path for path in folder.rglob("*") if path.is_dir()), folder):
-        _flush(path)
+        flush(path)
     beside = folder / f"{MARKER}.tmp"
     beside.write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
-    _flush(beside)
+    flush(beside)
     beside.replace(folder / MARKER)
-    _flush(folder)
-    _flush(folder.parent)
+    flush(folder)
+    flush(folder.parent)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Make sure that a file or folder has reached the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -659,6 +660,8 @@ def disk_needs(
     remedies = ["make room, or another --output_dir"]
     if checkpoints > 1:
         remedies.append(f"--save_total_limit 1 (now {checkpoints})")
+    if more:
+        remedies.append("--save_steps 0: no checkpoints, a killed run starts anew")
     remedies.append(f"a lower --lora_r (now {counts.rank})")
     return Need("writing", "disk", {name: size for name, size in parts.items() if size}, tuple(remedies))
 

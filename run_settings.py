@@ -23,6 +23,16 @@ NOT_THE_COURSE = (
     "per_device_eval_batch_size", "save_steps", "save_total_limit", "report_to", "dataloader_num_workers",
 )  # fmt: skip
 
+# Settings with few values; written in any case, kept in lower case.
+CHOICES = {
+    "engine": ("auto", "unsloth", "transformers"),
+    "dtype": ("auto", "bfloat16", "float16", "float32"),
+    "merge_base": ("quantised", "original"),
+    "tp": ("all", "true", "false"),
+    "rt": ("all", "true", "false"),
+    "lora_bias": ("none", "all", "lora_only"),
+}
+
 
 def setting(default: Any, help: str) -> Any:
     """A dataclass field with a default and the sentence that --help shows."""
@@ -143,6 +153,8 @@ def parse_settings(cls: type, argv: Sequence[str] | None = None) -> Any:
         if unknown:
             raise ValueError(f"unknown flags: {' '.join(unknown)}; see --help")
         settings = cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)})
+        for name in CHOICES:
+            setattr(settings, name, str(getattr(settings, name)).lower())
         problems = find_problems(settings)
         if problems:
             raise ValueError("\n".join(["settings that cannot be used:", *(f"  --{p}" for p in problems)]))
@@ -246,15 +258,8 @@ def find_problems(settings: RunSettings) -> list[str]:
     check("sizes", len(settings.sizes) > 0 and min(settings.sizes) >= 1, "whole numbers from 1")
     bounds = settings.grid_sizes
     check("grid_sizes", not bounds or (len(bounds) == 2 and 1 <= bounds[0] <= bounds[1]), "two bounds, such as 1 10")
-    for name, choices in {
-        "engine": ("auto", "unsloth", "transformers"),
-        "dtype": ("auto", "bfloat16", "float16", "float32"),
-        "merge_base": ("quantised", "original"),
-        "tp": ("all", "true", "false"),
-        "rt": ("all", "true", "false"),
-        "lora_bias": ("none", "all", "lora_only"),
-    }.items():
-        check(name, str(getattr(settings, name)).lower() in choices, " or ".join(choices))
+    for name, choices in CHOICES.items():
+        check(name, getattr(settings, name) in choices, " or ".join(choices))
     unknown = [m for m in settings.target_modules if m not in LINEAR_MODULES + EMBEDDING_MODULES]
     good = not unknown and any(m in LINEAR_MODULES for m in settings.target_modules)
     check("target_modules", good, f"names among {' '.join(LINEAR_MODULES + EMBEDDING_MODULES)}, not only embeddings")
@@ -274,8 +279,8 @@ def failed_checks(settings: RunSettings, checks: dict[str, tuple[bool, str]]) ->
 def user_errors() -> Iterator[None]:
     """Turn what a user can mend (bad values, missing or unwritable files) into one message and exit code 2.
 
-    Meant for the set-up of a run. Errors inside training are bugs or machine trouble and keep their traceback, as all
-    do where ARC_TRACEBACK is set in the environment.
+    Meant for the set-up of a run. Errors of the work itself are bugs, which keep their traceback, or trouble of the
+    machine (run_guards.machine_errors). Where ARC_TRACEBACK is set in the environment, all keep it.
     """
     try:
         yield

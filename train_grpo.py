@@ -121,13 +121,14 @@ def main() -> None:
             longest = longest_reply(data.split.train, data.split.train.keys, data.tokenizer)
             report_prompts(run, data, longest)
         run.begin(data)
-        model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
-        model = add_lora(model, run.precision, **lora_options(settings))
-        weights = {"reward_exact": settings.reward_exact, "reward_cells": settings.reward_cells}
-        judge = functools.partial(judge_reply, data.split.train, reply_end=data.format["reply_end"], **weights)
-        rewards = reward_functions(judge, data.tokenizer)
-        trainer = grpo_trainer(model, run, data, rewards, reward_weights=[1.0, 0.0], max_completion_length=longest)
-        watch(trainer, run, heldout_measure(model, run, data))
+        with run.machine_errors("loading the model"):
+            model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
+            model = add_lora(model, run.precision, **lora_options(settings))
+            weights = {"reward_exact": settings.reward_exact, "reward_cells": settings.reward_cells}
+            judge = functools.partial(judge_reply, data.split.train, reply_end=data.format["reply_end"], **weights)
+            rewards = reward_functions(judge, data.tokenizer)
+            trainer = grpo_trainer(model, run, data, rewards, reward_weights=[1.0, 0.0], max_completion_length=longest)
+            watch(trainer, run, heldout_measure(model, run, data))
         run.train(trainer, data)
         run.save(model, data)
         del model, trainer

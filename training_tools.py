@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 from arc_loader import ArcDataset, Holdout, format_options
 from arc_samples import SampleEncoder, TrainingSamples
 from artifact_tools import (
+    INCOMPLETE,
     OutputLock,
     Stage,
     changed_settings,
@@ -45,6 +46,7 @@ from merge_tools import PROBE, MergeError, describe_check, make_probe_rows, merg
 from model_tools import (
     EMBEDDING_MODULES,
     InputMaskingDataCollator,
+    absolute_reference,
     config_token_ids,
     cut_tokenizer,
     format_duration,
@@ -64,6 +66,7 @@ from run_guards import (
     count_weights,
     disk_needs,
     find_shortages,
+    flush,
     generation_steps,
     guard,
     machine_errors,
@@ -154,7 +157,9 @@ def stage_tokenizer(run: StageRun) -> Any:
     if run.to_prepare is not None and not run.settings.full_vocab:
         from transformers import AutoConfig
 
-        tokenizer, _ = cut_tokenizer(tokenizer, config_token_ids(AutoConfig.from_pretrained(str(run.parent))))
+        tokenizer, _ = cut_tokenizer(
+            tokenizer, config_token_ids(AutoConfig.from_pretrained(str(run.parent), trust_remote_code=False))
+        )
     return tokenizer
 
 
@@ -229,7 +234,7 @@ def estimate_seconds(run: StageRun, tokens: float) -> float:
     from transformers import AutoConfig
 
     precision = run.precision
-    config = AutoConfig.from_pretrained(str(run.parent))
+    config = AutoConfig.from_pretrained(str(run.parent), trust_remote_code=False)
     hidden, layers = config.hidden_size, config.num_hidden_layers
     parameters = layers * (hidden * hidden * 3 + 3 * hidden * config.intermediate_size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -654,6 +659,7 @@ class StageRun:
         parent: what training starts from (None if the adapter is there already).
         to_prepare: the folder of the prepared base if `begin` has to make it, else None.
         to_move: what `begin` moves aside first (--overwrite).
+        made_from: name and fingerprint of the parent as training found it.
         work: folder of checkpoints and logs.
     """
 
@@ -664,6 +670,7 @@ class StageRun:
         self.parent: Path | str | None = None
         self.to_prepare: Path | None = None
         self.to_move: list[Path] = []
+        self.made_from: dict[str, str] = {}
         self.lock = OutputLock(Path(settings.output_dir), stage.script)
         with user_errors():
             self.precision = resolve_precision(settings.engine, settings.dtype, settings.load_in_4bit)
@@ -689,7 +696,7 @@ class StageRun:
     def _is_trained(self) -> bool:
         # Whether the adapter is there and is what these settings make. With --overwrite, notes what has to go aside.
         stage, settings = self.stage, self.settings
-        overwrite = "--overwrite moves it aside (nothing is deleted) and trains anew"
+        overwrite = "--overwrite moves it aside (nothing is deleted) and makes it anew"
         if stage.parent == "prepared" and stage.prepared(settings).exists():
             prepared = stage.prepared(settings)
             damage = find_damage(prepared)
@@ -705,17 +712,17 @@ class StageRun:
             if not settings.overwrite:
                 raise ValueError(
                     f"{self.merged} is there without {self.lora}: bring that back, or use another --output_dir; "
-                    f"{overwrite}"
+                    "--overwrite trains the adapter again"
                 )
-            self.to_move = existing([self.merged, self.work])
-            return False
+            return False  # made again, from its last checkpoint if that is there; the merge may still fit it then
         damage = find_damage(self.lora, "adapter")
         problem = f"is damaged: {damage}" if damage else self._outdated()
         if problem and not settings.overwrite:
             raise ValueError(f"{self.lora} {problem}; {overwrite}")
         if problem:
             print(f"{self.lora} {problem}: it will be moved aside")
-            self.to_move = existing([self.merged, self.work, self.lora])
+            # The checkpoints and the merge of a damaged adapter are still good: it is made again from the last of them.
+            self.to_move = [self.lora] if damage else existing([self.merged, self.work, self.lora])
         return not problem
 
     def _outdated(self) -> str | None:
@@ -725,8 +732,12 @@ class StageRun:
             return None
         parent = Path(self.settings.base_model or "") if self.stage.parent != "prepared" else Path("")
         parent = parent if parent != Path("") else self.stage.default_parent(self.settings)
-        if parent.is_dir() and fingerprint(parent) not in recorded.get("made_from", {}).values():
+        before = recorded.get("made_from", {})
+        if parent.is_dir() and fingerprint(parent) not in before.values():
             return f"was trained from another model than the one that is in {parent} now"
+        if not parent.exists() and self.settings.base_model and self.stage.parent != "prepared":
+            if absolute_reference(parent) not in before and str(Path(parent).resolve()) not in before:
+                return f"was trained from {', '.join(before)}, not from {parent}"
         earlier = find_outdated(self.lora)
         if earlier:
             return f"rests on something that has changed ({earlier})"
@@ -759,25 +770,44 @@ class StageRun:
                 print("dry run: settings, data, model folder and masks are fine")
                 sys.exit(0)
             self.lock.acquire()
-            for folder in self.to_move:
+            try:
+                self._take_over(data)
+            except BaseException:
+                self.lock.release()
+                raise
+
+    def _take_over(self, data: StageData) -> None:
+        # The first things that are written, once the output folder is this run's.
+        for folder in self.to_move:
+            move_aside(folder)
+        if self.lora.exists():
+            raise FileExistsError(f"{self.lora} was made by another run meanwhile: run the command again")
+        self.work.mkdir(parents=True, exist_ok=True)
+        if self.to_prepare is not None:
+            if self.to_prepare.exists():
+                raise FileExistsError(f"{self.to_prepare} was made by another run meanwhile: run the command again")
+            self._prepare(self.parent, self.to_prepare)
+            self.parent, self.to_prepare = self.to_prepare, None
+            moved = len(self.to_move)
+            self._check_checkpoints(data)  # now that the base can be compared too
+            for folder in self.to_move[moved:]:
                 move_aside(folder)
-            if self.lora.exists():
-                raise FileExistsError(f"{self.lora} was made by another run meanwhile: run the command again")
-            self.work.mkdir(parents=True, exist_ok=True)
-            if self.to_prepare is not None:
-                if self.to_prepare.exists():
-                    raise FileExistsError(f"{self.to_prepare} was made by another run meanwhile: run the command again")
-                self._prepare(self.parent, self.to_prepare)
-                self.parent, self.to_prepare = self.to_prepare, None
-            self._write_course(data)
+            self.work.mkdir(exist_ok=True)
+        self.made_from = made_from(self.parent, self.lora)
+        self._write_course(data)
 
     def _check_checkpoints(self, data: StageData) -> None:
         # What changes the course of the training must be what the checkpoints were made with.
         path = self.work / COURSE
-        if self.work in self.to_move or not path.is_file() or not any(self.work.glob("checkpoint-*")):
+        if self.work in self.to_move or not path.is_file() or not complete_checkpoints(self.work, quiet=True):
             return
-        before, course = json.loads(path.read_text(encoding="utf-8")), self._course(data)
-        changed = sorted(name for name in course if before.get(name) != course[name])
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            course = self._course(data)
+            # A setting that an earlier version did not have has its default now, which is what it did.
+            changed = sorted(name for name in course if name in before and before[name] != course[name])
+        except (ValueError, TypeError):
+            changed = [f"{path} cannot be read"]
         if not changed:
             return
         problem = f"{self.work} holds checkpoints of a run with other settings ({', '.join(changed)})"
@@ -791,8 +821,9 @@ class StageRun:
         from transformers import AutoConfig
 
         settings, precision = self.settings, self.precision
+        there = complete_checkpoints(self.work, quiet=True)
         counts = count_weights(
-            AutoConfig.from_pretrained(str(self.parent)),
+            AutoConfig.from_pretrained(str(self.parent), trust_remote_code=False),
             target_modules=settings.target_modules,
             r=settings.lora_r,
             vocabulary=None if self.to_prepare is None or settings.full_vocab else len(tokenizer),
@@ -800,34 +831,41 @@ class StageRun:
         disk = disk_needs(
             counts,
             optim=settings.optim,
-            checkpoints=0 if settings.save_steps == 0 else settings.save_total_limit,
-            checkpoints_there=len(complete_checkpoints(self.work, quiet=True)),
+            checkpoints=0 if settings.save_steps == 0 or _is_last(there) else settings.save_total_limit,
+            checkpoints_there=len(there),
             prepared=self.to_prepare is not None,
         )
         memory = memory_needs(counts, **asdict(precision), optim=settings.optim)
-        shortages = find_shortages([disk, *memory], read_free(settings.output_dir))
+        free = read_free(settings.output_dir)
+        # What a killed run left half-written makes room.
+        left = [self.lora.with_name(self.lora.name + INCOMPLETE), self.merged.with_name(self.merged.name + INCOMPLETE)]
+        left += [path for path in self.work.glob("checkpoint-*") if path not in there]
+        size = sum(path.stat().st_size for folder in left for path in folder.rglob("*") if path.is_file())
+        shortages = find_shortages([disk, *memory], replace(free, disk=free.disk + size))
         if shortages:
             raise ValueError("\n".join(shortages))
 
     def _course(self, data: StageData) -> dict[str, Any]:
         course = course_settings(asdict(self.settings)) | {
             "precision": asdict(self.precision),
-            "data": data.split.train.content_hash(),
-            "parent": None if self.to_prepare else fingerprint(self.parent),
+            "puzzles": data.split.train.content_hash(),
         }
+        if self.to_prepare is None:
+            course["the model that it starts from"] = fingerprint(self.parent)
         return json.loads(json.dumps(course))
 
     def _write_course(self, data: StageData) -> None:
         beside = (self.work / COURSE).with_suffix(".tmp")
         beside.write_text(json.dumps(self._course(data), indent=2) + "\n", encoding="utf-8")
+        flush(beside)
         beside.replace(self.work / COURSE)
 
     def _prepare(self, base: Path | str, folder: Path) -> None:
         print(f"preparing {base} -> {folder}")
-        with self._machine_errors("preparing the base"), new_folder(folder) as beside:
+        with self.machine_errors("preparing the base"), new_folder(folder) as beside:
             done = prepare_base(base, beside, self.settings.full_vocab)
             if Path(base).is_dir():
-                done["base_files"] = file_table(Path(base))
+                done["base_files"] = file_table(Path(base), model_only=True)
             script = self.stage.script
             write_manifest(beside, provenance("prepared", script, self.settings, **done))
 
@@ -850,10 +888,11 @@ class StageRun:
             before = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
             if before["global_step"] == before["max_steps"]:
                 # Training was done, only not saved yet. A trainer that resumes here would take one step more.
-                trainer._load_from_checkpoint(str(checkpoint))
+                with self.machine_errors("loading the checkpoint"):
+                    trainer._load_from_checkpoint(str(checkpoint))
                 return
         by_the_clock = self.settings.save_steps is None
-        with self._machine_errors("training"), StopSignals() as signals:
+        with self.machine_errors("training"), StopSignals() as signals:
             guard(
                 trainer,
                 signals=signals,
@@ -878,7 +917,8 @@ class StageRun:
     def _last_checkpoint(self) -> Path | None:
         return next(iter(complete_checkpoints(self.work)), None)
 
-    def _machine_errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
+    def machine_errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """Trouble of the machine in the block becomes one message that says what is safe; see run_guards."""
         return machine_errors(
             doing,
             asdict(self.settings) | {"dtype": self.precision.dtype} if doing == "training" else {},
@@ -893,17 +933,19 @@ class StageRun:
 
         made = {
             "data_fingerprint": data.split.train.content_hash(),
-            "made_from": made_from(self.parent, self.lora),
+            "made_from": self.made_from,
         }
         manifest = provenance(self.stage.name, self.stage.script, self.settings, **made)
-        with self._machine_errors("saving the adapter"), new_folder(self.lora) as beside:
+        with self.machine_errors("saving the adapter"), new_folder(self.lora) as beside:
             save_adapter(model, data.tokenizer, beside, base=self.parent, precision=self.precision, manifest=manifest)
             metrics = self.work / "metrics.jsonl"
             if metrics.is_file():
                 shutil.copy(metrics, beside / metrics.name)
-                plot_metrics(metrics, beside / "loss.png")
-            rows = data.heldout_rows(self.settings.max_seq_length)[:PROBE_ROWS] or make_probe_rows(data.tokenizer)
-            record_probe(model, self.precision.engine, data.tokenizer, rows, beside / PROBE)
+                with _worth_less_than_the_training("no picture of the curves"):
+                    plot_metrics(metrics, beside / "loss.png")
+            with _worth_less_than_the_training("what the trained model answers is not recorded"):
+                rows = data.heldout_rows(self.settings.max_seq_length)[:PROBE_ROWS] or make_probe_rows(data.tokenizer)
+                record_probe(model, self.precision.engine, data.tokenizer, rows, beside / PROBE)
         print(f"saved {self.lora}")
 
     def merge(self) -> None:
@@ -912,28 +954,32 @@ class StageRun:
 
         import torch
 
-        with user_errors():
-            if self._is_merged():
-                print(f"{self.merged} is there: merge skipped")
-                return
-            if self.settings.dry_run:
-                print(f"dry run: {self.lora} would be merged into {self.merged}")
-                return
-            self.lock.acquire()
+        try:
+            with user_errors():
+                if self._is_merged():
+                    print(f"{self.merged} is there: merge skipped")
+                    return
+                if self.settings.dry_run:
+                    print(f"dry run: {self.lora} would be merged into {self.merged}")
+                    return
+                self.lock.acquire()
+                if self._is_merged():
+                    raise FileExistsError(f"{self.merged} was made by another run meanwhile: run the command again")
+                parent = self._where_the_parent_is()
+                if self.merged.exists():
+                    move_aside(self.merged)
             gc.collect()  # the memory of the trained model
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             begin = time.perf_counter()
-            parent = self._where_the_parent_is()
-            if self.merged.exists():
-                move_aside(self.merged)
-            with self._merge_errors(), self._machine_errors("merging"), new_folder(self.merged) as beside:
+            with self._merge_errors(), self.machine_errors("merging"), new_folder(self.merged) as beside:
                 done = merge_and_check(self.lora, beside, base=parent, merge_base=self.settings.merge_base)
                 # How the adapter was trained stands in its own manifest; this run's flags had no part in it.
                 made = {name: value for name, value in read_manifest(self.lora).items() if name != "files"}
                 made |= {"adapter": str(self.lora.resolve()), **done, "base": str(parent)}
                 write_manifest(beside, {**made, "made_from": made_from(self.lora, self.merged)})
-        self.lock.release()
+        finally:
+            self.lock.release()
         print(describe_check(done["check"]))
         print(f"saved {self.merged}: merged onto the {done['merged_onto']} base in {time.perf_counter() - begin:.0f} s")
         if done["merged_onto"] == "quantised":
@@ -946,6 +992,11 @@ class StageRun:
     def _merge_errors(self) -> Iterator[None]:
         try:
             yield
+        except ValueError as error:  # an adapter that does not fit its base, or of a kind that cannot be merged
+            if os.environ.get("ARC_TRACEBACK"):
+                raise
+            print(f"error: {self.lora} cannot be merged: {error}", file=sys.stderr)
+            sys.exit(2)
         except MergeError as error:
             if os.environ.get("ARC_TRACEBACK"):
                 raise
@@ -990,6 +1041,25 @@ class StageRun:
         if Path(named).is_absolute() and not Path(named).is_dir():
             raise FileNotFoundError(f"{self.lora} was trained on {named}, which is not there: bring it back to merge")
         return named
+
+
+@contextlib.contextmanager
+def _worth_less_than_the_training(without: str) -> Iterator[None]:
+    # Hours of training must not be lost to a plot, or to a forward pass that a library has changed.
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        if os.environ.get("ARC_TRACEBACK"):
+            raise
+        print(f"note: {without} ({type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]})")
+
+
+def _is_last(checkpoints: list[Path]) -> bool:
+    # Whether the newest checkpoint is of the training's last step.
+    if not checkpoints:
+        return False
+    state = json.loads((checkpoints[0] / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"] == state["max_steps"]
 
 
 def _as_given(base_model: str | None) -> Path | str | None:
