@@ -246,3 +246,68 @@ def test_a_merge_that_fails_its_proof_is_not_kept(done, monkeypatch):
     assert code == 0 and "merge proven" in printed, printed
     check = read_manifest(artifact(output, "Base-merged"))["check"]
     assert check["kl"] <= check["kl_bound"] and check["prompts"] == 8 and check["trained_top1"] == 1.0
+
+
+def test_stray_files_make_nothing_outdated(done, tmp_path, demo_base):
+    output, again = done
+    base = tmp_path / "base"
+    shutil.copytree(demo_base, base)
+    for name in ("prepared", "Base-lora", "Base-merged", "Base-checkpoints"):
+        shutil.rmtree(artifact(output, name))
+    assert again("base_finetune", "--base_model", base)[0] == 0
+    (base / ".cache" / "huggingface").mkdir(parents=True)
+    for place in (base, base / ".cache" / "huggingface", artifact(output, "Base-merged")):
+        (place / "notes.txt").write_text("a note")
+    (base / "README.md").write_text("changed")
+    for script in ("base_finetune", "base_finetune_final"):
+        more = ("--base_model", base) if script == "base_finetune" else ()
+        code, printed = again(script, *more)
+        assert code == 0 and "training skipped" in printed and "merge skipped" in printed, printed
+
+
+def test_training_is_not_lost_to_a_probe_or_a_picture(done, monkeypatch):
+    output, again = done
+    for kind in ("lora", "merged", "checkpoints"):
+        shutil.rmtree(artifact(output, f"Base-{kind}"))
+
+    def fails(*_, **__):
+        raise TypeError("a library has changed")
+
+    monkeypatch.setattr("training_tools.record_probe", fails)
+    monkeypatch.setattr("report_tools.plot_metrics", fails)
+    code, printed = again("base_finetune", "--save_steps", 0)
+    assert code == 0 and "merge proven" in printed, printed
+    assert "note: what the trained model answers is not recorded (TypeError: a library has changed)" in printed
+    assert read_manifest(artifact(output, "Base-merged"))["check"]["trained_kl"] is None
+    monkeypatch.undo()
+    code, printed = again("train_grpo")  # the same weights, with or without: nothing is outdated
+    assert code == 0 and "training skipped" in printed, printed
+
+
+def test_an_interrupted_run_whose_prepared_base_is_gone_prepares_it_again_and_continues(done):
+    output, again = done
+    for name in ("prepared", "Base-lora", "Base-merged"):
+        shutil.rmtree(artifact(output, name))
+    code, printed = again("base_finetune")
+    assert code == 0 and "preparing" in printed and "continuing from" in printed, printed
+    code, printed = again("train_grpo")
+    assert code == 0 and "training skipped" in printed, printed
+
+
+def test_the_batch_may_be_divided_otherwise_and_choices_written_in_any_case(done):
+    _, again = done
+    more = ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--tp", "ALL", "--merge_base")
+    code, printed = again("base_finetune", *more, "Quantised", "--gradient_checkpointing", True)
+    assert code == 0 and "training skipped" in printed and "merge skipped" in printed, printed
+
+
+def test_too_little_room_is_said_before_training_with_figures(done):
+    output, again = done
+    shutil.rmtree(artifact(output, "Base-lora"))
+    shutil.rmtree(artifact(output, "Base-merged"))
+    before = contents(output)
+    code, printed = again("base_finetune", "--lora_r", 50_000_000, "--overwrite")
+    assert code == 2 and "Traceback" not in printed, printed
+    assert "training needs at least" in printed and "main memory" in printed and "a lower --lora_r" in printed, printed
+    assert "writing needs at least" in printed and "on the disk of" in printed, printed
+    assert contents(output) == before
