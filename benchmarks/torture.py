@@ -553,7 +553,7 @@ def summarise(chains: Sequence[Chain], seconds: float, durations: dict[str, dict
     lost = [record["steps_lost"] for record in killed if record["steps_lost"] is not None]
     phases = Counter(record["phase"] for record in killed)
     return {
-        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
+        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
         "versions": versions(),
         "command": "python " + " ".join(sys.argv),
         "seconds": round(seconds),
