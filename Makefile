@@ -54,8 +54,8 @@ $(STAMP): requirements-cpu.txt
 	@touch $@
 
 lint: env
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff check --no-cache .
+	$(BIN)/ruff format --check --no-cache .
 
 # Offline: a test that would fetch a model or data fails at once instead of waiting for a network.
 test: env lint

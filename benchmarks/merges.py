@@ -63,9 +63,9 @@ def main() -> None:
 
     import dataclasses
 
-    import merge_tools
     import torch
 
+    import merge_tools
     from artifact_tools import versions
     from inference_tools import exact_match
     from model_tools import Precision, load_adapter, load_model, read_manifest
