@@ -53,7 +53,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from run_guards import MARKER  # noqa: E402 - found only now
+from artifact_tools import LOCK_HOLDER  # noqa: E402 - found only now
+from run_guards import MARKER  # noqa: E402
 
 PREFIX = "Llama-3.2-1B"
 STEPS = {"base_finetune.py": 24, "base_finetune_final.py": 24, "train_grpo.py": 8}
@@ -513,7 +514,9 @@ def compare(chain: Chain, reference: Chain) -> None:
         chain.artifacts[name] = not different and bool(files)
         if different or not files:
             chain.problems.append(f"{folder} differs from the reference: {', '.join(different) or 'it is empty'}")
-    usual = {path.name for path in reference.output.iterdir()}
+    # The note of who holds the lock stays where its writer was killed, as the lock's own file does; the next one writes
+    # it anew, and nobody reads it unless the lock is held.
+    usual = {path.name for path in reference.output.iterdir()} | {LOCK_HOLDER}
     left = [path for path in chain.output.iterdir() if path.name not in usual]
     left += [path for path in chain.output.rglob("*") if path.name.endswith((".incomplete", ".tmp", ".part"))]
     left += [path for path in chain.output.glob("*/*checkpoint-*") if path.is_dir() and not (path / MARKER).is_file()]
