@@ -567,6 +567,18 @@ class ArcDataset:
             raise ValueError(f"{n:,} keys asked for, expected 1 to the maximum of {len(self.keys):,}")
         return self._derived(self.keys[:n], self.is_orig)
 
+    def select_puzzles(self, puzzles: Iterable[str]) -> ArcDataset:
+        """The keys of some puzzles, in the order that they have here; an original dataset stays one.
+
+        Raises:
+            ValueError: a puzzle that is not there.
+        """
+        wanted = set(puzzles)
+        missing = sorted(wanted - self.challenge.keys())
+        if missing:
+            raise ValueError(f"no puzzle {missing[0]!r} among {len(self.challenge):,}")
+        return self._derived([key for key in self.keys if self.get_base_key(key) in wanted], self.is_orig)
+
     def grouped_keys(self) -> dict[str, list[list[str]]]:
         """Puzzle id -> test index -> keys; keys without a test index count as index 0."""
         groups: dict[str, list[list[str]]] = {}

@@ -109,6 +109,22 @@ class SampleEncoder:
             return self._encode_texts(ds, list(keys), max_tokens, reply)
         return self._assemble(ds, self._layout(ds, keys, max_tokens, reply)) if len(keys) else []
 
+    def encode_reply(self, grid: np.ndarray) -> np.ndarray:
+        """Token ids of a grid as a reply, its end included.
+
+        Args:
+            grid: 0..9, (height, width), as the view shows it.
+
+        Returns:
+            int32 (tokens,): what `encode` gives for the reply's span where the solution is this grid.
+        """
+        if not self.one_token_per_cell:
+            options = {"lines_sep": self.format["lines_sep"]}
+            return np.array(self._ids(ArcDataset.fmt_output(grid, self.format["reply_end"], **options)), dtype=np.int32)
+        cells = np.full((len(grid), grid.shape[1] + 1), self._lines_sep[0], dtype=np.int32)
+        cells[:, :-1] = self._digits[grid]
+        return np.concatenate([cells.ravel()[:-1], self._reply_end])
+
     def lengths(
         self, ds: ArcDataset, keys: Sequence[str], max_tokens: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:

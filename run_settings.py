@@ -42,14 +42,34 @@ def setting(default: Any, help: str) -> Any:
 
 
 @dataclass
-class RunSettings:
+class DataSettings:
+    """Which puzzles there are and which are held out: the same flags in every script, so that all agree."""
+
+    dataset_dir: str = setting(
+        "dataset", "folder of task files: lists of input/output pairs, or official train/test files"
+    )
+    n: int | None = setting(
+        None, "base puzzles to train on; default: all that the files yield without using an example twice"
+    )
+    sizes: list[int] = setting([6], "demonstration pairs of a puzzle; several: taken in turn")
+    grid_sizes: list[int] = setting([], "keep only pairs whose sides lie between these two bounds; default: all")
+    dataset_seed: int = setting(42, "seed of how examples form puzzles")
+    # Held out: no stage trains on what the evaluation uses
+    holdout_examples: int = setting(64, "puzzles held out, spread evenly over the tasks that are trained on")
+    holdout_tasks: int = setting(0, "whole tasks held out")
+    holdout_seed: int = setting(42, "seed of the split")
+
+    def problems(self) -> list[str]:
+        """What is wrong with the settings that only this script has, one line each."""
+        return []
+
+
+@dataclass
+class RunSettings(DataSettings):
     """What all stages share: where things are, how they run, LoRA's shape. The stages add what they decide."""
 
     # Where
     base_model: str | None = setting(None, "folder or hub name to start from; default: the parent stage's -merged")
-    dataset_dir: str = setting(
-        "dataset", "folder of task files: lists of input/output pairs, or official train/test files"
-    )
     output_dir: str = setting("output", "folder of all artifacts; stages find each other's there")
     artifact_prefix: str = setting("Llama-3.2-1B", "first part of the artifacts' names")
     # How
@@ -68,23 +88,13 @@ class RunSettings:
         False,
         "make damaged or outdated artifacts of this stage anew; the old ones are moved aside, never deleted",
     )
-    # Data
-    n: int | None = setting(
-        None, "base puzzles to train on; default: all that the files yield without using an example twice"
-    )
-    sizes: list[int] = setting([6], "demonstration pairs of a puzzle; several: taken in turn")
-    grid_sizes: list[int] = setting([], "keep only pairs whose sides lie between these two bounds; default: all")
-    dataset_seed: int = setting(42, "seed of how examples form puzzles")
+    # Views
     tp: str = setting("all", "transposed views: all, true (one drawn a sample) or false")
     rt: str = setting("all", "rotated views: all, true (one drawn a sample) or false")
     perm: bool = setting(True, "a new colour permutation for each sample and epoch")
     keep_background: bool = setting(False, "colour permutations leave 0 alone")
     shfl_ex: bool = setting(True, "a new order of the demonstrations for each sample and epoch")
     max_seq_length: int = setting(1536, "longest row in tokens; demonstrations are dropped to fit")
-    # Held out: the same flags everywhere give the same split, so that no stage trains on what the evaluation uses
-    holdout_examples: int = setting(64, "puzzles held out, spread evenly over the tasks that are trained on")
-    holdout_tasks: int = setting(0, "whole tasks held out")
-    holdout_seed: int = setting(42, "seed of the split")
     # LoRA
     lora_r: int = setting(512, "rank; embed_tokens and lm_head are trained in full whatever the rank")
     lora_alpha: float = setting(24.0, "the update is scaled by alpha / sqrt(r)")
@@ -118,10 +128,6 @@ class RunSettings:
     report_to: str = setting("none", "none, tensorboard, wandb, ...")
     dataloader_num_workers: int = setting(0, "processes that make batches ahead; 0: the main one does")
 
-    def problems(self) -> list[str]:
-        """What is wrong with the settings that only this stage has, one line each."""
-        return []
-
 
 def course_settings(values: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what comes out of a training; of the batch only its size, however it is divided."""
@@ -154,7 +160,8 @@ def parse_settings(cls: type, argv: Sequence[str] | None = None) -> Any:
             raise ValueError(f"unknown flags: {' '.join(unknown)}; see --help")
         settings = cls(**{f.name: getattr(namespace, f.name) for f in fields(cls)})
         for name in CHOICES:
-            setattr(settings, name, str(getattr(settings, name)).lower())
+            if hasattr(settings, name):
+                setattr(settings, name, str(getattr(settings, name)).lower())
         problems = find_problems(settings)
         if problems:
             raise ValueError("\n".join(["settings that cannot be used:", *(f"  --{p}" for p in problems)]))
@@ -214,13 +221,53 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
     return flags
 
 
-def find_problems(settings: RunSettings) -> list[str]:
+def find_problems(settings: DataSettings) -> list[str]:
     """Everything wrong with the settings themselves, one line each; empty if nothing is."""
-    problems = []
+    checks = _data_checks(settings)
+    if isinstance(settings, RunSettings):
+        checks |= _run_checks(settings)
+    for name, choices in CHOICES.items():
+        if hasattr(settings, name):
+            checks[name] = getattr(settings, name) in choices, " or ".join(choices)
+    return failed_checks(settings, checks) + settings.problems()
+
+
+WHOLE_FROM_0, WHOLE_FROM_1 = "a whole number from 0", "a whole number from 1"
+SEED = "a whole number from 0 to below 2**32"
+
+
+def is_seed(value: int) -> bool:
+    """Whether every generator takes it."""
+    return 0 <= value < 2**32
+
+
+def is_name(value: str | None) -> bool:
+    """Whether it is not set, or names something."""
+    return value is None or bool(value.strip())
+
+
+def _data_checks(settings: DataSettings) -> dict[str, tuple[bool, str]]:
+    bounds = settings.grid_sizes
+    return {
+        "dataset_dir": (is_name(settings.dataset_dir), "a name"),
+        "n": (settings.n is None or settings.n >= 1, WHOLE_FROM_1),
+        "sizes": (len(settings.sizes) > 0 and min(settings.sizes) >= 1, "whole numbers from 1"),
+        "grid_sizes": (
+            not bounds or (len(bounds) == 2 and 1 <= bounds[0] <= bounds[1]),
+            "two bounds, such as 1 10",
+        ),
+        "dataset_seed": (is_seed(settings.dataset_seed), SEED),
+        "holdout_examples": (settings.holdout_examples >= 0, WHOLE_FROM_0),
+        "holdout_tasks": (settings.holdout_tasks >= 0, WHOLE_FROM_0),
+        "holdout_seed": (is_seed(settings.holdout_seed), SEED),
+    }
+
+
+def _run_checks(settings: RunSettings) -> dict[str, tuple[bool, str]]:
+    checks: dict[str, tuple[bool, str]] = {}
 
     def check(name: str, good: bool, expected: str) -> None:
-        if not good:
-            problems.append(f"{name} is {getattr(settings, name)!r}: expected {expected}")
+        checks[name] = good, expected
 
     for name in ("learning_rate", "embedding_learning_rate", "lora_alpha", "max_grad_norm", "num_train_epochs"):
         value = getattr(settings, name)
@@ -233,40 +280,28 @@ def find_problems(settings: RunSettings) -> list[str]:
         "save_total_limit",
         "per_device_eval_batch_size",
     ):
-        check(name, getattr(settings, name) >= 1, "a whole number from 1")
-    for name in (
-        "holdout_examples",
-        "holdout_tasks",
-        "eval_steps",
-        "eval_puzzles",
-        "dataloader_num_workers",
-    ):
-        check(name, getattr(settings, name) >= 0, "a whole number from 0")
-    for name in ("dataset_dir", "output_dir", "artifact_prefix"):
-        check(name, bool(getattr(settings, name).strip()), "a name")
-    check("base_model", settings.base_model is None or bool(settings.base_model.strip()), "a folder or hub name")
-    check("artifact_prefix", Path(settings.artifact_prefix).name == settings.artifact_prefix, "a name without folders")
-    for name in ("seed", "random_state", "dataset_seed", "holdout_seed"):
-        check(name, 0 <= getattr(settings, name) < 2**32, "a whole number from 0 to below 2**32")
-    check("save_steps", settings.save_steps is None or settings.save_steps >= 0, "a whole number from 0")
-    check("n", settings.n is None or settings.n >= 1, "a whole number from 1")
-    check("max_steps", settings.max_steps == -1 or settings.max_steps >= 1, "a whole number from 1, or -1 for no limit")
+        check(name, getattr(settings, name) >= 1, WHOLE_FROM_1)
+    for name in ("eval_steps", "eval_puzzles", "dataloader_num_workers"):
+        check(name, getattr(settings, name) >= 0, WHOLE_FROM_0)
+    check("base_model", is_name(settings.base_model), "a folder or hub name")
+    check("output_dir", is_name(settings.output_dir), "a name")
+    prefix = settings.artifact_prefix
+    check("artifact_prefix", bool(prefix.strip()) and Path(prefix).name == prefix, "a name without folders")
+    for name in ("seed", "random_state"):
+        check(name, is_seed(getattr(settings, name)), SEED)
+    check("save_steps", settings.save_steps is None or settings.save_steps >= 0, WHOLE_FROM_0)
+    check("max_steps", settings.max_steps == -1 or settings.max_steps >= 1, f"{WHOLE_FROM_1}, or -1 for no limit")
     check("max_seq_length", settings.max_seq_length >= 16, "a whole number from 16")
     check("weight_decay", math.isfinite(settings.weight_decay) and settings.weight_decay >= 0, "a number from 0")
     check("warmup_ratio", 0 <= settings.warmup_ratio < 1, "a share from 0 to below 1")
     check("lora_dropout", 0 <= settings.lora_dropout < 1, "a share from 0 to below 1")
-    check("sizes", len(settings.sizes) > 0 and min(settings.sizes) >= 1, "whole numbers from 1")
-    bounds = settings.grid_sizes
-    check("grid_sizes", not bounds or (len(bounds) == 2 and 1 <= bounds[0] <= bounds[1]), "two bounds, such as 1 10")
-    for name, choices in CHOICES.items():
-        check(name, getattr(settings, name) in choices, " or ".join(choices))
     unknown = [m for m in settings.target_modules if m not in LINEAR_MODULES + EMBEDDING_MODULES]
     good = not unknown and any(m in LINEAR_MODULES for m in settings.target_modules)
     check("target_modules", good, f"names among {' '.join(LINEAR_MODULES + EMBEDDING_MODULES)}, not only embeddings")
-    return problems + settings.problems()
+    return checks
 
 
-def failed_checks(settings: RunSettings, checks: dict[str, tuple[bool, str]]) -> list[str]:
+def failed_checks(settings: DataSettings, checks: dict[str, tuple[bool, str]]) -> list[str]:
     """One line for each setting whose check (whether it is good, what is expected) failed."""
     return [
         f"{name} is {getattr(settings, name)!r}: expected {expected}"
