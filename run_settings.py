@@ -311,15 +311,18 @@ def failed_checks(settings: DataSettings, checks: dict[str, tuple[bool, str]]) -
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
     """Turn what a user can mend (bad values, missing or unwritable files) into one message and exit code 2.
 
     Meant for the set-up of a run. Errors of the work itself are bugs, which keep their traceback, or trouble of the
     machine (run_guards.machine_errors). Where ARC_TRACEBACK is set in the environment, all keep it.
+
+    Args:
+        kinds: of errors.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         if os.environ.get("ARC_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

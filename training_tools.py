@@ -74,7 +74,7 @@ from run_guards import (
     read_free,
     refuse_pickles,
 )
-from run_settings import RunSettings, course_settings, user_errors
+from run_settings import DataSettings, RunSettings, course_settings, user_errors
 
 SAVE_SECONDS = 300.0  # of work between checkpoints, unless --save_steps says otherwise
 PROBE_ROWS = 64  # held-out puzzles on which a merge is compared with the trained model
@@ -108,17 +108,15 @@ class StageData:
         return self.encoder.encode(self.heldout, self.heldout.keys, max_tokens=max_tokens)
 
 
-def load_split(settings: RunSettings, quiet: bool = False) -> Holdout:
-    """Load the dataset folder and split it, the same way in every script; `n` limits what is trained on.
-
-    Prints how many puzzles there are, unless `quiet`.
+def load_dataset(settings: DataSettings) -> ArcDataset:
+    """Load the dataset folder, the same way in every script.
 
     Raises:
-        ValueError, FileNotFoundError: bad data, missing folder, more held out or asked for than there is.
+        ValueError, FileNotFoundError: bad data, missing folder.
     """
     bounds = tuple(settings.grid_sizes) or None
     try:
-        data = ArcDataset.load_from_local_json(
+        return ArcDataset.load_from_local_json(
             settings.dataset_dir, sizes=tuple(settings.sizes), seed=settings.dataset_seed, grid_sizes=bounds
         )
     except FileNotFoundError as error:
@@ -126,6 +124,16 @@ def load_split(settings: RunSettings, quiet: bool = False) -> Holdout:
             f"{error}; name yours with --dataset_dir, or make one to try with: python demo/make_dataset.py --out "
             f"{settings.dataset_dir}"
         ) from None
+
+
+def split_dataset(data: ArcDataset, settings: DataSettings, quiet: bool = False) -> Holdout:
+    """Split a dataset, the same way in every script; `n` limits what is trained on.
+
+    Prints how many puzzles there are, unless `quiet`.
+
+    Raises:
+        ValueError: more held out or asked for than there is.
+    """
     split = data.holdout(examples=settings.holdout_examples, tasks=settings.holdout_tasks, seed=settings.holdout_seed)
     train = split.train if settings.n is None else split.train.subset(settings.n)
     if not quiet:
@@ -137,6 +145,11 @@ def load_split(settings: RunSettings, quiet: bool = False) -> Holdout:
             f"{settings.holdout_tasks} others"
         )
     return split._replace(train=train)
+
+
+def load_split(settings: DataSettings, quiet: bool = False) -> Holdout:
+    """Load the dataset folder and split it; see `load_dataset` and `split_dataset`."""
+    return split_dataset(load_dataset(settings), settings, quiet)
 
 
 def augmentation(settings: RunSettings) -> dict[str, Any]:

@@ -1,0 +1,349 @@
+"""One evaluation: which puzzles, what all models answer, how that is judged, and the files that tell of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import scoring_tools
+from answer_tools import Answer, EvaluatedModel, Replies, answer_puzzles, progress
+from arc_loader import ArcDataset
+from artifact_tools import move_aside, versions
+from inference_tools import RULES, select
+from result_cache import UntrustedCacheError, open_cache
+from run_settings import user_errors
+from training_tools import load_dataset, load_split, split_dataset
+
+SCHEMA = 1  # of results.json
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Puzzles
+
+
+@dataclass
+class Puzzles:
+    """What is evaluated.
+
+    Args:
+        dataset: an original dataset, its keys test inputs.
+        training: what the models were trained on, if that is known.
+        source: where the puzzles are from, in words.
+        leaked: puzzles of the dataset that are in `training` too -> the one there that is equal.
+        seen_pairs: test inputs whose pair alone stands in `training`.
+        excluded: puzzles that were left out for being leaked.
+    """
+
+    dataset: ArcDataset
+    training: ArcDataset | None
+    source: str
+    leaked: dict[str, str] = field(default_factory=dict)
+    seen_pairs: list[str] = field(default_factory=list)
+    excluded: list[str] = field(default_factory=list)
+
+
+def load_puzzles(settings: Any) -> Puzzles:
+    """Load what is to be evaluated and look for it in what was trained on.
+
+    Args:
+        settings: of evaluate_arc.py.
+
+    Raises:
+        ValueError, FileNotFoundError: bad data, nothing held out, or nothing left.
+    """
+    if settings.challenges:
+        dataset = ArcDataset.load_from_json(settings.challenges)
+        if settings.solutions:
+            dataset = dataset.load_solutions(settings.solutions)
+        training = load_split(settings).train if settings.dataset_dir else None
+        source = Path(settings.challenges).name
+    else:
+        whole = load_dataset(settings)
+        split = split_dataset(whole, settings)
+        parts = {"examples": [split.seen], "tasks": [split.unseen], "all": [split.seen, split.unseen]}[settings.heldout]
+        chosen = [puzzle for part in parts for puzzle in part.challenge]
+        if not chosen:
+            what = {"examples": "--holdout_examples", "tasks": "--holdout_tasks"}.get(settings.heldout)
+            raise ValueError(
+                f"nothing is held out of {settings.dataset_dir}: evaluate with the same "
+                f"{what or '--holdout_examples and --holdout_tasks'} as the stages were trained with, above 0"
+            )
+        dataset, training = whole.select_puzzles(chosen), split.train
+        source = f"{Path(settings.dataset_dir).name}, held out" + (
+            "" if settings.heldout == "all" else f" {settings.heldout}"
+        )
+    if settings.puzzles is not None and settings.puzzles < len(dataset.challenge):
+        ranked = sorted(dataset.challenge, key=lambda p: hashlib.sha256(f"{settings.seed}:{p}".encode()).digest())
+        dataset = dataset.select_puzzles(ranked[: settings.puzzles])
+        source += f", {settings.puzzles} of them"
+    puzzles = Puzzles(dataset, training, source)
+    if training is not None:
+        _look_for_leaks(puzzles, settings.exclude_leaked)
+    elif settings.exclude_leaked:
+        raise ValueError("--exclude_leaked needs --dataset_dir, which names what was trained on")
+    if not puzzles.dataset.keys:
+        raise ValueError("no puzzle is left to evaluate")
+    return puzzles
+
+
+def _look_for_leaks(puzzles: Puzzles, exclude: bool) -> None:
+    from arc_leaks import find_leaks
+
+    leaks = find_leaks(puzzles.dataset, puzzles.training)
+    puzzles.leaked, puzzles.seen_pairs = dict(leaks.puzzles), list(leaks.test_inputs)
+    names = ", ".join(list(puzzles.leaked)[:5]) + (", ..." if len(puzzles.leaked) > 5 else "")
+    print(
+        f"leakage: {len(puzzles.leaked)} of {len(puzzles.dataset.challenge)} puzzles were trained on, up to symmetry, "
+        f"colours and the order of pairs{f' ({names})' if names else ''}; the pairs of {len(puzzles.seen_pairs)} of "
+        f"{len(puzzles.dataset.keys)} test inputs stand alone in a training puzzle"
+    )
+    if exclude and puzzles.leaked:
+        puzzles.excluded = list(puzzles.leaked)
+        puzzles.dataset = puzzles.dataset.select_puzzles(set(puzzles.dataset.challenge) - set(puzzles.leaked))
+        puzzles.leaked = {}
+        print(f"left out: {len(puzzles.excluded)} leaked puzzles")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The evaluation
+
+
+def evaluate(models: Sequence[EvaluatedModel], puzzles: Puzzles, settings: Any) -> dict[str, Any]:
+    """Evaluate models one after the other.
+
+    Args:
+        models: see `find_models`.
+        puzzles: see `load_puzzles`.
+        settings: of evaluate_arc.py.
+
+    Returns:
+        What `results.json` holds; see `write_results`.
+    """
+    dataset = puzzles.dataset
+    entries: dict[str, dict[str, Any]] = {}
+    for key in dataset.keys:
+        view = dataset[key]
+        puzzle = dataset.get_base_key(key)
+        entries[key] = {
+            "puzzle": puzzle,
+            "train": [[a.tolist(), b.tolist()] for a, b in view["train"]],
+            "input": view["test"].tolist(),
+            "solution": None if view["solution"] is None else view["solution"].tolist(),
+            "leaked": puzzle in puzzles.leaked,
+        }
+    seconds = {}
+    unanswered: dict[str, list[str]] = {}
+    with user_errors():
+        cache = open_cache(settings.cache_dir or Path(settings.output_dir) / "cache")
+        all_replies = [Replies(model, cache, settings) for model in models]
+    with contextlib.closing(cache), user_errors((UntrustedCacheError,)):
+        for model, replies in zip(models, all_replies, strict=True):
+            with progress(model.name, len(dataset.keys)) as bar:
+                solved = [0, 0]
+
+                def report(
+                    key: str, answer: Answer, model: EvaluatedModel = model, bar: Any = bar, solved: Any = solved
+                ):
+                    entry = _judge(answer, dataset[key]["solution"], settings.selection)
+                    entries[key][model.name] = entry
+                    if entry["correct"] is not None:
+                        solved[0] += any(entry["correct"])
+                        solved[1] += 1
+                        bar.set_postfix_str(f"solved {solved[0]} of {solved[1]} ({solved[0] / solved[1]:.1%})")
+                    bar.update()
+
+                answers = answer_puzzles(replies, dataset, settings, report)
+            unanswered[model.name] = [key for key, answer in answers.items() if not answer.views]
+            shortened = sum(answer.shortened for answer in answers.values())
+            if unanswered[model.name] or shortened:
+                print(
+                    f"{model.name}: {len(unanswered[model.name])} test inputs do not fit {replies.context} tokens with "
+                    f"one demonstration and count as unsolved; {shortened:,} views lost demonstrations"
+                )
+            seconds[model.name] = replies.seconds
+            replies.close()
+    names = [model.name for model in models]
+    return {
+        "schema": SCHEMA,
+        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("output_dir", "cache_dir")},
+        "versions": versions(),
+        "data": {
+            "source": puzzles.source,
+            "fingerprint": dataset.content_hash(),
+            "puzzles": len(dataset.challenge),
+            "test_inputs": len(dataset.keys),
+            "leakage_checked": puzzles.training is not None,
+            "leaked": puzzles.leaked,
+            "seen_pairs": puzzles.seen_pairs,
+            "excluded": puzzles.excluded,
+            "unanswerable": unanswered,
+        },
+        "models": names,
+        "identities": {model.name: model.identity for model in models},
+        "puzzles": entries,
+        "table": scoring_tools.score_table(names, entries, seconds),
+        "rules": scoring_tools.rule_table(names, entries, RULES),
+    }
+
+
+def _judge(answer: Answer, solution: np.ndarray | None, rule: str) -> dict[str, Any]:
+    # An entry of results.json.
+    by_rule = {name: select(answer.candidates, name, scoring_tools.GUESSES) for name in RULES}
+    guesses = by_rule[rule]
+    entry: dict[str, Any] = {
+        "guesses": [grid.tolist() for grid in guesses],
+        "correct": None,
+        "greedy": None if answer.greedy is None else answer.greedy.tolist(),
+        "greedy_correct": None,
+        "decodable": answer.greedy is not None,
+        "candidates": len(answer.candidates),
+        "found": None,
+        "right_shape": None,
+        "cell_accuracy": None,
+        "prob_truth": None,
+        "rules": None,
+        "views": answer.views,
+    }
+    if solution is None:
+        return entry
+
+    def is_right(grid: np.ndarray | None) -> bool:
+        return grid is not None and np.array_equal(grid, solution)
+
+    first = guesses[0] if guesses else None
+    return entry | {
+        "correct": [is_right(grid) for grid in guesses],
+        "greedy_correct": is_right(answer.greedy),
+        "found": any(is_right(candidate.grid) for candidate in answer.candidates),
+        "right_shape": first is not None and first.shape == solution.shape,
+        "cell_accuracy": scoring_tools.cell_accuracy(first, solution),
+        "prob_truth": 0.0 if answer.truth is None else math.exp(answer.truth),
+        "rules": {name: [is_right(grid) for grid in grids] for name, grids in by_rule.items()},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def write_results(results: dict[str, Any], dataset: ArcDataset, folder: str | Path) -> list[Path]:
+    """Write `results.json`, `submission-MODEL.json` of each model, and `report.html`.
+
+    results.json holds, next to schema, settings, versions and data: "models", the names; "puzzles", for each test input
+    {"puzzle", "train", "input", "solution", "leaked", MODEL: {"guesses": up to two grids, best first, "correct": which
+    of them are right, "greedy", "greedy_correct", "decodable", "candidates", "found", "right_shape", "cell_accuracy",
+    "prob_truth", "rules", "views"}}; "table", see scoring_tools.score_table; "rules", see scoring_tools.rule_table.
+    Grids are lists of rows; what needs a solution is null where there is none.
+
+    A results.json of another evaluation is moved aside first, with its submissions and report.
+
+    Args:
+        results: see `evaluate`.
+        dataset: the puzzles, as they were loaded.
+        folder: where to.
+    """
+    from report_tools import write_report
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if _is_another(folder / "results.json", results):
+        old = [folder / "results.json", folder / "report.html", *sorted(folder.glob("submission-*.json"))]
+        for path in (path for path in old if path.exists()):
+            move_aside(path)
+    written = []
+    for name in results["models"]:
+        guesses: dict[str, list[list[dict[str, Any]]]] = {
+            p: [[] for _ in v["test"]] for p, v in dataset.challenge.items()
+        }
+        for key, entry in results["puzzles"].items():
+            puzzle, number = dataset.get_base_key_and_reply_num(key)
+            guesses[puzzle][number] = [{"output": grid} for grid in entry[name]["guesses"]]
+        written.append(folder / f"submission-{name}.json")
+        _replace(written[-1], json.dumps(dataset.get_submission(guesses)))
+    written.append(folder / "report.html")
+    beside = written[-1].with_name("report.html.incomplete")
+    write_report(results, beside)
+    os.replace(beside, written[-1])
+    written.append(folder / "results.json")
+    _replace(written[-1], json.dumps(results, separators=(",", ":"), allow_nan=False) + "\n")
+    return written
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".incomplete")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _is_another(path: Path, results: dict[str, Any]) -> bool:
+    # Whether an evaluation of something else, or by other settings, stands there.
+    if not path.exists():
+        return False
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        return any(before[name] != json.loads(json.dumps(results[name])) for name in ("settings", "identities", "data"))
+    except (ValueError, KeyError, TypeError):
+        return True
+
+
+def print_tables(results: dict[str, Any]) -> None:
+    """Print both tables of the results."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{results['data']['source']}: {results['data']['test_inputs']:,} test inputs")
+    table.add_column("")
+    for name in results["models"]:
+        table.add_column(name, justify="right", overflow="fold")
+    for name, title in TITLES.items():
+        table.add_row(title, *(_share(row[name], row[f"{name}_interval"]) for row in results["table"]))
+    table.add_row(
+        "gained, lost",
+        *("-" if r["gained"] is None else f"{len(r['gained'])}, {len(r['lost'])}" for r in results["table"]),
+    )
+    table.add_row(
+        "change", *("-" if r["change"] is None else _share(r["change"], r["change_interval"]) for r in results["table"])
+    )
+    table.add_row("seconds", *(f"{row['seconds']:,.1f}" for row in results["table"]))
+    console.print(table)
+    rules = Table(title="selection rules: one guess, two guesses")
+    rules.add_column("")
+    for name in results["models"]:
+        rules.add_column(name, justify="right", overflow="fold")
+    rules.add_row("among the candidates", *(_share(row["found"]) for row in results["rules"]))
+    for rule in RULES:
+        rules.add_row(
+            rule, *(f"{_share(row[rule]['exact_1'])}, {_share(row[rule]['exact_2'])}" for row in results["rules"])
+        )
+    console.print(rules)
+
+
+TITLES = {
+    "exact_1": "exact, one guess",
+    "exact_2": "exact, two guesses",
+    "score": "puzzles (the competition's score)",
+    "greedy": "exact, greedy reply to the first view",
+    "decodable": "greedy reply is a grid",
+    "right_shape": "first guess has the right shape",
+    "cell_accuracy": "right cells of the first guess",
+    "prob_truth": "probability of the truth",
+    "found": "truth among the candidates",
+}
+
+
+def _share(value: float | None, interval: Sequence[float] | None = None) -> str:
+    if value is None:
+        return "-"
+    bounds = "" if interval is None else f" ({interval[0]:.1%} to {interval[1]:.1%})"
+    return f"{value:.1%}{bounds}"
