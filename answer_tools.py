@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diskcache
 import numpy as np
 
 from arc_loader import ArcDataset, format_options
@@ -181,18 +182,18 @@ def default_batch_size(model: Any, tokens: int) -> int:
 class Replies:
     """What one model replies to prompts. What the cache has is not computed again, and no weights are loaded for it."""
 
-    def __init__(self, model: EvaluatedModel, cache: Any, settings: Any):
+    def __init__(self, model: EvaluatedModel, settings: Any):
         """See the class.
 
         Args:
             model: whose replies.
-            cache: as `result_cache.open_cache` gives it.
             settings: of evaluate_arc.py.
 
         Raises:
             ValueError: no room for a prompt beside the longest reply.
         """
-        self.evaluated, self.cache, self.settings = model, cache, settings
+        self.evaluated, self.settings = model, settings
+        self.cache: diskcache.Cache | None = None
         self.tokenizer = load_tokenizer(model.adapter or model.path)
         self.encoder = SampleEncoder(self.tokenizer, **format_options(self.tokenizer.eos_token))
         longest = ArcDataset.max_new_tokens(
@@ -212,6 +213,10 @@ class Replies:
         self.seconds = 0.0
         self._model: Any = None
         self._batch_size = settings.batch_size
+
+    def use_cache(self, cache: diskcache.Cache) -> None:
+        """Look for replies in a cache, as `result_cache.open_cache` gives it, and keep them there."""
+        self.cache = cache
 
     @property
     def model(self) -> Any:

@@ -13,10 +13,11 @@ On a laptop:    python evaluate_arc.py --config demo/demo_evaluate.yaml --models
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from answer_tools import find_models
+from answer_tools import Replies, find_models
 from artifact_tools import OutputLock
 from evaluation_tools import evaluate, load_puzzles, print_tables, write_results
 from inference_tools import RULES
@@ -96,11 +97,11 @@ def main() -> None:
     """Evaluate, print the tables and write the results."""
     settings = parse_settings(Settings)
     with user_errors():
-        models = find_models(settings.models, settings.model_names, settings.dtype, settings.load_in_4bit)
+        found = find_models(settings.models, settings.model_names, settings.dtype, settings.load_in_4bit)
+        models = [Replies(model, settings) for model in found]
         puzzles = load_puzzles(settings)
-        print(
-            f"{puzzles.source}: {len(puzzles.dataset.keys):,} test inputs of {len(puzzles.dataset.challenge):,} puzzles"
-        )
+        keys, ids = puzzles.dataset.keys, puzzles.dataset.challenge
+        print(f"{puzzles.source}: {len(keys):,} test inputs of {len(ids):,} puzzles")
         lock = OutputLock(Path(settings.output_dir), "evaluate_arc.py")
         lock.acquire()
     try:
@@ -110,7 +111,8 @@ def main() -> None:
             for path in write_results(results, puzzles.dataset, settings.output_dir):
                 print(path)
     except KeyboardInterrupt:
-        raise SystemExit("interrupted: the replies so far are kept; run the same command to go on") from None
+        print("interrupted: the replies so far are kept; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
     finally:
         lock.release()
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import scoring_tools
-from answer_tools import Answer, EvaluatedModel, Replies, answer_puzzles, progress
+from answer_tools import Answer, Replies, answer_puzzles, progress
 from arc_loader import ArcDataset
 from artifact_tools import move_aside, versions
 from inference_tools import RULES, select
@@ -25,6 +25,7 @@ from run_settings import user_errors
 from training_tools import load_dataset, load_split, split_dataset
 
 SCHEMA = 1  # of results.json
+NOT_THE_RESULT = ("output_dir", "cache_dir", "batch_size")  # settings that say where and how, not what comes out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,11 +119,11 @@ def _look_for_leaks(puzzles: Puzzles, exclude: bool) -> None:
 # The evaluation
 
 
-def evaluate(models: Sequence[EvaluatedModel], puzzles: Puzzles, settings: Any) -> dict[str, Any]:
+def evaluate(models: Sequence[Replies], puzzles: Puzzles, settings: Any) -> dict[str, Any]:
     """Evaluate models one after the other.
 
     Args:
-        models: see `find_models`.
+        models: what each of them replies; its cache is opened here.
         puzzles: see `load_puzzles`.
         settings: of evaluate_arc.py.
 
@@ -145,37 +146,25 @@ def evaluate(models: Sequence[EvaluatedModel], puzzles: Puzzles, settings: Any) 
     unanswered: dict[str, list[str]] = {}
     with user_errors():
         cache = open_cache(settings.cache_dir or Path(settings.output_dir) / "cache")
-        all_replies = [Replies(model, cache, settings) for model in models]
     with contextlib.closing(cache), user_errors((UntrustedCacheError,)):
-        for model, replies in zip(models, all_replies, strict=True):
-            with progress(model.name, len(dataset.keys)) as bar:
-                solved = [0, 0]
-
-                def report(
-                    key: str, answer: Answer, model: EvaluatedModel = model, bar: Any = bar, solved: Any = solved
-                ):
-                    entry = _judge(answer, dataset[key]["solution"], settings.selection)
-                    entries[key][model.name] = entry
-                    if entry["correct"] is not None:
-                        solved[0] += any(entry["correct"])
-                        solved[1] += 1
-                        bar.set_postfix_str(f"solved {solved[0]} of {solved[1]} ({solved[0] / solved[1]:.1%})")
-                    bar.update()
-
-                answers = answer_puzzles(replies, dataset, settings, report)
-            unanswered[model.name] = [key for key, answer in answers.items() if not answer.views]
+        for replies in models:
+            replies.use_cache(cache)
+            name = replies.evaluated.name
+            answers = _answer_all(replies, dataset, settings, entries)
+            unanswered[name] = [key for key, answer in answers.items() if not answer.views]
             shortened = sum(answer.shortened for answer in answers.values())
-            if unanswered[model.name] or shortened:
+            if unanswered[name] or shortened:
                 print(
-                    f"{model.name}: {len(unanswered[model.name])} test inputs do not fit {replies.context} tokens with "
-                    f"one demonstration and count as unsolved; {shortened:,} views lost demonstrations"
+                    f"{name}: {len(unanswered[name])} test inputs do not fit {replies.context} tokens with one "
+                    f"demonstration and count as unsolved; {shortened:,} views lost demonstrations"
                 )
-            seconds[model.name] = replies.seconds
+            seconds[name] = replies.seconds
             replies.close()
-    names = [model.name for model in models]
+    evaluated = [replies.evaluated for replies in models]
+    names = [model.name for model in evaluated]
     return {
         "schema": SCHEMA,
-        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in ("output_dir", "cache_dir")},
+        "settings": {k: v for k, v in dataclasses.asdict(settings).items() if k not in NOT_THE_RESULT},
         "versions": versions(),
         "data": {
             "source": puzzles.source,
@@ -189,11 +178,29 @@ def evaluate(models: Sequence[EvaluatedModel], puzzles: Puzzles, settings: Any) 
             "unanswerable": unanswered,
         },
         "models": names,
-        "identities": {model.name: model.identity for model in models},
+        "identities": {model.name: model.identity for model in evaluated},
         "puzzles": entries,
         "table": scoring_tools.score_table(names, entries, seconds),
         "rules": scoring_tools.rule_table(names, entries, RULES),
     }
+
+
+def _answer_all(
+    replies: Replies, dataset: ArcDataset, settings: Any, entries: dict[str, dict[str, Any]]
+) -> dict[str, Answer]:
+    # The answers of one model, judged into the entries as they come.
+    name, solved, judged = replies.evaluated.name, 0, 0
+    with progress(name, len(dataset.keys)) as bar:
+
+        def report(key: str, answer: Answer) -> None:
+            nonlocal solved, judged
+            entry = entries[key][name] = _judge(answer, dataset[key]["solution"], settings.selection)
+            if entry["correct"] is not None:
+                solved, judged = solved + any(entry["correct"]), judged + 1
+                bar.set_postfix_str(f"solved {solved} of {judged} ({solved / judged:.1%})")
+            bar.update()
+
+        return answer_puzzles(replies, dataset, settings, report)
 
 
 def _judge(answer: Answer, solution: np.ndarray | None, rule: str) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def score_table(models: Sequence[str], puzzles: dict[str, dict[str, Any]], secon
         seconds: of each model's evaluation.
 
     Returns:
-        For each model a dict: model, n (test inputs), puzzles, each of SHARES and MEANS with NAME_interval (95%),
+        For each model a dict: model, n (test inputs with a solution), puzzles (that these
+        belong to), each of SHARES and MEANS with NAME_interval (95%),
         gained and lost (test inputs that two guesses solve now and not in the column before, and the other way round;
         None for the first), change of exact_2 and change_interval, seconds. Without solutions all scores are None.
     """
@@ -92,11 +93,7 @@ def score_table(models: Sequence[str], puzzles: dict[str, dict[str, Any]], secon
             "cell_accuracy": [answer["cell_accuracy"] for answer in answers.values()],
             "prob_truth": [answer["prob_truth"] for answer in answers.values()],
         }
-        row: dict[str, Any] = {
-            "model": model,
-            "n": len(puzzles),
-            "puzzles": len({e["puzzle"] for e in puzzles.values()}),
-        }
+        row: dict[str, Any] = {"model": model, "n": len(known), "puzzles": len(set(parts))}
         for name in SHARES:
             row |= _measured(name, values[name], _share_interval)
         # The competition counts puzzles: of each the share of its test inputs that a guess solves.

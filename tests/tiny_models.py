@@ -2,11 +2,20 @@
 
 import json
 
+import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import model_tools
+from arc_loader import format_options
+from arc_samples import SampleEncoder
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|eom_id|>", "<|eot_id|>"]
 TEXT = ["".join(map(str, range(i, i + 40))) + "\nABC xyz+/-= the cat sat on the mat\n" for i in range(300)]
@@ -106,3 +115,24 @@ def train_a_little(model, precision, ids, steps=12, rate=1e-2):
         optimizer.step()
         optimizer.zero_grad()
     return float(loss.detach())
+
+
+def teach_format(folder, dataset, steps=60):
+    """Train a model folder, in float32 and on one batch after the other, until most of its replies are grids."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
+    rng = np.random.default_rng(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    model.train()
+    for _ in range(steps):
+        rows = encoder.encode(dataset, [dataset.keys[i] for i in rng.integers(0, len(dataset.keys), 8)])
+        ids = np.zeros((8, max(len(row["input_ids"]) for row in rows)), dtype=np.int64)
+        labels = np.full_like(ids, -100)
+        for at, row in enumerate(rows):
+            ids[at, : len(row["input_ids"])] = labels[at, : len(row["input_ids"])] = row["input_ids"]
+        model(torch.from_numpy(ids), labels=torch.from_numpy(labels)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
