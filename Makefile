@@ -1,7 +1,7 @@
 # make env       the environment .venv, from requirements-cpu.txt
 # make lint      ruff
 # make test      env, lint and all tests that need no CUDA
-# make demo      env, then the three stages on generated data and a tiny model
+# make demo      env, then the three stages on generated data and a tiny model, and their evaluation
 # make torture   env, then the three stages on a tiny model, killed at 100 random moments (about 20 minutes on 2 cores)
 # make fuzz      env, then 100,000 random inputs for the loader and the decoder (about 4 minutes)
 # make clean     caches of tools only: no environment, no data, no models
@@ -30,6 +30,7 @@ TEST_THREADS ?= $(if $(filter 0 1,$(WORKERS)),2,1)
 DEMO_DATASET ?= demo_dataset
 DEMO_BASE ?= demo_base
 DEMO_OUTPUT ?= demo/output
+DEMO_EVALUATION ?= demo/evaluation
 # Of all three stages; their small settings stand in demo/*.yaml.
 DEMO_FLAGS ?= --dataset_dir $(DEMO_DATASET) --output_dir $(DEMO_OUTPUT)
 
@@ -68,6 +69,8 @@ demo: env
 	$(BIN)/python base_finetune.py --config demo/demo.yaml $(DEMO_FLAGS) --base_model $(DEMO_BASE)
 	$(BIN)/python base_finetune_final.py --config demo/demo.yaml $(DEMO_FLAGS)
 	$(BIN)/python train_grpo.py --config demo/demo_grpo.yaml $(DEMO_FLAGS)
+	$(BIN)/python evaluate_arc.py --config demo/demo_evaluate.yaml --dataset_dir $(DEMO_DATASET) --output_dir $(DEMO_EVALUATION) \
+	  --models $(DEMO_OUTPUT)/Llama-3.2-1B-prepared $(foreach stage,Base Final Final-RL,$(DEMO_OUTPUT)/Llama-3.2-1B-$(stage)-merged)
 
 KILLS ?= 100
 SEED ?= 0

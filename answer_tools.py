@@ -210,6 +210,7 @@ class Replies:
                 f"{model.name} takes rows of {self.context} tokens, of which a reply may need {self.max_new_tokens}: "
                 "raise --max_seq_length or lower --max_new_tokens"
             )
+        self.longest = self.context  # tokens of the longest row, where that is known
         self.seconds = 0.0
         self._model: Any = None
         self._batch_size = settings.batch_size
@@ -224,7 +225,7 @@ class Replies:
         if self._model is None:
             with user_errors():
                 self._model = load_evaluated(self.evaluated, self.context)
-            self._batch_size = self._batch_size or default_batch_size(self._model, self.context)
+            self._batch_size = self._batch_size or default_batch_size(self._model, self.longest)
         return self._model
 
     @property
@@ -407,6 +408,8 @@ def answer_puzzles(
     asked = {key: _fitting_views(replies, dataset, key, settings) for key in dataset.keys}
     answers = {key: Answer(len(rows), shortened) for key, (rows, shortened) in asked.items()}
     answered = [key for key in dataset.keys if answers[key].views]
+    prompts = (len(row.prompt) for rows, _ in asked.values() for row in rows)
+    replies.longest = max(prompts, default=0) + replies.max_new_tokens
     with progress(f"{replies.evaluated.name}: first guesses", len(answered)) as bar:
         first = replies.greedy([asked[key][0][0].prompt for key in answered], lambda: bar.update())
     greedy = dict(zip(answered, first, strict=True))

@@ -24,7 +24,7 @@ from inference_tools import view_keys
 from model_tools import Precision
 
 SMALL = ["--max_new_tokens", 30, "--max_seq_length", 512, "--batch_size", 16]
-WIDE = ["--views", 4, "--min_prob", 0.03, *SMALL]  # finds more than one grid for each puzzle
+WIDE = ["--views", 4, "--decoding", "sample", "--samples", 12, *SMALL]  # finds more than one grid of most puzzles
 
 
 @pytest.fixture(scope="module")
