@@ -30,7 +30,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -52,6 +52,9 @@ from arc_files import (
     show,
     show_name,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOURS = "0123456789"
 ATTEMPTS = ("attempt_1", "attempt_2")
@@ -802,6 +805,26 @@ class ArcDataset:
         if self.left_out:
             text += "; left out: " + ", ".join(f"{count:,} {what}" for what, count in self.left_out.items())
         return text + ")"
+
+    def _repr_html_(self, shown: int = 3) -> str:
+        """What a notebook shows: the counts, and the first puzzles as coloured grids."""
+        from arc_pictures import dataset_html
+
+        keys = self.keys[:shown]
+        return dataset_html(repr(self), [self[key] for key in keys], len(self.keys) - len(keys))
+
+    def plot(self, key: str | int) -> Figure:
+        """A picture of a view: demonstrations, test input and, where it is known, solution.
+
+        Args:
+            key: see `__getitem__`, whose errors it raises.
+
+        Returns:
+            A matplotlib figure; a notebook shows it, `savefig` writes it.
+        """
+        from arc_pictures import plot_view
+
+        return plot_view(self[key])
 
     def content_hash(self) -> str:
         """SHA-256 (hex) of the keys in order and their puzzles' grids; the same wherever and however they were read."""
