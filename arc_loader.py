@@ -52,6 +52,7 @@ from arc_files import (
     show,
     show_name,
 )
+from arc_leaks import puzzle_fingerprint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -841,6 +842,28 @@ class ArcDataset:
                 areas = (heights.astype(np.int64) * widths).tolist()
                 digest.update(b"".join([cells[b : b + area] for b, area in zip(begins, areas, strict=True)]))
         return digest.hexdigest()
+
+    def fingerprint(self, key: str, solutions: bool = True) -> str:
+        """SHA-256 (hex) of a puzzle up to symmetries, a permutation of colours and the order of its pairs.
+
+        Args:
+            key: any view of the puzzle, or its id. The fingerprint is of the whole puzzle, with all demonstrations and
+                tests, whatever the key picks: a view is no other puzzle.
+            solutions: False: test inputs count without their outputs. Without solutions they always do; so that a
+                puzzle can be compared with one that has none.
+
+        Returns:
+            The same for equal puzzles and for no others; see `arc_leaks`, which also compares whole datasets.
+
+        Raises:
+            ValueError: see `resolve`.
+        """
+        self.resolve(key)
+        puzzle = _split_name(key)[0]
+        entry, outputs = self.challenge[puzzle], self.solutions.get(puzzle) if solutions else None
+        pairs = [(pair["input"], pair["output"]) for pair in entry["train"]]
+        tests = [query["input"] for query in entry["test"]]
+        return puzzle_fingerprint([*pairs, *zip(tests, outputs or [None] * len(tests), strict=True)])
 
     @staticmethod
     def permute_array(a: Any, descriptor: str, invert: bool = False) -> np.ndarray:
