@@ -36,7 +36,14 @@ from run_settings import user_errors
 from search_tools import Reply, sample_replies, score_replies, search_replies
 
 CHUNK = 8  # batches of views that are worked on together: what is left at their end does not fill a batch
-RESERVED = ("puzzle", "train", "input", "solution", "leaked")  # names in an entry of results.json that are no models
+RESERVED = (
+    "puzzle",
+    "train",
+    "input",
+    "solution",
+    "leaked",
+    "seen_test",
+)  # names in an entry of results.json that are no models
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def _least_colours(image: Counter[tuple[int, bytes]]) -> list[bytes]:
     Colours are told apart by where they stand in which patterns, beside which others. Where that leaves some alike,
     each of them in turn gets a name of its own, which tells others apart, and so on; of all namings that are reached,
     the one with the smallest rows counts. Two namings with equal rows are a symmetry of the puzzle's colours, and what
-    a symmetry maps to something done is not done again: ten colours alike take dozens of namings, not 10!.
+    a symmetry maps to something done is not done again: ten colours alike take 10 namings, not 10!.
 
     Args:
         image: (pattern's number, colours) -> how often.
@@ -407,11 +407,12 @@ def find_leaks(evaluation: ArcDataset, training: ArcDataset) -> Leaks:
     table = side.table
     titles = [(side.names[i], test) for i, test in zip(table.puzzle.tolist(), table.test.tolist(), strict=True)]
     chosen = np.array([place for place, (_, test) in enumerate(titles) if test >= 0 and titles[place] in named], int)
-    tests: dict[str, dict[str, None]] = defaultdict(dict)  # a puzzle can have a pair more than once
+    tests: dict[str, set[int]] = defaultdict(set)  # a puzzle can have a pair more than once
     everything = np.arange(len(other.table.query))
     for place, found in side.pairs(chosen).shared(other.pairs(everything)):
         name, test = titles[chosen[place]]
-        tests[f"{name}_{test}"][other.names[other.table.puzzle[found]]] = None
+        tests[f"{name}_{test}"].add(int(other.table.puzzle[found]))
     return Leaks(
-        {name: tuple(found) for name, found in puzzles.items()}, {key: tuple(found) for key, found in tests.items()}
+        {name: tuple(found) for name, found in puzzles.items()},
+        {key: tuple(other.names[number] for number in sorted(found)) for key, found in tests.items()},
     )

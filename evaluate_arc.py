@@ -51,7 +51,7 @@ class Settings(DataSettings):
     )
     heldout: str = setting("all", "of --dataset_dir: examples (of trained tasks), tasks (whole ones) or all")
     puzzles: int | None = setting(None, "evaluate only so many, chosen by the seed")
-    exclude_leaked: bool = setting(False, "leave out puzzles that were trained on, up to symmetry, colours and order")
+    exclude_leaked: bool = setting(False, "leave out puzzles and test pairs that were trained on, up to symmetry")
     # How
     views: int = setting(16, "augmented views of each test input: 8 symmetries, colours and orders")
     keep_background: bool = setting(False, "colour permutations leave 0 alone")

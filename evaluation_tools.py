@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 
 import scoring_tools
 from answer_tools import Answer, Replies, answer_puzzles, progress
+from arc_leaks import find_leaks
 from arc_loader import ArcDataset
 from artifact_tools import move_aside, versions
 from inference_tools import RULES, select
@@ -40,16 +41,16 @@ class Puzzles:
         dataset: an original dataset, its keys test inputs.
         training: what the models were trained on, if that is known.
         source: where the puzzles are from, in words.
-        leaked: puzzles of the dataset that are in `training` too -> the one there that is equal.
-        seen_pairs: test inputs whose pair alone stands in `training`.
-        excluded: puzzles that were left out for being leaked.
+        leaked: puzzles of the dataset that equal ones in `training` -> those there.
+        seen_tests: test inputs whose pair stands in puzzles of `training` -> those there.
+        excluded: puzzles that were left out for either.
     """
 
     dataset: ArcDataset
     training: ArcDataset | None
     source: str
-    leaked: dict[str, str] = field(default_factory=dict)
-    seen_pairs: list[str] = field(default_factory=list)
+    leaked: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    seen_tests: Mapping[str, Sequence[str]] = field(default_factory=dict)
     excluded: list[str] = field(default_factory=list)
 
 
@@ -98,21 +99,23 @@ def load_puzzles(settings: Any) -> Puzzles:
 
 
 def _look_for_leaks(puzzles: Puzzles, exclude: bool) -> None:
-    from arc_leaks import find_leaks
-
     leaks = find_leaks(puzzles.dataset, puzzles.training)
-    puzzles.leaked, puzzles.seen_pairs = dict(leaks.puzzles), list(leaks.test_inputs)
-    names = ", ".join(list(puzzles.leaked)[:5]) + (", ..." if len(puzzles.leaked) > 5 else "")
+    puzzles.leaked, puzzles.seen_tests = leaks.puzzles, leaks.tests
     print(
-        f"leakage: {len(puzzles.leaked)} of {len(puzzles.dataset.challenge)} puzzles were trained on, up to symmetry, "
-        f"colours and the order of pairs{f' ({names})' if names else ''}; the pairs of {len(puzzles.seen_pairs)} of "
-        f"{len(puzzles.dataset.keys)} test inputs stand alone in a training puzzle"
+        f"leakage: {len(leaks.puzzles)} of {len(puzzles.dataset.challenge)} puzzles were trained on, up to symmetry, "
+        f"colours and the order of pairs{_named(leaks.puzzles)}; the pairs of {len(leaks.tests)} of "
+        f"{len(puzzles.dataset.keys)} test inputs stand in other training puzzles{_named(leaks.tests)}"
     )
-    if exclude and puzzles.leaked:
-        puzzles.excluded = list(puzzles.leaked)
-        puzzles.dataset = puzzles.dataset.select_puzzles(set(puzzles.dataset.challenge) - set(puzzles.leaked))
-        puzzles.leaked = {}
-        print(f"left out: {len(puzzles.excluded)} leaked puzzles")
+    known = {*leaks.puzzles, *map(puzzles.dataset.get_base_key, leaks.tests)}
+    if exclude and known:
+        puzzles.excluded = sorted(known)
+        puzzles.dataset = puzzles.dataset.select_puzzles(set(puzzles.dataset.challenge) - known)
+        puzzles.leaked, puzzles.seen_tests = {}, {}
+        print(f"left out: {len(known)} puzzles for that")
+
+
+def _named(found: Sequence[str], most: int = 5) -> str:
+    return f" ({', '.join(list(found)[:most])}{', ...' if len(found) > most else ''})" if found else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,6 +144,7 @@ def evaluate(models: Sequence[Replies], puzzles: Puzzles, settings: Any) -> dict
             "input": view["test"].tolist(),
             "solution": None if view["solution"] is None else view["solution"].tolist(),
             "leaked": puzzle in puzzles.leaked,
+            "seen_test": key in puzzles.seen_tests,
         }
     seconds = {}
     unanswered: dict[str, list[str]] = {}
@@ -173,7 +177,7 @@ def evaluate(models: Sequence[Replies], puzzles: Puzzles, settings: Any) -> dict
             "test_inputs": len(dataset.keys),
             "leakage_checked": puzzles.training is not None,
             "leaked": puzzles.leaked,
-            "seen_pairs": puzzles.seen_pairs,
+            "seen_tests": puzzles.seen_tests,
             "excluded": puzzles.excluded,
             "unanswerable": unanswered,
         },
@@ -247,9 +251,10 @@ def write_results(results: dict[str, Any], dataset: ArcDataset, folder: str | Pa
     """Write `results.json`, `submission-MODEL.json` of each model, and `report.html`.
 
     results.json holds, next to schema, settings, versions and data: "models", the names; "puzzles", for each test input
-    {"puzzle", "train", "input", "solution", "leaked", MODEL: {"guesses": up to two grids, best first, "correct": which
-    of them are right, "greedy", "greedy_correct", "decodable", "candidates", "found", "right_shape", "cell_accuracy",
-    "prob_truth", "rules", "views"}}; "table", see scoring_tools.score_table; "rules", see scoring_tools.rule_table.
+    {"puzzle", "train", "input", "solution", "leaked", "seen_test", MODEL: {"guesses": up to two grids, best first,
+    "correct": which of them are right, "greedy", "greedy_correct", "decodable", "candidates", "found", "right_shape",
+    "cell_accuracy", "prob_truth", "rules", "views"}}; "table", see scoring_tools.score_table; "rules", see
+    scoring_tools.rule_table.
     Grids are lists of rows; what needs a solution is null where there is none.
 
     A results.json of another evaluation is moved aside first, with its submissions and report.
