@@ -40,15 +40,16 @@ def _images(query: np.ndarray, reply: np.ndarray | None) -> list[tuple[bytes, by
     """The 8 symmetric images of a pair, each as a pattern and the colours that fill it.
 
     Args:
-        query, reply: uint8 (height, width); reply None: an input alone.
+        query, reply: (height, width) of colours; reply None: an input alone.
 
     Returns:
         Patterns are the four sides (0 for those of no reply) and the cells, row by row, each colour written as its
         place among the pair's colours; these follow in the order in which they appear. Patterns tell their own length.
     """
     images = []
+    upright = [np.asarray(grid, dtype=np.uint8) for grid in (query, reply) if grid is not None]
     for transposed in (False, True):
-        grids = [grid.T if transposed else grid for grid in (query, reply) if grid is not None]
+        grids = [grid.T if transposed else grid for grid in upright]
         sides = bytes([*grids[0].shape, *(grids[1].shape if reply is not None else (0, 0))])
         for rows in (1, -1):
             for columns in (1, -1):

@@ -283,6 +283,25 @@ def test_colours_alike_cost_little(monkeypatch):
     assert len(set(found.values())) == len(HARD)  # such as the prism and Petersen's graph, where degrees do not help
 
 
+def partitions(total, largest=10):
+    """All ways to write a number as a sum of positive numbers."""
+    if not total:
+        return [[]]
+    return [[k, *rest] for k in range(1, min(total, largest) + 1) for rest in partitions(total - k, k)]
+
+
+def test_permutations_differ_by_the_lengths_of_their_cycles():
+    # Each colour stands once in an input and once in an output: refinement alone tells none apart.
+    rng, found = np.random.default_rng(0), set()
+    for lengths in partitions(10):
+        ends = np.cumsum(lengths)
+        rows = [(c, c + 1 if c + 1 not in ends else c + 1 - lengths[list(ends).index(c + 1)]) for c in range(10)]
+        pairs = [arrays([[a]], [[b, b]]) for a, b in rows]
+        found.add(expected := puzzle_fingerprint(pairs))
+        assert all(puzzle_fingerprint(dressed(pairs, rng)) == expected for _ in range(8)), lengths
+    assert len(found) == 42
+
+
 @given(SEEDS, st.integers(2, 4), st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_regular_structures(seed, degree, directed):
