@@ -86,11 +86,11 @@ MEASURES = (
     ("exact_2", "Exact, two guesses", "test inputs with the right grid among both guesses"),
     ("score", "Score", "a puzzle counts by the share of its test inputs solved with two guesses"),
     ("greedy", "Greedy", "test inputs whose greedy reply is right"),
-    ("found", "Found", "test inputs with the right grid among the candidates: what a perfect selection would reach"),
+    ("found", "Found", "test inputs with the right grid among the candidates: what a perfect rule would choose"),
     ("decodable", "Decodable", "test inputs whose reply is a grid"),
     ("right_shape", "Right shape", "test inputs whose guess has the rows and columns of the truth"),
     ("cell_accuracy", "Cells", "share of right cells"),
-    ("prob_truth", "Probability of the truth", "that the model gives to the right grid, on average"),
+    ("prob_truth", "Probability of the truth", "that the model gives to the right grid, mean over test inputs"),
 )
 RULES = {
     "first_view": "first view",
