@@ -80,17 +80,20 @@ def plot_metrics(metrics: str | Path, out: str | Path) -> None:
 
 SCHEMA = 1  # of the results that `write_report` reads
 TEMPLATE = Path(__file__).with_name("report_template.html")
-RESERVED = ("puzzle", "train", "input", "solution", "leaked")  # names of a test input's own entries, beside its models'
 MEASURES = (
     ("exact_1", "Exact, one guess", "test inputs whose first guess is right in every cell"),
-    ("exact_2", "Exact, two guesses", "test inputs with the right grid among both guesses"),
-    ("score", "Score", "a puzzle counts by the share of its test inputs solved with two guesses"),
-    ("greedy", "Greedy", "test inputs whose greedy reply is right"),
+    ("exact_2", "Exact, two guesses", "test inputs of which one of two guesses is"),
+    (
+        "score",
+        "Puzzles",
+        "the competition's score: of each puzzle, the share of its test inputs that two guesses solve",
+    ),
+    ("greedy", "Greedy", "test inputs whose greedy reply to the first view is right"),
     ("found", "Found", "test inputs with the right grid among the candidates: what a perfect rule would choose"),
-    ("decodable", "Decodable", "test inputs whose reply is a grid"),
-    ("right_shape", "Right shape", "test inputs whose guess has the rows and columns of the truth"),
-    ("cell_accuracy", "Cells", "share of right cells"),
-    ("prob_truth", "Probability of the truth", "that the model gives to the right grid, mean over test inputs"),
+    ("decodable", "Decodable", "test inputs whose greedy reply is a grid"),
+    ("right_shape", "Right shape", "test inputs whose first guess has the rows and columns of the truth"),
+    ("cell_accuracy", "Right cells", "of the first guess, mean over test inputs; none for a wrong shape"),
+    ("prob_truth", "Probability of the truth", "as a reply to the first view, mean over test inputs"),
 )
 RULES = {
     "first_view": "first view",
@@ -150,8 +153,6 @@ def check_results(results: dict[str, Any]) -> None:
     models = results["models"]
     if not models:
         raise ValueError("results of no model: nothing to report")
-    if len(set(models)) < len(models) or set(models) & set(RESERVED):
-        raise ValueError(f"models {models}: expected different names, and none of {', '.join(RESERVED)}")
     columns = [row["model"] for row in results["table"]]
     if columns != list(models):
         raise ValueError(f"table of models {columns}: expected one row for each of {list(models)}")
@@ -226,12 +227,12 @@ def plot_models(table: Sequence[dict[str, Any]], out: Any, scheme: str = "light"
     figure.legend(loc="outside upper right", ncols=2, frameon=False, labelcolor=ink)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn instead
-        figure.savefig(out, dpi=200, format="png", transparent=True)
+        figure.savefig(out, dpi=200, format="png", transparent=True, metadata={"Software": None})
 
 
 def _page(results: dict[str, Any]) -> dict[str, Any]:
     """What the template shows."""
-    table, models, puzzles = results["table"], list(results["models"]), results["puzzles"]
+    table, models, puzzles, data = results["table"], list(results["models"]), results["puzzles"], results["data"]
     scored = any(entry.get("solution") is not None for entry in puzzles.values())
     plots = {}
     if any(_is_figure(row.get(name)) for row in table for name in ("exact_1", "exact_2")):
@@ -245,9 +246,11 @@ def _page(results: dict[str, Any]) -> dict[str, Any]:
         if any(_is_figure(row.get(name)) for row in table)
     ]
     return {
-        "data": results["data"],
-        "leaked": _links(results["data"].get("leaked") or (), puzzles),
-        "unanswerable": _links(results["data"].get("unanswerable") or (), puzzles),
+        "data": data,
+        "leaked": _links(data["leaked"], puzzles),
+        "seen_pairs": _links(data.get("seen_pairs") or (), puzzles),
+        "excluded": _links(data.get("excluded") or (), puzzles),
+        "unanswerable": {model: _links(names, puzzles) for model, names in data["unanswerable"].items() if names},
         "settings": _lines(results["settings"]),
         "versions": _lines(results["versions"]),
         "models": models,
@@ -306,7 +309,6 @@ def _script_puzzle(
         known = solution is not None and answer["correct"] is not None
         if known and len(answer["correct"]) != len(answer["guesses"]):
             raise ValueError(f"{model}: {len(answer['guesses'])} guesses, but {len(answer['correct'])} are judged")
-        greedy = None if answer["greedy"] is None else pack_grid(answer["greedy"])
         answers.append({
             "guesses": [place(grid) for grid in answer["guesses"]],
             "correct": [bool(right) for right in answer["correct"]] if known else None,
@@ -314,8 +316,8 @@ def _script_puzzle(
             "candidates": answer["candidates"],
             "found": answer["found"] if known else None,
             "prob": percent(answer["prob_truth"]) if _is_figure(answer["prob_truth"]) else None,
-            "greedy": "none" if greedy is None else grids.get(greedy) == solution if known else None,
-            "decodable": answer["decodable"],
+            "greedy": "none" if answer["greedy"] is None else answer["greedy_correct"] if known else None,
+            "asked": answer["views"] > 0,
         })  # fmt: skip
     return {
         "id": key,
