@@ -282,12 +282,9 @@ def write_results(results: dict[str, Any], dataset: ArcDataset, folder: str | Pa
             guesses[puzzle][number] = [{"output": grid} for grid in entry[name]["guesses"]]
         written.append(folder / f"submission-{name}.json")
         _replace(written[-1], json.dumps(dataset.get_submission(guesses)))
-    written.append(folder / "report.html")
-    beside = written[-1].with_name("report.html.incomplete")
-    write_report(results, beside)
-    os.replace(beside, written[-1])
-    written.append(folder / "results.json")
-    _replace(written[-1], json.dumps(results, separators=(",", ":"), allow_nan=False) + "\n")
+    written += [folder / "results.json", folder / "report.html"]
+    _replace(written[-2], json.dumps(results, separators=(",", ":"), allow_nan=False) + "\n")
+    write_report(results, written[-1])
     return written
 
 

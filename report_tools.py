@@ -248,7 +248,7 @@ def _page(results: dict[str, Any]) -> dict[str, Any]:
     return {
         "data": data,
         "leaked": _links(data["leaked"], puzzles),
-        "seen_pairs": _links(data.get("seen_pairs") or (), puzzles),
+        "seen_tests": _links(data.get("seen_tests") or (), puzzles),
         "excluded": _links(data.get("excluded") or (), puzzles),
         "unanswerable": {model: _links(names, puzzles) for model, names in data["unanswerable"].items() if names},
         "settings": _lines(results["settings"]),

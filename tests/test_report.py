@@ -227,7 +227,7 @@ def test_one_model_gains_and_loses_nothing(tmp_path):
         ({}, "None of these puzzles was trained on"),
         ({"leakage_checked": False}, "Not looked for"),
         ({"leaked": {"00000002": "0a1b2c3d"}}, 'href="#puzzle=00000002"'),
-        ({"seen_pairs": ["00000004_1"]}, "Test inputs whose pair alone stands in a training puzzle: 1"),
+        ({"seen_tests": ["00000004_1"]}, "Test inputs whose pair alone stands in a training puzzle: 1"),
         ({"excluded": ["ffffffff"]}, "<bdi>ffffffff</bdi>"),
         ({"unanswerable": {"prepared": ["00000000_0"]}}, "do not fit the context of prepared, counted as unsolved: 1"),
     ],
