@@ -39,11 +39,14 @@ class Work:
         passes: forward passes, those over prompts included.
         prompt_tokens: tokens of prompts that went through the model.
         reply_tokens: tokens of replies that went through the model, drafts that did not hold included.
+        seen_tokens: tokens in the cache that passes over replies looked at, each row's once a pass: what such a pass
+            has to read beside the weights.
     """
 
     passes: int = 0
     prompt_tokens: int = 0
     reply_tokens: int = 0
+    seen_tokens: int = 0
 
 
 class Row(Protocol):
@@ -196,7 +199,9 @@ class _Decoder:
         width = round_up(int(columns.max()) + 1, MASK_STEP)
         self.cache.begin_step(list(part), places, width)
         mask = torch.arange(width, device=self.device) <= places[:, None, :, None]
-        self.work.reply_tokens += sum(len(feeds[at]) for at in part)
+        fed_tokens = sum(len(feeds[at]) for at in part)
+        self.work.reply_tokens += fed_tokens
+        self.work.seen_tokens += int(begins.sum()) + fed_tokens
         return self._forward(ids, places, mask, logits_to_keep=0)
 
     def _forward(
