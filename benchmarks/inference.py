@@ -326,6 +326,11 @@ class Puzzles:
         options = {"lines_sep": self.format["lines_sep"], "reply_end": self.format["reply_end"]}
         return self.dataset.decode(text, key=self.names[place], **options)[0]
 
+    def query_as_reply(self, place: tuple[int, int]) -> np.ndarray:
+        """The test input as the reply in a view: many outputs are inputs with a few cells changed."""
+        puzzle, number = self.dataset.get_base_key_and_reply_num(self.names[place])
+        return self.reply(place, self.dataset.challenge[puzzle]["test"][number]["input"])
+
     def best_grid(self, found: dict[tuple[int, int], list[Reply]], i: int) -> np.ndarray | None:
         """The grid of the most probable reply to any view of test input `i` so far."""
         replies = [(reply.log_prob, place, reply) for place in found if place[0] == i for reply in found[place]]
@@ -354,12 +359,16 @@ def search_plainly(model: Any, puzzles: Puzzles, options: dict[str, Any], guess:
 
 
 def search_together(model: Any, puzzles: Puzzles, options: dict[str, Any], batch_size: int, work: Work) -> Found:
-    """View 0 of all test inputs, then all other views, which are given what view 0 has found."""
+    """View 0 of all test inputs, then all other views; guesses are what view 0 has found, or else the test input."""
     found: Found = {}
     for is_first in (True, False):
         places = [place for place in puzzles.prompts if (place[1] == 0) is is_first]
         best = {} if is_first else {i: puzzles.best_grid(found, i) for i in range(len(puzzles.keys))}
-        guesses = [puzzles.reply(p, best[p[0]]) if best.get(p[0]) is not None else None for p in places]
+        known = [best.get(place[0]) for place in places]
+        guesses = [
+            puzzles.query_as_reply(place) if grid is None else puzzles.reply(place, grid)
+            for place, grid in zip(places, known, strict=True)
+        ]
         prompts = [puzzles.prompts[place] for place in places]
         more = {"guesses": guesses, "batch_size": batch_size, "work": work, **options}
         replies = search_replies(model, "transformers", puzzles.tokenizer, prompts, **more)
