@@ -400,7 +400,7 @@ def compare(found: Found, other: Found, min_prob: float, rounding: float) -> dic
 def as_row(name: str, seconds: float, work: Work, **more: Any) -> dict[str, Any]:
     """A row of the results."""
     row = {"name": name, "seconds": seconds, **vars(work), **more}
-    print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+    print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}), flush=True)
     return row
 
 
@@ -416,7 +416,7 @@ def measure_search(model: Any, puzzles: Puzzles, warmup: Puzzles, device: Device
     count, limit = sum(map(len, found.values())), device.limit(work)
     ours = as_row("search, ours", seconds, work, replies=count, limit_seconds=limit)
     for guess in {"true": [True], "false": [False], "both": [True, False]}[args.plain_guess]:
-        search_plainly(model, warmup, options, guess, Work())
+        search_plainly(model, first_views(warmup, 2), options, guess, Work())
         work = Work()
         plain, plain_seconds = timed(lambda: search_plainly(model, puzzles, options, guess, work))  # noqa: B023 - run at once
         name = f"search, plain, {'guesses' if guess else 'no guess'}"
@@ -552,7 +552,7 @@ def main() -> None:
     parser.add_argument("--challenges", help="instead of --dataset_dir: a challenge file, with --solutions")
     parser.add_argument("--solutions")
     parser.add_argument("--puzzles", type=int, default=8, help="test inputs (8)")
-    parser.add_argument("--warmup", type=int, default=1, help="further test inputs to warm up with (1)")
+    parser.add_argument("--warmup", type=int, default=4, help="further test inputs to warm up with (4)")
     parser.add_argument("--views", type=int, default=16)
     parser.add_argument("--min_prob", type=float, default=0.1)
     parser.add_argument("--batch_size", type=int, default=128, help="rows searched at once by ours")

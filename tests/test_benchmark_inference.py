@@ -10,7 +10,7 @@ def benchmark(folder, dataset, *flags):
     results = folder / "inference.json"
     printed = run(
         "benchmarks/inference.py", "--model", prepared_base(folder), "--dataset_dir", dataset, "--holdout_examples", 8,
-        "--puzzles", 2, "--views", 4, "--rows", 8, "--dtype", "float32", "--results", results, *flags,
+        "--puzzles", 2, "--warmup", 1, "--views", 4, "--rows", 8, "--dtype", "float32", "--results", results, *flags,
     )  # fmt: skip
     return json.loads(results.read_text(encoding="utf-8")), printed
 
