@@ -12,6 +12,7 @@ what stands at its own position and before it.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -28,7 +29,7 @@ LOGIT_BYTES = 2**30  # of one pass, in float64: with a whole vocabulary, 64 rows
 PREFILL_TOKENS = 2**14  # of one pass over prompts: more is hardly faster and takes memory
 CACHE_STEP = 256  # columns by which the cache grows
 MASK_STEP = 16  # attention kernels want the length of their masks aligned
-ATTENTION = "grouped_rows"  # the name under which transformers knows `_grouped_attention`
+ATTENTION = "grouped_rows"  # the name under which transformers knows `_GroupedAttention`
 
 
 @dataclass
@@ -39,11 +40,14 @@ class Work:
         passes: forward passes, those over prompts included.
         prompt_tokens: tokens of prompts that went through the model.
         reply_tokens: tokens of replies that went through the model, drafts that did not hold included.
+        seen_tokens: tokens in the cache that passes over replies looked at, each row's once a pass: what such a pass
+            has to read beside the weights.
     """
 
     passes: int = 0
     prompt_tokens: int = 0
     reply_tokens: int = 0
+    seen_tokens: int = 0
 
 
 class Row(Protocol):
@@ -196,7 +200,9 @@ class _Decoder:
         width = round_up(int(columns.max()) + 1, MASK_STEP)
         self.cache.begin_step(list(part), places, width)
         mask = torch.arange(width, device=self.device) <= places[:, None, :, None]
-        self.work.reply_tokens += sum(len(feeds[at]) for at in part)
+        fed_tokens = sum(len(feeds[at]) for at in part)
+        self.work.reply_tokens += fed_tokens
+        self.work.seen_tokens += int(begins.sum()) + fed_tokens
         return self._forward(ids, places, mask, logits_to_keep=0)
 
     def _forward(
@@ -317,7 +323,8 @@ def row_attention(model: Any) -> Iterator[None]:
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if kinds != {"full_attention"} or window:
         raise ValueError(f"{config.model_type} models do not see their whole context: only full attention is supported")
-    AttentionInterface.register(ATTENTION, _grouped_attention)
+    attention = _GroupedAttention()
+    AttentionInterface.register(ATTENTION, attention)
     before = config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     try:
@@ -326,33 +333,66 @@ def row_attention(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+        attention.forget()
 
 
-def _grouped_attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    # query (rows, query heads, fed, size), key and value (rows, heads, seen, size), mask (rows, 1, fed, seen) or None:
-    # causal, with as many seen as fed. Returns (rows, fed, query heads, size).
-    from torch.nn.functional import scaled_dot_product_attention
+class _GroupedAttention:
+    """Attention of transformers' kind whose masks are those of `RowCache`, made ready once a pass for all layers."""
 
-    rows, heads, fed, size = query.shape
-    groups = heads // key.shape[1]
-    if attention_mask is None:
-        found = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1)
-    else:
-        # Query heads that share keys become further queries of one head.
-        folded = query.reshape(rows, key.shape[1], groups * fed, size)
-        mask = attention_mask if fed == 1 else attention_mask.repeat(1, 1, groups, 1)
-        found = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-        found = found.reshape(rows, heads, fed, value.shape[-1])
-    return found.transpose(1, 2).contiguous(), None
+    def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the last mask."""
+        self._mask: torch.Tensor | None = None
+        self._bias: torch.Tensor | None = None
+
+    def __call__(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Attend.
+
+        Args:
+            module, dropout, kwargs: not needed.
+            query: (rows, query heads, fed, size).
+            key, value: (rows, heads, seen, size).
+            attention_mask: what is seen, bool (rows, 1, fed, seen); None: causal, with as many seen as fed.
+            scaling: of the products.
+
+        Returns:
+            (rows, fed, query heads, size), and no weights.
+        """
+        from torch.nn.functional import scaled_dot_product_attention
+
+        rows, heads, fed, size = query.shape
+        groups = heads // key.shape[1]
+        if attention_mask is None:
+            options = {"is_causal": True, "scale": scaling, "enable_gqa": groups > 1}
+            found = scaled_dot_product_attention(query, key, value, **options)
+        else:
+            # Query heads that share keys become further queries of one head.
+            folded = query.reshape(rows, key.shape[1], groups * fed, size)
+            bias = self._bias_of(attention_mask, groups, query.dtype)
+            found = scaled_dot_product_attention(folded, key, value, attn_mask=bias, scale=scaling)
+            found = found.reshape(rows, heads, fed, value.shape[-1])
+        return found.transpose(1, 2).contiguous(), None
+
+    def _bias_of(self, mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+        # All layers are given the same mask. Of a bool one, torch would make the numbers to add in each layer anew:
+        # three kernels more, in passes whose time is that of launching kernels.
+        if mask is not self._mask or self._bias.dtype != dtype:
+            repeated = mask if mask.shape[2] == 1 else mask.repeat(1, 1, groups, 1)
+            self._bias = mask.new_zeros(repeated.shape, dtype=dtype).masked_fill_(~repeated, -math.inf)
+            self._mask = mask
+        return self._bias
 
 
 # ---------------------------------------------------------------------------------------------------------------------

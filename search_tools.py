@@ -64,7 +64,7 @@ def search_replies(
     min_prob: float = 0.1,
     guesses: Sequence[np.ndarray | None] | None = None,
     batch_size: int = 32,
-    draft_tokens: int = 16,
+    draft_tokens: int = 32,
     done: Callable[[int, list[Reply]], None] | None = None,
     work: Work | None = None,
 ) -> list[list[Reply]]:
@@ -187,13 +187,14 @@ class _Search:
             self.path.append(kept[0])
             self.log_prob = kept[1]
             held += 1
-        self.draft = min(self.draft_tokens, 2 * held if held == len(self.drafted) else held)
+        # At least 1: a guess whose first token is wrong may be right after it.
+        self.draft = min(self.draft_tokens, max(1, 2 * held if held == len(self.drafted) else held))
         if not self.stack:
             self.is_open = False
             return
         at, token, self.log_prob = self.stack.pop()
         if at < len(self.path):  # back to another place, where the guess may hold again
-            self.draft = min(self.draft_tokens, max(self.draft, 4))
+            self.draft = self.draft_tokens
         # Branches that were put on the stack later lie deeper, so the path is still the one that this branch left.
         self.path[at:] = [token]
 

@@ -275,6 +275,18 @@ def test_replies_that_differ_in_single_cells_cost_few_passes():
     assert passes[64] < passes[16] < passes[0] / 8
 
 
+def test_a_guess_whose_first_token_is_wrong_still_helps():
+    model, prompt, reply = counting_model(), np.array([9]), np.array([*range(10, 940), END])
+    guess, work = reply.copy(), Work()
+    guess[0] = 5
+    options = {"max_new_tokens": 931, "draft_tokens": 32, "guesses": [guess], "work": work}
+    [[found]] = search_replies(model, "transformers", TOKENIZER, [prompt], **options)
+    assert found.tokens.tolist() == reply.tolist()
+    assert work.passes < 2 * 931 / 32
+    # What each pass has seen: all before it, and what it was fed.
+    assert work.seen_tokens > work.reply_tokens >= len(reply)
+
+
 def test_the_batch_stays_full_and_results_come_as_they_are_ready():
     model = counting_model()
     prompts = [np.array([number]) for number in (930, 830, 935, 834, 938, 839, 937, 840)]
