@@ -22,7 +22,7 @@ import numpy as np
 from arc_loader import ArcDataset, format_options
 from arc_samples import SampleEncoder
 from artifact_tools import find_damage, fingerprint
-from inference_tools import Candidate, gather_candidates, view_keys
+from inference_tools import Candidate, can_become_grid, gather_candidates, view_keys
 from model_tools import (
     Precision,
     check_base,
@@ -245,33 +245,53 @@ class Replies:
         self._model = None
         free_memory()
 
-    def greedy(self, prompts: Sequence[np.ndarray], tick: Callable[[], None] = lambda: None) -> list[Reply]:
-        """The greedy reply to each prompt; `tick` is called for each."""
+    def greedy(
+        self,
+        prompts: Sequence[np.ndarray],
+        guesses: Sequence[np.ndarray | None],
+        tick: Callable[[], None] = lambda: None,
+    ) -> list[Reply]:
+        """The greedy reply to each prompt, or its begin where that can become no grid; `tick` is called for each."""
 
         def compute(missing: list[int], keep: Callable[[int, Any], None]) -> None:
-            self._sample([prompts[i] for i in missing], 1, 0.0, lambda i, replies: keep(missing[i], _plain(replies)))
+            self._sample(missing, prompts, guesses, keep, samples=1, temperature=0.0)
 
         names = [self._name("greedy", prompt, self.max_new_tokens) for prompt in prompts]
         return [_replies(value)[0] for value in self._computed(names, compute, tick)]
 
-    def sampled(self, prompts: Sequence[np.ndarray], samples: int, temperature: float, seed: int) -> list[list[Reply]]:
+    def sampled(
+        self, prompts: Sequence[np.ndarray], guesses: Sequence[np.ndarray | None], samples: int, temperature: float
+    ) -> list[list[Reply]]:
         """Different samples of each prompt's replies."""
+        seed = self.settings.seed
 
         def compute(missing: list[int], keep: Callable[[int, Any], None]) -> None:
-            self._sample(
-                [prompts[i] for i in missing], samples, temperature, lambda i, r: keep(missing[i], _plain(r)), seed
-            )
+            # The prompts' own numbers: which others are computed with them makes no difference then.
+            own = [int(_mark(prompts[i])[:8], 16) for i in missing]
+            more = {"samples": samples, "temperature": temperature, "seed": seed, "seeds": own}
+            self._sample(missing, prompts, guesses, keep, **more)
 
         names = [self._name("sample", p, self.max_new_tokens, samples, temperature, seed) for p in prompts]
         found = [_replies(value) for value in self._computed(names, compute)]
         return [list({reply.tokens.tobytes(): reply for reply in replies}.values()) for replies in found]
 
     def _sample(
-        self, prompts: Sequence[np.ndarray], samples: int, temperature: float, done: Any, seed: int = 0
+        self,
+        chosen: list[int],
+        prompts: Sequence[np.ndarray],
+        guesses: Sequence[np.ndarray | None],
+        keep: Callable[[int, Any], None],
+        **how: Any,
     ) -> None:
+        lines_sep = self.encoder.format["lines_sep"]
+
+        def hopeless(tokens: list[int]) -> bool:
+            return not can_become_grid(self.tokenizer.decode(tokens, skip_special_tokens=False), lines_sep)
+
         sample_replies(
-            self.model, "transformers", self.tokenizer, prompts, max_new_tokens=self.max_new_tokens, samples=samples,
-            temperature=temperature, seed=seed, batch_size=self.batch_size, done=done,
+            self.model, "transformers", self.tokenizer, [prompts[i] for i in chosen],
+            max_new_tokens=self.max_new_tokens, guesses=[guesses[i] for i in chosen], batch_size=self.batch_size,
+            hopeless=hopeless, done=lambda i, replies: keep(chosen[i], _plain(replies)), **how,
         )  # fmt: skip
 
     def searched(
@@ -396,6 +416,7 @@ class _Row:
 
     key: str  # as shortened to fit
     prompt: np.ndarray
+    guess: np.ndarray  # the test input as a reply: many a solution is like it
 
 
 def answer_puzzles(
@@ -418,7 +439,8 @@ def answer_puzzles(
     prompts = (len(row.prompt) for rows, _ in asked.values() for row in rows)
     replies.longest = max(prompts, default=0) + replies.max_new_tokens
     with progress(f"{replies.evaluated.name}: first guesses", len(answered)) as bar:
-        first = replies.greedy([asked[key][0][0].prompt for key in answered], lambda: bar.update())
+        rows = [asked[key][0][0] for key in answered]
+        first = replies.greedy([row.prompt for row in rows], [row.guess for row in rows], lambda: bar.update())
     greedy = dict(zip(answered, first, strict=True))
     for key in set(dataset.keys) - set(answered):
         report(key, answers[key])
@@ -441,7 +463,7 @@ def _fitting_views(replies: Replies, dataset: ArcDataset, key: str, settings: An
             if number == 0:
                 break
             continue
-        rows.append(_Row(row["key"], row["input_ids"]))
+        rows.append(_Row(row["key"], row["input_ids"], replies.encoder.encode_reply(dataset[view]["test"])))
         shortened += row["key"] != view
     return rows, shortened
 
@@ -467,13 +489,15 @@ def _answer(
     for key in asked:
         answers[key].greedy = grid_of(greedy[key], asked[key][0].key)
     prompts = [row.prompt for _, row in rows]
+    guesses = [
+        row.guess if answers[key].greedy is None else reply_of(answers[key].greedy, row.key) for key, row in rows
+    ]
     if settings.decoding == "search":
-        guesses = [None if answers[key].greedy is None else reply_of(answers[key].greedy, row.key) for key, row in rows]
         found = replies.searched(prompts, guesses, settings.min_prob)
     elif settings.decoding == "sample":
-        found = replies.sampled(prompts, settings.samples, settings.temperature, settings.seed)
+        found = replies.sampled(prompts, guesses, settings.samples, settings.temperature)
     else:
-        found = [[reply] for reply in replies.greedy(prompts)]
+        found = [[reply] for reply in replies.greedy(prompts, guesses)]
     of_key: dict[str, list[list[Reply]]] = {key: [] for key in asked}
     for (key, _), part in zip(rows, found, strict=True):
         of_key[key].append(part)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from arc_files import MAX_SIDE
 from arc_loader import ArcDataset, format_options, seeded_rng
 from model_tools import decoding
 
@@ -98,6 +99,24 @@ def exact_match(
         decodable += grid is not None
         solved += correct is True
     return {"eval_exact_match": solved / len(prompts), "eval_decodable": decodable / len(prompts)}
+
+
+def can_become_grid(text: str, lines_sep: str) -> bool:
+    """Whether a reply that begins like this can still be one that `ArcDataset.decode` reads.
+
+    Args:
+        text: the reply so far, without its end.
+        lines_sep: what stands between rows, one character.
+    """
+    *rows, last = text.split(lines_sep)
+    width = len(rows[0]) if rows else MAX_SIDE
+    return (
+        len(rows) + bool(last) <= MAX_SIDE
+        and len(last) <= width <= MAX_SIDE
+        and all(len(row) == width for row in rows)
+        and (not rows or width > 0)
+        and all(not row or (row.isascii() and row.isdigit()) for row in (*rows, last))
+    )
 
 
 def longest_reply(dataset: ArcDataset, keys: Sequence[str], tokenizer: Any) -> int:

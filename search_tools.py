@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -236,14 +236,20 @@ def sample_replies(
     samples: int = 1,
     temperature: float = 1.0,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    guesses: Sequence[np.ndarray | None] | None = None,
     batch_size: int = 32,
+    draft_tokens: int = 32,
+    hopeless: Callable[[list[int]], bool] | None = None,
     done: Callable[[int, list[Reply]], None] | None = None,
     work: Work | None = None,
 ) -> list[list[Reply]]:
     """Sampled replies, or greedy ones; samples of one prompt share its computation.
 
-    Every sample has random numbers of its own, drawn from the seed, the prompt's number and the sample's: what comes
-    out does not depend on the batch size or on which replies end when (apart from the rounding of 16-bit passes).
+    Every sample has random numbers of its own, one a token, drawn from the seed, the prompt's and the sample's number:
+    what comes out does not depend on the batch size or on which replies end when (apart from the rounding of 16-bit
+    passes). So which token a sample would have at a place is known as soon as the logits there are, and a guess can be
+    verified in one pass: as far as it is what the sample would be, its tokens cost nothing.
 
     Args:
         model, engine, tokenizer, prompts, done, work: see `search_replies`.
@@ -251,7 +257,12 @@ def sample_replies(
         samples: replies of each prompt.
         temperature: logits are divided by it; 0: greedy.
         seed: of the random numbers, from 0.
+        seeds: a number from 0 for each prompt, in place of 0, 1 and so on.
+        guesses: for each prompt what its replies may look like (tokens,), or None. Makes no difference to the result.
         batch_size: replies decoded at once; a finished one is replaced by the next.
+        draft_tokens: most tokens of a guess that are verified in one pass, after the first.
+        hopeless: called with a reply's tokens now and then; where it says True, that reply ends there, without an end
+            token.
 
     Returns:
         For each prompt its samples, in order. Log probabilities are the model's, at temperature 1.
@@ -265,28 +276,40 @@ def sample_replies(
         raise ValueError(
             f"samples, temperature and seed are {samples}, {temperature} and {seed}: expected at least 1, 0 and 0"
         )
+    for name, given in (("guesses", guesses), ("seeds", seeds)):
+        if given is not None and len(given) != len(prompts):
+            raise ValueError(f"found {len(given)} {name} for {len(prompts)} prompts")
     _check_settings(max_new_tokens, batch_size)
     check_tokens(model, "prompt", prompts)
+    guesses = [guess if guess is not None and len(guess) else None for guess in guesses or [None] * len(prompts)]
+    check_tokens(model, "guess", guesses)
+    numbers = list(range(len(prompts)) if seeds is None else seeds)
     rows = [
-        _Sample(i, prompt, tokenizer.eos_token_id, np.random.default_rng([seed, i, number]).random(max_new_tokens))
-        for i, prompt in enumerate(prompts)
-        for number in range(samples)
-    ]
+        _Sample(
+            i, prompt, guess, tokenizer.eos_token_id,
+            np.random.default_rng([seed, numbers[i], k]).random(max_new_tokens), draft_tokens, hopeless,
+        )
+        for i, (prompt, guess) in enumerate(zip(prompts, guesses, strict=True))
+        for k in range(samples)
+    ]  # fmt: skip
     remaining = [samples] * len(prompts)
 
     def choose(logits: torch.Tensor, rows: Sequence[Any]) -> tuple[np.ndarray, ...]:
-        logits = logits[:, -1].double()
+        logits = logits.double()  # (rows, fed, vocabulary)
         if temperature:
-            draws = torch.from_numpy(np.array([[row.draws[len(row.path)]] for row in rows])).to(logits.device)
+            draws = np.zeros((len(rows), logits.shape[1], 1))
+            for at, row in enumerate(rows):
+                part = row.draws[len(row.path) :][: logits.shape[1]]
+                draws[at, : len(part), 0] = part
             reached = torch.softmax(logits / temperature, -1).cumsum(-1)
             # Scaled by the sum, which rounding keeps from being 1; a draw is below 1, so that some token is reached,
             # and `right` passes over tokens of probability 0.
-            tokens = torch.searchsorted(reached, draws * reached[:, -1:], right=True)
-            tokens = tokens.clamp(max=logits.shape[-1] - 1)
+            draws = torch.from_numpy(draws).to(logits.device) * reached[..., -1:]
+            tokens = torch.searchsorted(reached, draws, right=True).clamp(max=logits.shape[-1] - 1)
         else:
             tokens = logits.argmax(-1, keepdim=True)
         log_probs = torch.log_softmax(logits, -1).gather(-1, tokens)
-        return tokens.cpu().numpy(), log_probs.cpu().numpy()
+        return tokens[..., 0].cpu().numpy(), log_probs[..., 0].cpu().numpy()
 
     def finish(row: _Sample) -> None:
         remaining[row.number] -= 1
@@ -301,30 +324,53 @@ def sample_replies(
     return [replies_of(number) for number in range(len(prompts))]
 
 
-@dataclass(eq=False)
+LOOK = 32  # tokens of a reply between two questions whether it is hopeless
+
+
 class _Sample:
     """One sampled reply, apart from the model."""
 
-    number: int
-    prompt_ids: np.ndarray
-    end: int
-    draws: np.ndarray  # uniform in [0, 1), one a token
-    path: list[int] = field(default_factory=list)
-    log_prob: float = 0.0
-    is_open: bool = True
-
-    def __post_init__(self):
-        self.prompt = [int(token) for token in self.prompt_ids]
+    def __init__(
+        self,
+        number: int,
+        prompt: np.ndarray,
+        guess: np.ndarray | None,
+        end: int,
+        draws: np.ndarray,
+        draft_tokens: int,
+        hopeless: Callable[[list[int]], bool] | None,
+    ):
+        self.number, self.end, self.draws, self.draft_tokens, self.hopeless = number, end, draws, draft_tokens, hopeless
+        self.prompt = [int(token) for token in prompt]
+        self.guess = [int(token) for token in guess] if guess is not None else []
+        if end in self.guess:  # it is never fed: nothing comes after it
+            del self.guess[self.guess.index(end) :]
+        self.draft = len(self.guess)  # tokens to draft next
+        self.drafted: list[int] = []
+        self.path: list[int] = []
+        self.log_prob = 0.0
+        self.is_open = True
 
     def feed(self) -> list[int]:
-        """The token that has not been fed yet."""
-        return [self.path[-1] if self.path else self.prompt[-1]]
+        """The token that has not been fed yet, and a draft of what comes after it."""
+        at = len(self.path)
+        self.drafted = self.guess[at : min(at + self.draft, len(self.draws) - 1)]
+        return [self.path[-1] if self.path else self.prompt[-1], *self.drafted]
 
     def take(self, tokens: np.ndarray, log_probs: np.ndarray) -> None:
-        """Add the chosen token (1,) with its log probability (1,)."""
-        self.path.append(int(tokens[0]))
-        self.log_prob += float(log_probs[0])
+        """Add what was chosen after each token fed (fed,), as long as that token was itself what was chosen."""
+        before, held = len(self.path), 0
+        for token, log_prob, wanted in zip(tokens.tolist(), log_probs.tolist(), [*self.drafted, None], strict=False):
+            self.path.append(token)
+            self.log_prob += log_prob
+            if token != wanted:
+                break
+            held += 1
+        # At least 1: a guess whose first token is wrong may be right after it.
+        self.draft = min(self.draft_tokens, max(1, 2 * held if held == len(self.drafted) else held))
         self.is_open = self.path[-1] != self.end and len(self.path) < len(self.draws)
+        if self.is_open and self.hopeless and len(self.path) // LOOK > before // LOOK:
+            self.is_open = not self.hopeless(self.path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

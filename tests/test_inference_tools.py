@@ -13,7 +13,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralCon
 import model_tools
 from arc_loader import ArcDataset, format_options
 from decoder_tools import Work, halve_on_out_of_memory
-from inference_tools import RULES, Candidate, gather_candidates, generate_replies, select
+from inference_tools import RULES, Candidate, can_become_grid, gather_candidates, generate_replies, select
 from model_tools import Precision
 from search_tools import sample_replies, score_replies, search_replies
 
@@ -524,6 +524,59 @@ def test_temperature_0_is_greedy():
     for wrong in ({"samples": 0}, {"temperature": -1}, {"temperature": math.inf}, {"seed": -1}):
         with pytest.raises(ValueError, match="samples, temperature and seed"):
             sample_replies(model, "transformers", TOKENIZER, prompts, max_new_tokens=3, **wrong)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("kind", ["right", "wrong", "begin", "beyond", "mixed"])
+def test_guesses_change_no_sample_and_save_passes(looking_back, temperature, kind):
+    prompts = tiny_prompts()
+    options = {"max_new_tokens": 12, "temperature": temperature, "seed": 3, "batch_size": 4}
+
+    def sample(**more):
+        work = Work()
+        found = sample_replies(looking_back, "transformers", TOKENIZER, prompts, **options, **more, work=work)
+        return [replies[0] for replies in found], work
+
+    plain, dear = sample()
+    expected = [{tuple(reply.tokens.tolist()): reply.log_prob} for reply in plain]
+    for draft in (0, 2, 32):
+        guessed, work = sample(guesses=guesses_for(kind, expected), draft_tokens=draft)
+        assert [reply.tokens.tolist() for reply in guessed] == [reply.tokens.tolist() for reply in plain]
+        assert [reply.log_prob for reply in guessed] == pytest.approx([reply.log_prob for reply in plain], abs=1e-5)
+        if kind == "right" and draft:
+            assert work.passes < dear.passes / 2
+    with pytest.raises(ValueError, match="found 1 guesses for 7 prompts"):
+        sample(guesses=[None])
+
+
+def test_a_hopeless_reply_is_given_up():
+    model = counting_model()
+    asked = []
+
+    def hopeless(path):
+        asked.append(len(path))
+        return len(path) > 60
+
+    prompt = np.array([20, 21])
+    [[reply]] = sample_replies(
+        model, "transformers", TOKENIZER, [prompt], max_new_tokens=500, temperature=0, hopeless=hopeless
+    )
+    [[whole]] = sample_replies(model, "transformers", TOKENIZER, [prompt], max_new_tokens=500, temperature=0)
+    assert asked == [32, 64]
+    assert reply.tokens.tolist() == whole.tokens.tolist()[:64]
+    assert len(whole.tokens) == 500
+
+
+@pytest.mark.parametrize(
+    ("text", "can"),
+    [
+        ("", True), ("1", True), ("12\n3", True), ("12\n34\n", True), ("1" * 30, True), ("1\n" * 29 + "1", True),
+        ("1" * 31, False), ("1\n" * 30 + "1", False), ("12\n3\n4", False), ("12\n345", False), ("12\n\n", False),
+        ("a", False), ("12 ", False), ("\n", False), ("١", False), ("1\n" * 30, True),
+    ],
+)  # fmt: skip
+def test_what_can_become_a_grid(text, can):
+    assert can_become_grid(text, "\n") == can
 
 
 # ---------------------------------------------------------------------------------------------------------------------
