@@ -158,7 +158,7 @@ def test_an_interrupted_run_continues_and_ends_in_the_same_weights(chained, tmp_
     shutil.rmtree(artifact(output, "Base-checkpoints") / "checkpoint-8")
     flags = ("--base_model", demo_base, "--dataset_dir", demo_dataset, "--output_dir", output)
     printed = run("base_finetune.py", *SFT, *flags, "--learning_rate", 5e-4, "--n", 100, expect=2)
-    assert "checkpoints of a run with other settings (data, learning_rate, n)" in printed
+    assert "checkpoints of a run with other settings (learning_rate, n, puzzles)" in printed
     printed = run("base_finetune.py", *SFT, *flags)
     assert "continuing from" in printed and "checkpoint-4" in printed
     once, twice = (load_file(artifact(o, "Base-lora") / "adapter_model.safetensors") for o in (chained[0], output))
