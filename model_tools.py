@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arc_loader import find_reply_spans
+from packing_tools import IGNORE_INDEX, pack_rows
 
 if TYPE_CHECKING:
     import torch
 
-IGNORE_INDEX = -100  # the label that torch's cross-entropy leaves out
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDING_MODULES = ("embed_tokens", "lm_head")
 # The characters that the text format needs, and the few more that upstream keeps (Source: ARChitects' run_finetuning).
@@ -65,6 +65,10 @@ class InputMaskingDataCollator:
         mask_first_n_examples: leading replies of each row that are masked too (only with `mask_inputs`).
         pad_to_multiple_of: the batch's length is rounded up to a multiple of this.
         query_beg, reply_beg, reply_end: the text format, needed for rows that come as text.
+
+    Attributes:
+        packed_for: an engine: its batches are one row of several documents, without padding (see
+            `packing_tools.pack_rows`); None, as made: rows are padded.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class InputMaskingDataCollator:
         reply_end: str | None = None,
     ):
         """See the class."""
+        self.packed_for: str | None = None
         if tokenizer.pad_token_id is None:
             raise ValueError(
                 "the tokenizer has no pad token: load it with model_tools.load_tokenizer, which chooses one"
@@ -101,7 +106,8 @@ class InputMaskingDataCollator:
         """Make a batch of rows.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, each int64 (rows, tokens), padded on the right.
+            `input_ids`, `attention_mask` and `labels`, each int64 (rows, tokens), padded on the right; or see
+            `packing_tools.pack_rows`.
 
         Raises:
             ValueError: a row has nothing to learn or is cut in the middle of a reply; it is named by its key.
@@ -109,6 +115,8 @@ class InputMaskingDataCollator:
         import torch
 
         encoded = [self.encode(row) for row in rows]
+        if self.packed_for is not None:
+            return pack_rows(encoded, self.packed_for)
         longest = max(len(ids) for ids, _ in encoded)
         width = math.ceil(longest / self.pad_to_multiple_of) * self.pad_to_multiple_of
         input_ids = np.full((len(rows), width), self.tokenizer.pad_token_id, dtype=np.int64)

@@ -19,8 +19,9 @@ from model_tools import EMBEDDING_MODULES, LINEAR_MODULES
 # Settings that say where and how a run is done and watched, not what comes out of it.
 NOT_THE_COURSE = (
     "base_model", "dataset_dir", "output_dir", "artifact_prefix", "engine", "dtype", "load_in_4bit", "dry_run",
-    "overwrite", "merge_base", "gradient_checkpointing", "logging_steps", "eval_steps", "eval_puzzles",
-    "per_device_eval_batch_size", "save_steps", "save_total_limit", "report_to", "dataloader_num_workers",
+    "overwrite", "merge_base", "gradient_checkpointing", "padding_free", "compile_layers", "logging_steps",
+    "eval_steps", "eval_puzzles", "per_device_eval_batch_size", "save_steps", "save_total_limit", "report_to",
+    "dataloader_num_workers",
 )  # fmt: skip
 
 # Settings with few values; written in any case, kept in lower case.
@@ -115,6 +116,10 @@ class RunSettings(DataSettings):
     optim: str = setting("adamw_8bit", "an optimizer of transformers")
     weight_decay: float = setting(0.0, "decoupled weight decay")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
+    padding_free: bool = setting(
+        False, "samples of a batch in one row without padding, each blind to the others; the same training"
+    )
+    compile_layers: bool = setting(False, "compile the layers (engine transformers): slow to start, then faster")
     gradient_checkpointing: bool = setting(True, "recompute activations to save memory; false is faster where they fit")
     # Watching
     logging_steps: int = setting(10, "steps between log lines")

@@ -7,6 +7,7 @@ imported inside functions, Unsloth before the libraries that it patches.
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import json
 import math
@@ -59,6 +60,7 @@ from model_tools import (
     train_in_float32,
     write_manifest,
 )
+from packing_tools import use_packed_attention
 from report_tools import read_metrics
 from run_guards import (
     StopSignals,
@@ -348,8 +350,23 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
         evaluation = lazy_dataset(heldout, len(heldout))
     sampler = EpochSampler(len(data.samples), settings.seed)
 
+    padded = copy.copy(collator)  # a measured loss is a mean over batches: they stay as they were
+    if settings.padding_free:
+        collator.packed_for = precision.engine
+        if precision.engine == "transformers":
+            use_packed_attention(model)
+    if settings.compile_layers:
+        compile_layers(model)
+
     class StageTrainer(base):
         """The engine's trainer with this pipeline's order of rows and learning rates."""
+
+        def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+            trained, self.data_collator = self.data_collator, padded
+            try:
+                return super().get_eval_dataloader(*args, **kwargs)
+            finally:
+                self.data_collator = trained
 
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> EpochSampler:
             return sampler
@@ -369,6 +386,13 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
         data_collator=collator,
         processing_class=data.tokenizer,
     )
+
+
+def compile_layers(model: Any) -> None:
+    """Compile each of a model's layers, in place, for rows of any length; the first step takes a minute longer."""
+    for module in model.modules():
+        if hasattr(module, "self_attn") and hasattr(module, "mlp"):
+            module.compile(dynamic=True)
 
 
 class PromptRows:
@@ -558,6 +582,8 @@ def check_arguments(run: StageRun) -> None:
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
+    if run.settings.compile_layers and run.precision.engine == "unsloth":
+        raise ValueError("--compile_layers is for --engine transformers: Unsloth has compiled parts of its own")
     for name, known, usual in (
         ("optim", OptimizerNames, ["adamw_8bit", "adamw_torch"]),
         ("lr_scheduler_type", SchedulerType, ["cosine", "linear"]),

@@ -1,0 +1,136 @@
+"""Rows without padding: several documents one after another in one row, each blind to the others.
+
+A batch of rows of different length is padded to the longest; packed, none of it is wasted. `pack_rows` makes such a
+batch in the form that either engine reads, `use_packed_attention` gives a transformers model the attention for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+ATTENTION = "packed_documents"  # the name under which transformers knows `packed_attention`
+IGNORE_INDEX = -100
+LENGTH_STEP = 256  # the longest document's length is given in such steps, so that compiled code seldom sees a new one
+
+
+def pack_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], engine: str) -> dict[str, Any]:
+    """One row of several documents.
+
+    A document's first token is not learned: nothing of its own document comes before it. So as many tokens are learned
+    as in rows of their own.
+
+    Args:
+        rows: token ids, int64 (tokens,), and which of them are learned, bool (tokens,), of each document.
+        engine: "transformers" or "unsloth": what says where documents end.
+
+    Returns:
+        `input_ids`, `labels` and `position_ids`, int64 (1, all tokens), and `use_cache` False; for transformers
+        `cu_seq_lens_q` and `cu_seq_lens_k`, int32 (documents + 1,), `max_length_q` and `max_length_k`; for Unsloth
+        `packed_seq_lengths`, int32 (documents,).
+    """
+    import torch
+
+    lengths = np.array([len(ids) for ids, _ in rows], dtype=np.int32)
+    ids = np.concatenate([ids for ids, _ in rows])
+    learned = np.concatenate([learned for _, learned in rows])
+    bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    learned[bounds[:-1]] = False
+    positions = np.arange(len(ids)) - np.repeat(bounds[:-1], lengths)
+    batch: dict[str, Any] = {
+        "input_ids": torch.from_numpy(ids.astype(np.int64))[None],
+        "labels": torch.from_numpy(np.where(learned, ids, IGNORE_INDEX).astype(np.int64))[None],
+        "position_ids": torch.from_numpy(positions.astype(np.int64))[None],
+        "use_cache": False,
+    }
+    if engine == "unsloth":
+        return batch | {"packed_seq_lengths": torch.from_numpy(lengths)}
+    longest = -(-int(lengths.max()) // LENGTH_STEP) * LENGTH_STEP
+    ends = torch.from_numpy(bounds)
+    return batch | {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
+def use_packed_attention(model: Any) -> None:
+    """Give a transformers model an attention that keeps packed documents apart; other batches it treats as before.
+
+    Raises:
+        ValueError: a model whose attention is not full, or cannot be chosen.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    config = model.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(f"{config.model_type} models do not see their whole context: rows cannot be packed")
+
+    def mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+        # Without a mask of its own a batch is packed, or rows of one length; causal either way.
+        if attention_mask is None and kwargs.get("q_length") == kwargs.get("kv_length"):
+            return None
+        return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+    AttentionInterface.register(ATTENTION, packed_attention)
+    AttentionMaskInterface.register(ATTENTION, mask)
+    model.set_attn_implementation(ATTENTION)
+    if config._attn_implementation != ATTENTION:
+        raise ValueError(f"{config.model_type} models do not let their attention be chosen: rows cannot be packed")
+
+
+def packed_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of transformers' interface: within documents where their bounds are given, else causal or as masked.
+
+    Args:
+        module: the layer.
+        query: (rows, query heads, tokens, size).
+        key, value: (rows, heads, tokens, size).
+        attention_mask: of transformers, or None.
+        dropout: not supported, as in no Llama.
+        scaling: of the scores.
+        cu_seq_lens_q: bounds of the documents, int32 (documents + 1,); None: each row is one.
+        max_length_q: of the longest document, or more.
+
+    Returns:
+        (rows, tokens, query heads, size), and None for the weights.
+    """
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        # The kernel that scaled_dot_product_attention takes too; by its own name it is told where documents end.
+        found = torch.ops.aten._flash_attention_forward(
+            query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), cu_seq_lens_q, cu_seq_lens_q,
+            max_length_q, max_length_q, 0.0, True, False, scale=scaling,
+        )[0]  # fmt: skip
+        return found[None], None
+    parts = []
+    for begin, end in zip(cu_seq_lens_q[:-1].tolist(), cu_seq_lens_q[1:].tolist(), strict=True):
+        document = (slice(None), slice(None), slice(begin, end))
+        parts.append(
+            scaled_dot_product_attention(
+                query[document], key[document], value[document], is_causal=True, scale=scaling,
+                enable_gqa=query.shape[1] > key.shape[1],
+            )
+        )  # fmt: skip
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None

@@ -1,0 +1,132 @@
+"""Documents in one row: each blind to the others, and the same training as with rows of their own."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from conftest import call
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from model_tools import InputMaskingDataCollator
+from packing_tools import pack_rows, use_packed_attention
+
+LENGTHS = (7, 13, 1, 5)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def documents():
+    rng = np.random.default_rng(0)
+    return [(rng.integers(0, 50, length), np.ones(length, dtype=bool)) for length in LENGTHS]
+
+
+@pytest.fixture
+def packed(model):
+    use_packed_attention(model)
+    yield model
+    model.set_attn_implementation("sdpa")
+
+
+def test_a_batch_by_hand():
+    rows = [
+        (np.array([5, 6, 7]), np.array([False, False, True])),
+        (np.array([8, 9]), np.array([True, True])),
+        (np.array([4]), np.array([True])),
+    ]
+    batch = pack_rows(rows, "transformers")
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, -100, 9, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0]]
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == [0, 3, 5, 6]
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["max_length_q"] == batch["max_length_k"] == 256
+    assert batch["use_cache"] is False
+    batch = pack_rows(rows, "unsloth")
+    assert batch["packed_seq_lengths"].tolist() == [3, 2, 1] and "cu_seq_lens_q" not in batch
+    assert rows[1][1].tolist() == [True, True]  # what was given is left alone
+
+
+def inputs(documents):
+    return {name: value for name, value in pack_rows(documents, "transformers").items() if name != "labels"}
+
+
+def test_packed_rows_give_the_logits_of_separate_ones(packed, documents):
+    with torch.no_grad():
+        together = packed(**inputs(documents)).logits[0]
+        packed.set_attn_implementation("eager")
+        alone = torch.cat([packed(torch.from_numpy(ids)[None]).logits[0] for ids, _ in documents])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_nothing_is_learned_across_a_border(packed, documents):
+    """The loss of each document has no gradient at the inputs of another one."""
+    batch = inputs(documents)
+    embedded = packed.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
+    log_probs = torch.log_softmax(packed(inputs_embeds=embedded, **batch).logits[0], -1)
+    bounds = np.cumsum([0, *LENGTHS])
+    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        [gradient] = torch.autograd.grad(log_probs[begin:end, 3].sum(), embedded, retain_graph=True)
+        reached = gradient[0].abs().sum(-1) > 0
+        assert reached[begin:end].all()
+        assert reached.sum() == end - begin
+
+
+def test_batches_that_are_not_packed_are_as_before(packed, documents):
+    ids, mask = np.zeros((len(LENGTHS), 13), dtype=np.int64), np.zeros((len(LENGTHS), 13), dtype=np.int64)
+    for row, (tokens, _) in enumerate(documents):
+        ids[row, -len(tokens) :], mask[row, -len(tokens) :] = tokens, 1  # padded on the left, as for decoding
+    batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    decoded = packed.generate(**batch, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    packed.set_attn_implementation("eager")
+    assert torch.equal(decoded, packed.generate(**batch, max_new_tokens=6, do_sample=False, pad_token_id=0))
+
+
+def test_the_collator_packs_what_it_would_pad():
+    tokenizer = tiny_models.byte_level_tokenizer()
+    tokenizer.pad_token = "<|finetune_right_pad_id|>"
+    collator = InputMaskingDataCollator(tokenizer, mask_first_n_examples=1)
+    rows = [
+        {"key": "a", "input_ids": list(range(10, 16)), "reply_spans": [[1, 2], [4, 6]]},
+        {"key": "b", "input_ids": list(range(20, 28)), "reply_spans": [[2, 4], [6, 7]]},
+    ]
+    padded = collator(rows)
+    collator.packed_for = "transformers"
+    packed = collator(rows)
+    kept = padded["attention_mask"].bool()
+    assert packed["input_ids"][0].tolist() == padded["input_ids"][kept].tolist()
+    assert packed["labels"][0].tolist() == padded["labels"][kept].tolist()
+    with pytest.raises(ValueError, match="row b"):
+        collator([rows[0], {**rows[1], "reply_spans": [[2, 4]]}])
+
+
+def test_a_stage_trains_the_same_either_way(demo_base, demo_dataset, tmp_path):
+    flags = [
+        "--base_model", demo_base, "--dataset_dir", demo_dataset, "--sizes", 2, "--lora_r", 8, "--max_steps", 4,
+        "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--logging_steps", 1, "--eval_steps", 4,
+        "--eval_puzzles", 2, "--holdout_examples", 6, "--learning_rate", 1e-3, "--save_steps", 0,
+        "--optim", "adamw_torch",
+    ]  # fmt: skip
+    losses, measured = [], []
+    for name, which in (("padded", []), ("packed", ["--padding_free"])):
+        code, printed = call("base_finetune", *flags, *which, "--output_dir", tmp_path / name)
+        assert code == 0, printed[-2000:]
+        path = tmp_path / name / "Llama-3.2-1B-Base-lora" / "metrics.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        losses.append([record["loss"] for record in records if "loss" in record])
+        measured.append([record["eval_loss"] for record in records if "eval_loss" in record])
+    assert len(losses[0]) == 4 and losses[0][0] != losses[0][-1]
+    # The trainer divides by the tokens that have labels: 8 first tokens more where rows are padded. To Adam, whose
+    # steps do not depend on a factor of the gradient, it is the same.
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    assert measured[0] == pytest.approx(measured[1], rel=0.01)
