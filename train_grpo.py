@@ -46,6 +46,9 @@ class Settings(RunSettings):
     learning_rate: float = setting(5e-6, "highest rate of the LoRA matrices")
     warmup_ratio: float = setting(0.05, "share of the steps in which the rate rises")
     temperature: float = setting(1.0, "of the sampling")
+    fast_rollouts: bool = setting(
+        False, "sample from a plain copy of the model in training: faster, with the memory of a second 16-bit model"
+    )
     beta: float = setting(0.0, "weight of the KL divergence to the start; 0: none, and no reference pass")
     epsilon: float = setting(0.2, "the policy ratio is clipped below 1 - epsilon")
     epsilon_high: float = setting(0.28, "and above 1 + epsilon_high (DAPO's higher upper bound)")

@@ -62,6 +62,7 @@ from model_tools import (
 )
 from packing_tools import use_packed_attention
 from report_tools import read_metrics
+from rollout_tools import make_rollouts
 from run_guards import (
     StopSignals,
     complete_checkpoints,
@@ -485,9 +486,17 @@ def grpo_trainer(
     optimizer = None  # trl makes it
     if set(settings.target_modules) & set(EMBEDDING_MODULES):
         optimizer = optimizer_with_embedding_rate(model, arguments)
+    rollouts = None  # trl samples by transformers' generate
+    if settings.fast_rollouts:
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # trl says of its rollout_func that it may change
+        rollouts = make_rollouts(
+            model, data.tokenizer, dtype=precision.torch_dtype, max_new_tokens=max_completion_length,
+            temperature=settings.temperature, seed=settings.seed,
+        )  # fmt: skip
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward_functions,
+        rollout_func=rollouts,
         args=arguments,
         train_dataset=lazy_dataset(
             PromptRows(data), planned_rows(run, data, batch_size(settings) // settings.num_generations)

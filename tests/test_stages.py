@@ -5,6 +5,7 @@ import resource
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED, run
@@ -222,34 +223,35 @@ def test_other_ways_through_all_stages(tmp_path, demo_base, demo_dataset, extra)
     assert (len(AutoTokenizer.from_pretrained(merged)) == full) is ("--full_vocab" in extra)
 
 
-def test_grpo_learns_from_its_rewards(tmp_path, demo_base):
-    # Outputs are one cell, 1 or 2 at random: a model soon answers with one of them and is right half of the time, so
-    # that groups differ in reward. Stage 3 has signal from its first step.
-    import numpy as np
+@pytest.fixture(scope="module")
+def coins(tmp_path_factory, demo_base):
+    """A dataset whose outputs are one cell, 1 or 2 at random, and a stage-1 merge trained on it.
 
+    The model soon answers with one of them and is right half of the time, so that groups differ in reward: stage 3 has
+    signal from its first step.
+    """
     rng = np.random.default_rng(0)
-    dataset, output = tmp_path / "dataset", tmp_path / "output"
+    folder = tmp_path_factory.mktemp("coins")
+    dataset, output = folder / "dataset", folder / "output"
     dataset.mkdir()
     for task in range(2):
         pairs = [{"input": [[int(rng.integers(3, 9))]], "output": [[int(rng.integers(1, 3))]]} for _ in range(200)]
         (dataset / f"coin{task}.json").write_text(json.dumps(pairs))
-    fixed = ("--perm", False, "--dataset_dir", dataset, "--output_dir", output, "--holdout_examples", 4)
+    fixed = ("--perm", False, "--dataset_dir", dataset, "--holdout_examples", 4)
     fast = ("--learning_rate", 5e-3, "--embedding_learning_rate", 5e-3, "--max_steps", 80, "--eval_steps", 0)
-    run("base_finetune.py", *SFT, *fixed, *fast, "--save_steps", 0, "--base_model", demo_base)
-    merged = artifact(output, "Base-merged")
-    steps = (
-        "--max_steps",
-        4,
-        "--save_steps",
-        2,
-        "--learning_rate",
-        1e-3,
-        "--num_generations",
-        8,
-        "--per_device_train_batch_size",
-        16,
-    )
-    run("train_grpo.py", *GRPO, *fixed, *steps, "--base_model", merged)
+    where = ("--save_steps", 0, "--base_model", demo_base, "--output_dir", output)
+    run("base_finetune.py", *SFT, *fixed, *fast, *where)
+    return fixed, artifact(output, "Base-merged")
+
+
+@pytest.mark.parametrize("fast_rollouts", [False, True])
+def test_grpo_learns_from_its_rewards(tmp_path, coins, fast_rollouts):
+    fixed, merged = coins
+    output = tmp_path / "output"
+    steps = ("--max_steps", 4, "--save_steps", 2, "--learning_rate", 1e-3, "--num_generations", 8)
+    batch = ("--per_device_train_batch_size", 16, "--fast_rollouts", fast_rollouts)
+    flags = (*GRPO, *fixed, *steps, *batch, "--output_dir", output, "--base_model", merged)
+    run("train_grpo.py", *flags)
     records = [json.loads(x) for x in (artifact(output, "Final-RL-lora") / "metrics.jsonl").read_text().splitlines()]
     rewards = [r["reward"] for r in records if "reward" in r]
     assert len(rewards) == 4 and 0 < np.mean(rewards) < 1
@@ -262,7 +264,7 @@ def test_grpo_learns_from_its_rewards(tmp_path, demo_base):
     state = {name: tensor.clone() for name, tensor in state.items()}
     for name in ("Final-RL-lora", "Final-RL-merged", "Final-RL-checkpoints/checkpoint-4"):
         shutil.rmtree(artifact(output, name))
-    printed = run("train_grpo.py", *GRPO, *fixed, *steps, "--base_model", merged)
+    printed = run("train_grpo.py", *flags)
     assert "checkpoint-2" in printed and "trained 2 steps to step 4" in printed
     again = load_file(artifact(output, "Final-RL-lora") / "adapter_model.safetensors")
     assert all(torch.equal(state[name], again[name]) for name in state)

@@ -1,0 +1,166 @@
+"""Completions for reinforcement learning: sampled from a plain copy of the model in training, many at a time.
+
+A model in training is slow to sample from: its 4-bit layers are dequantised and its adapters multiplied anew for every
+token. `RolloutModel` adds them up once a step into plain 16-bit layers, which search_tools.sample_replies decodes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from search_tools import sample_replies
+
+if TYPE_CHECKING:
+    import torch
+
+CALLS = 1024  # most calls of one step
+
+
+class RolloutModel:
+    """A plain copy of a peft model, whose weights are base + adapters as they are when `update` is called.
+
+    Args:
+        trained: the peft model, of either engine.
+        dtype: of the copy.
+
+    Attributes:
+        model: the copy: a model of transformers without adapters, in evaluation mode.
+    """
+
+    def __init__(self, trained: Any, dtype: torch.dtype):
+        """See the class; takes the memory of a second model, and brings it up to date."""
+        import copy
+
+        import torch
+        from transformers.initialization import no_init_weights
+
+        self.trained = trained
+        base = trained.get_base_model()
+        device = trained.get_input_embeddings().weight.device
+        config = copy.deepcopy(base.config)
+        for name in ("quantization_config", "_pre_quantization_dtype"):
+            if hasattr(config, name):
+                delattr(config, name)
+        config.dtype = dtype
+        with no_init_weights(), torch.device(device):
+            model = plain_class(type(base))(config)
+        self.model = model.to(dtype).eval().requires_grad_(False)
+        if config.tie_word_embeddings:
+            self.model.tie_weights()
+        self.update()
+
+    def update(self) -> None:
+        """Add up base and adapters into the copy, in float32, rounded once."""
+        import torch
+
+        own = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, value in summed_weights(self.trained):
+                if name in own:  # of tied matrices the copy has one
+                    own[name].copy_(value)
+
+
+def summed_weights(trained: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Base + adapter of each weight of a peft model, one after the other.
+
+    Yields:
+        Its name in the model without adapters, and the sum, float32 where an adapter is added to it.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    model = trained.base_model.model
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            layer = module.get_base_layer()
+            weight = dequantised(layer).float()
+            for adapter in module.active_adapters:
+                if adapter in module.lora_A:
+                    b, a = module.lora_B[adapter].weight.float(), module.lora_A[adapter].weight.float()
+                    weight = weight.addmm(b, a, alpha=module.scaling[adapter])
+            yield f"{name}.weight", weight
+            if getattr(layer, "bias", None) is not None:
+                yield f"{name}.bias", layer.bias
+            continue
+        for own, value in module.named_parameters(recurse=False):
+            parts = name.split(".")
+            if "lora_A" in parts or "lora_B" in parts or "base_layer" in parts or "original_module" in parts:
+                continue
+            plain = name.replace(".modules_to_save.default", "")
+            if value.dim() and type(value).__name__ != "Params4bit":
+                yield f"{plain}.{own}", value
+
+
+def dequantised(layer: Any) -> torch.Tensor:
+    """A linear layer's weight as its forward pass sees it."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return layer.weight
+    import bitsandbytes as bnb
+
+    return bnb.functional.dequantize_4bit(layer.weight.data, state)
+
+
+def plain_class(kind: type) -> type:
+    """A model class of transformers as transformers wrote it: Unsloth changes the methods of the classes it knows.
+
+    Args:
+        kind: the class, changed or not.
+    """
+    if "unsloth" not in sys.modules:
+        return kind
+    module = sys.modules[kind.__module__]
+    name = f"{module.__name__}_plain"
+    if name not in sys.modules:
+        # The file again, under another name, in the same package: its relative imports find what they look for.
+        spec = importlib.util.spec_from_file_location(name, module.__file__)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return getattr(sys.modules[name], kind.__name__)
+
+
+def make_rollouts(
+    trained: Any, tokenizer: Any, *, dtype: torch.dtype, max_new_tokens: int, temperature: float, seed: int
+) -> Callable[[list[str], Any], dict[str, Any]]:
+    """What trl's GRPOTrainer calls for completions (its `rollout_func`), sampled from a copy that follows the training.
+
+    Prompts that a group shares are computed once, rows that end make room for others, and each completion's random
+    numbers depend on the seed, the step and its number alone: a continued run samples what an uninterrupted one does.
+
+    Args:
+        trained: the peft model in training.
+        tokenizer: of prompts; gives the end token.
+        dtype: of the copy.
+        max_new_tokens: longest completion.
+        temperature: of the sampling.
+        seed: of the random numbers.
+
+    Returns:
+        A function of prompts (repeated for each completion of their group) and the trainer, which returns their ids,
+        the completions' ids, and None for the sampling's log probabilities: trl computes those of the model itself.
+    """
+    rollout: list[RolloutModel] = []
+    done = {"step": -1, "calls": 0}  # calls of the present step: each has random numbers of its own
+
+    def roll(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        step = trainer.state.global_step
+        if not rollout:
+            rollout.append(RolloutModel(trained, dtype))
+        elif step != done["step"]:
+            rollout[0].update()
+        done.update(step=step, calls=done["calls"] + 1 if step == done["step"] else 0)
+        prompt_ids = tokenizer(prompts)["input_ids"]
+        number = len(prompts) * (step * CALLS + done["calls"])
+        replies = sample_replies(
+            rollout[0].model, "transformers", tokenizer, [np.array(ids) for ids in prompt_ids],
+            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+            seeds=range(number, number + len(prompts)), batch_size=len(prompts),
+        )  # fmt: skip
+        completions = [reply.tokens.tolist() for [reply] in replies]
+        return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
+
+    return roll
