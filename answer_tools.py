@@ -114,8 +114,7 @@ def _find_model(given: str, name: str, dtype: str, load_in_4bit: bool | None) ->
     if not folder.is_dir():
         if given.count("/") != 1 or given.startswith((".", "/")):
             raise FileNotFoundError(f"{given} is not there: expected a folder, or a hub name (OWNER/NAME)")
-        check_base(given)
-        marks = [fingerprint(given)]
+        marks = [_hub_mark(given)]
     else:
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
             adapter = folder
@@ -126,12 +125,17 @@ def _find_model(given: str, name: str, dtype: str, load_in_4bit: bool | None) ->
     manifest = read_manifest(folder) if adapter else {}
     if adapter:
         path = _base_of(adapter)
-        marks.append(fingerprint(path))
+        marks.append(fingerprint(path) if Path(path).is_dir() else _hub_mark(path))
     trained = manifest.get("precision", {})
     in_4bit = bool(trained.get("load_in_4bit", False)) if load_in_4bit is None else load_in_4bit
     precision = resolve_precision("transformers", dtype, in_4bit)
     marks += [precision.dtype, "4-bit" if in_4bit else "whole"]
     return EvaluatedModel(name, path, adapter, precision, hashlib.sha256("\n".join(marks).encode()).hexdigest())
+
+
+def _hub_mark(name: str) -> str:
+    # Which revision of a model it is, if the hub or what was fetched of it says so.
+    return f"{fingerprint(name)} {getattr(check_base(name), '_commit_hash', None)}"
 
 
 def _base_of(adapter: Path) -> str:
@@ -141,7 +145,6 @@ def _base_of(adapter: Path) -> str:
     if not Path(named).is_dir():
         if Path(named).is_absolute():
             raise FileNotFoundError(f"{adapter} goes onto {named}, which is not there: bring it back")
-        check_base(named)
         return named
     damage = find_damage(Path(named))
     if damage:
