@@ -306,53 +306,63 @@ def _is_another(path: Path, results: dict[str, Any]) -> bool:
 
 
 def print_tables(results: dict[str, Any]) -> None:
-    """Print both tables of the results."""
+    """Print both tables of the results, narrow enough for four models in a terminal of 80 columns."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    table = Table(title=f"{results['data']['source']}: {results['data']['test_inputs']:,} test inputs")
-    table.add_column("")
-    for name in results["models"]:
-        table.add_column(name, justify="right", overflow="fold")
+    def make(title: str) -> Table:
+        table = Table(title=title, caption=f"models: {prefix}..." if prefix else None, box=box.SIMPLE_HEAD)
+        table.add_column("", no_wrap=True)
+        for name in results["models"]:
+            table.add_column(name[len(prefix) :], justify="right", overflow="fold")
+        return table
+
+    prefix = _shared_prefix(results["models"])
+    rows, n = results["table"], results["data"]["test_inputs"]
+    table = make(f"{results['data']['source']}: {n:,} test inputs, with 95% intervals")
     for name, title in TITLES.items():
-        table.add_row(title, *(_share(row[name], row[f"{name}_interval"]) for row in results["table"]))
-    table.add_row(
-        "gained, lost",
-        *("-" if r["gained"] is None else f"{len(r['gained'])}, {len(r['lost'])}" for r in results["table"]),
-    )
-    table.add_row(
-        "change", *("-" if r["change"] is None else _share(r["change"], r["change_interval"]) for r in results["table"])
-    )
-    table.add_row("seconds", *(f"{row['seconds']:,.1f}" for row in results["table"]))
-    console.print(table)
-    rules = Table(title="selection rules: one guess, two guesses")
-    rules.add_column("")
-    for name in results["models"]:
-        rules.add_column(name, justify="right", overflow="fold")
-    rules.add_row("among the candidates", *(_share(row["found"]) for row in results["rules"]))
+        table.add_row(title, *(_share(row[name], row[f"{name}_interval"]) for row in rows))
+    changes = ("-" if r["change"] is None else _share(r["change"], r["change_interval"], "+.1%") for r in rows)
+    table.add_row("change, two guesses", *changes)
+    table.add_row("gained, lost", *("-" if r["gained"] is None else _gains(r) for r in rows))
+    table.add_row("seconds", *(f"{row['seconds']:,.1f}" for row in rows))
+    rules = make("selection rules: one guess, two guesses")
+    rules.add_row("truth found", *(_share(row["found"]) for row in results["rules"]))
     for rule in RULES:
-        rules.add_row(
-            rule, *(f"{_share(row[rule]['exact_1'])}, {_share(row[rule]['exact_2'])}" for row in results["rules"])
-        )
+        shares = ((_share(row[rule]["exact_1"]), _share(row[rule]["exact_2"])) for row in results["rules"])
+        rules.add_row(rule, *(", ".join(pair) for pair in shares))
+    console = Console()
+    console.print(table)
     console.print(rules)
+
+
+def _shared_prefix(names: Sequence[str]) -> str:
+    # What all names begin with, up to a hyphen: "Llama-3.2-1B-" of the pipeline's own.
+    if len(names) < 2:
+        return ""
+    return os.path.commonprefix(list(names)).rpartition("-")[0] + "-" if "-" in os.path.commonprefix(names) else ""
+
+
+def _gains(row: dict[str, Any]) -> str:
+    return f"{len(row['gained'])}, {len(row['lost'])}"
 
 
 TITLES = {
     "exact_1": "exact, one guess",
     "exact_2": "exact, two guesses",
-    "score": "puzzles (the competition's score)",
-    "greedy": "exact, greedy reply to the first view",
-    "decodable": "greedy reply is a grid",
-    "right_shape": "first guess has the right shape",
-    "cell_accuracy": "right cells of the first guess",
-    "prob_truth": "probability of the truth",
-    "found": "truth among the candidates",
+    "score": "puzzles (score)",
+    "greedy": "exact, greedy",
+    "decodable": "greedy is a grid",
+    "right_shape": "right shape",
+    "cell_accuracy": "right cells",
+    "prob_truth": "P(truth)",
+    "found": "truth found",
 }
 
 
-def _share(value: float | None, interval: Sequence[float] | None = None) -> str:
+def _share(value: float | None, interval: Sequence[float] | None = None, form: str = ".1%") -> str:
     if value is None:
         return "-"
-    bounds = "" if interval is None else f" ({interval[0]:.1%} to {interval[1]:.1%})"
-    return f"{value:.1%}{bounds}"
+    bounds = "" if interval is None else f"\n{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+    return f"{value:{form}}{bounds}"
