@@ -313,6 +313,7 @@ def print_tables(results: dict[str, Any]) -> None:
 
     def make(title: str) -> Table:
         table = Table(title=title, caption=f"models: {prefix}..." if prefix else None, box=box.SIMPLE_HEAD)
+        table.pad_edge = False
         table.add_column("", no_wrap=True)
         for name in results["models"]:
             table.add_column(name[len(prefix) :], justify="right", overflow="fold")
@@ -364,5 +365,5 @@ TITLES = {
 def _share(value: float | None, interval: Sequence[float] | None = None, form: str = ".1%") -> str:
     if value is None:
         return "-"
-    bounds = "" if interval is None else f"\n{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+    bounds = "" if interval is None else f"\n{100 * interval[0]:.1f}..{100 * interval[1]:.1f}"
     return f"{value:{form}}{bounds}"
