@@ -348,16 +348,16 @@ def combine(rng: Random, max_side: int) -> Rule:
 # Tasks
 
 
-def draw_examples(rule: Rule, rng: Random, examples: int) -> list[dict[str, list[list[int]]]]:
+def draw_pairs(rule: Rule, rng: Random, count: int) -> list[tuple[Grid, Grid]]:
     """Draw pairs with distinct inputs, each of which shows the rule at work (its output differs from its input).
 
     Raises:
         ValueError: the rule has not so many.
     """
-    pairs: list[dict[str, list[list[int]]]] = []
+    pairs: list[tuple[Grid, Grid]] = []
     seen: set[tuple[tuple[int, ...], bytes]] = set()
     misses = 0
-    while len(pairs) < examples:
+    while len(pairs) < count:
         grid = rule.draw(rng)
         identity = (grid.shape, grid.astype(np.uint8).tobytes())
         solved = rule.solve(grid)
@@ -365,13 +365,13 @@ def draw_examples(rule: Rule, rng: Random, examples: int) -> list[dict[str, list
             misses += 1
             if misses == MISSES:
                 raise ValueError(
-                    f"found only {len(pairs)} distinct examples of {examples}: "
+                    f"found only {len(pairs)} distinct examples of {count}: "
                     "ask for fewer --examples or a larger --max_side"
                 )
             continue
         misses = 0
         seen.add(identity)
-        pairs.append({"input": grid.tolist(), "output": solved.tolist()})
+        pairs.append((grid, solved))
     return pairs
 
 
@@ -415,10 +415,13 @@ def generate(
                 break
             taken.append(rule.parameters)
             try:
-                pairs = draw_examples(rule, np.random.default_rng([seed, code, number]), examples)
+                pairs = draw_pairs(rule, np.random.default_rng([seed, code, number]), examples)
             except ValueError as error:
                 raise ValueError(f"{name} {rule.parameters}: {error}") from None
-            tasks[f"{name}-{number}"] = (rule.parameters, pairs)
+            tasks[f"{name}-{number}"] = (
+                rule.parameters,
+                [{"input": grid.tolist(), "output": solved.tolist()} for grid, solved in pairs],
+            )
     return tasks
 
 
