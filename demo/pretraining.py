@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Families that the default pretraining leaves out, so that the stages have something to teach: each is near to others
 # that it has (keep a colour: recolour; symmetrise: mirror-extend; border: crop), as a new puzzle is near to old ones.
 NEW_FAMILIES = ("keep-colour", "symmetrise", "border")
-WIDTH_STEP = 64  # rows of a batch are padded to a multiple of it: few shapes, little padding
+WIDTH_STEP = 32  # rows of a batch are padded to a multiple of it: few shapes, little padding
 CHUNK_BATCHES = 32  # a chunk's puzzles are sorted by length; of many, nearly all batches are full
 ROW_TOKENS = 200  # about the mean of a row, which decides how many puzzles make a chunk and nothing else
 PRETRAINING, MEASURING = 1, 2  # streams of random numbers: no puzzle is measured on that was drawn for training
