@@ -34,6 +34,7 @@ CHUNK_BATCHES = 32  # a chunk's puzzles are sorted by length; of many, nearly al
 ROW_TOKENS = 200  # about the mean of a row, which decides how many puzzles make a chunk and nothing else
 PRETRAINING, MEASURING = 1, 2  # streams of random numbers: no puzzle is measured on that was drawn for training
 WARMUP = 0.03  # share of the steps (or seconds) in which the rate rises
+PADDING, OTHER, REPLY = 0, 1, 2  # what a token of a batch is: of a reply (its end included), or of anything else
 PAD_TOKEN = "<|finetune_right_pad_id|>"
 
 
@@ -135,7 +136,7 @@ class Chunks:
         """One chunk.
 
         Returns:
-            `batches`: int32 token ids (rows, tokens), float32 weights of the loss of the same shape, and how many
+            `batches`: int32 token ids (rows, tokens), uint8 PADDING, OTHER or REPLY of the same shape, and how many
             tokens are no padding; `puzzles` and `avoided`: how many are in them, and were left out.
         """
         settings = self.settings
@@ -155,9 +156,7 @@ class Chunks:
             "avoided": len(avoided),
         }
 
-    def _batches(self, rows: list[dict[str, Any]]) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
-        import torch
-
+    def _batches(self, rows: list[dict[str, Any]]) -> list[tuple[np.ndarray, np.ndarray, int]]:
         rows = sorted(rows, key=lambda row: len(row["input_ids"]))
         widths = -(-np.array([len(row["input_ids"]) for row in rows]) // WIDTH_STEP) * WIDTH_STEP
         batches, begin, settings = [], 0, self.settings
@@ -167,15 +166,15 @@ class Chunks:
             while end - begin >= size or (last and begin < end):  # what fills no batch is padded to the next width
                 part = rows[begin : min(begin + size, end)]
                 ids = np.zeros((size, width), dtype=np.int32)
-                weights = np.zeros((size, width), dtype=np.float32)
+                roles = np.full((size, width), PADDING, dtype=np.uint8)
                 for place, row in enumerate(part):
                     length = len(row["input_ids"])
                     ids[place, :length] = self.kept[row["input_ids"]]
-                    weights[place, :length] = settings.pretrain_input_weight
+                    roles[place, :length] = OTHER
                     for first, after in row["reply_spans"]:
-                        weights[place, first:after] = 1
+                        roles[place, first:after] = REPLY
                 used = sum(len(row["input_ids"]) for row in part)
-                batches.append((torch.from_numpy(ids), torch.from_numpy(weights), used))
+                batches.append((ids, roles, used))  # no tensors: a process would need a file for each
                 begin += len(part)
         return batches
 
@@ -255,7 +254,7 @@ def pretrain(
     printed_tokens = 0
     for chunk in loader:
         puzzles, avoided = puzzles + chunk["puzzles"], avoided + chunk["avoided"]
-        for ids, weights, used in chunk["batches"]:
+        for ids, roles, used in chunk["batches"]:
             seconds = time.monotonic() - begin - paused
             progress = step / settings.pretrain_steps
             if settings.pretrain_seconds:
@@ -265,22 +264,23 @@ def pretrain(
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(progress + 0.5 / settings.pretrain_steps, settings.pretrain_rate)
             tokens += used
-            ids, weights = ids.to(device, non_blocking=True).long(), weights.to(device, non_blocking=True)
+            ids, roles = torch.from_numpy(ids).to(device).long(), torch.from_numpy(roles).to(device)
             with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
-                logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            each = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
-            weighted = (each * weights[:, 1:]).sum() / weights[:, 1:].sum()
-            weighted.backward()
+                logits = model(input_ids=ids, use_cache=False).logits
+            # Position t predicts token t + 1; the last one predicts nothing, which costs less than cutting it off.
+            targets, roles = (each.roll(-1, dims=1).flatten() for each in (ids, roles))
+            roles[ids.shape[1] - 1 :: ids.shape[1]] = PADDING
+            weights = (roles == REPLY) + settings.pretrain_input_weight * (roles == OTHER)
+            each = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
+            ((each * weights).sum() / weights.sum()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            replies = weights[:, 1:] == 1
+            replies = roles == REPLY
             losses.append(((each * replies).sum() / replies.sum()).detach())
             step += 1
             if time.monotonic() - printed > 10 or step == settings.pretrain_steps or len(losses) == 1000:
-                loss = float(torch.stack(losses).mean())
-                if not math.isfinite(loss):
-                    raise ValueError(f"the loss is {loss} near step {step}: lower --pretrain_rate")
+                loss = _mean(losses, step)
                 now = time.monotonic()
                 print(
                     f"step {step:6,}  loss of replies {loss:.4f}  rate {optimizer.param_groups[0]['lr']:.2e}  "
@@ -298,7 +298,7 @@ def pretrain(
             continue
         break
     if losses:
-        loss = float(torch.stack(losses).mean())
+        loss = _mean(losses, step)
     return {
         "new_families": [name for name in FAMILIES if name not in settings.pretrain_families],
         "steps": step,
@@ -309,6 +309,13 @@ def pretrain(
         "loss_of_replies": round(loss, 4),
         "device": torch.cuda.get_device_name() if cuda else "CPU",
     }
+
+
+def _mean(losses: list[torch.Tensor], step: int) -> float:
+    loss = sum(losses).item() / len(losses)
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss} near step {step}: lower --pretrain_rate")
+    return loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -42,19 +42,19 @@ def chunk_of(settings, tokenizer, number=0):
 
 @pytest.mark.parametrize("sizes", [(3,), (1, 2, 5)])
 def test_a_batch_holds_whole_puzzles_in_the_pipelines_notation(tokenizer, sizes):
-    settings = dataclasses.replace(SMALL, pretrain_sizes=sizes, pretrain_input_weight=0.25)
+    settings = dataclasses.replace(SMALL, pretrain_sizes=sizes)
     encoder, kept = pretraining.encoder_of(tokenizer)
     collator = model_tools.InputMaskingDataCollator(encoder.tokenizer)
     chunk = chunk_of(settings, tokenizer)
     rows = tokens = 0
-    for ids, weights, used in chunk["batches"]:
-        assert ids.shape == weights.shape == (1024 // ids.shape[1], ids.shape[1])
+    for ids, roles, used in chunk["batches"]:
+        assert ids.shape == roles.shape == (1024 // ids.shape[1], ids.shape[1])
         assert ids.shape[1] % pretraining.WIDTH_STEP == 0
-        assert used == int((weights > 0).sum())
+        assert used == np.count_nonzero(roles)
         tokens += used
-        for row, weight in zip(ids.numpy(), weights.numpy(), strict=True):
-            length = int((weight > 0).sum())
-            assert not weight[length:].any()
+        for row, role in zip(ids, roles, strict=True):
+            length = np.count_nonzero(role)
+            assert not role[length:].any()
             if not length:
                 continue  # the last batch of a chunk may lack rows
             rows += 1
@@ -63,15 +63,17 @@ def test_a_batch_holds_whole_puzzles_in_the_pipelines_notation(tokenizer, sizes)
             assert text.count("I") - 1 in sizes
             again, learned = collator.encode({"text": text})
             assert (np.asarray(kept)[again] == row[:length]).all()
-            assert (weight[:length] == np.where(learned, 1, np.float32(0.25))).all()
+            assert (role[:length] == np.where(learned, pretraining.REPLY, pretraining.OTHER)).all()
     assert rows == chunk["puzzles"] > 100
-    assert tokens > 0.8 * sum(ids.numel() for ids, _, _ in chunk["batches"]), "little padding"
+    assert tokens > 0.8 * sum(ids.size for ids, _, _ in chunk["batches"]), "little padding"
 
 
 def test_puzzles_depend_on_seed_and_chunk_alone(tokenizer):
     def same(a, b):
         batches = zip(a["batches"], b["batches"], strict=False)
-        return len(a["batches"]) == len(b["batches"]) and all(torch.equal(one[0], other[0]) for one, other in batches)
+        return len(a["batches"]) == len(b["batches"]) and all(
+            np.array_equal(one[0], other[0]) for one, other in batches
+        )
 
     first = chunk_of(SMALL, tokenizer)
     assert same(first, chunk_of(SMALL, tokenizer))
