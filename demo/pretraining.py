@@ -252,6 +252,18 @@ def pretrain(
     begin = printed = time.monotonic()
     paused = 0.0  # by measurements
     printed_tokens = 0
+
+    def report() -> None:
+        nonlocal losses, loss, printed, printed_tokens
+        loss = _mean(losses, step)
+        now = time.monotonic()
+        print(
+            f"step {step:6,}  loss of replies {loss:.4f}  rate {optimizer.param_groups[0]['lr']:.2e}  "
+            f"{now - begin - paused:5.0f} s  {(tokens - printed_tokens) / (now - printed):9,.0f} tokens/s",
+            flush=True,
+        )
+        losses, printed, printed_tokens = [], now, tokens
+
     for chunk in loader:
         puzzles, avoided = puzzles + chunk["puzzles"], avoided + chunk["avoided"]
         for ids, roles, used in chunk["batches"]:
@@ -279,15 +291,8 @@ def pretrain(
             replies = roles == REPLY
             losses.append(((each * replies).sum() / replies.sum()).detach())
             step += 1
-            if time.monotonic() - printed > 10 or step == settings.pretrain_steps or len(losses) == 1000:
-                loss = _mean(losses, step)
-                now = time.monotonic()
-                print(
-                    f"step {step:6,}  loss of replies {loss:.4f}  rate {optimizer.param_groups[0]['lr']:.2e}  "
-                    f"{now - begin - paused:5.0f} s  {(tokens - printed_tokens) / (now - printed):9,.0f} tokens/s",
-                    flush=True,
-                )
-                losses, printed, printed_tokens = [], now, tokens
+            if time.monotonic() - printed > 10 or len(losses) == 1000:
+                report()
             if measure_steps and step % measure_steps == 0 and step < settings.pretrain_steps:
                 started = time.monotonic()
                 print_measured(solved_by_family(model, tokenizer, settings, measure), settings)
@@ -298,7 +303,7 @@ def pretrain(
             continue
         break
     if losses:
-        loss = _mean(losses, step)
+        report()
     return {
         "new_families": [name for name in FAMILIES if name not in settings.pretrain_families],
         "steps": step,
