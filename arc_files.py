@@ -446,6 +446,30 @@ def list_json(folder: str | os.PathLike[str], pattern: str = "*.json") -> list[P
     return files
 
 
+def list_rearc(folder: str | os.PathLike[str]) -> list[Path]:
+    """The task files of a re-arc folder by name: metadata.json names the tasks, tasks/NAME.json is a list of pairs.
+
+    Raises:
+        FileNotFoundError, ValueError: no metadata.json, not JSON, or a name that no file in tasks can have.
+    """
+    metadata = Path(folder) / "metadata.json"
+    tasks = parse_json(read_bytes(metadata), metadata)
+    if not isinstance(tasks, dict) or not tasks:
+        raise ValueError(f"{metadata}: found {show(tasks)}, expected an object with the task names")
+    for name in tasks:
+        # Longer ones no file system takes.
+        if (
+            not name
+            or not is_unicode(name)
+            or Path(name).name != name
+            or name == ".."
+            or "\0" in name
+            or len(name) > 200
+        ):
+            raise ValueError(f"{metadata}: found the task name {show(name)}, expected the name of a file in tasks")
+    return [Path(folder) / "tasks" / f"{name}.json" for name in sorted(tasks)]
+
+
 def _cache_file(folder: Path) -> Path | None:
     """Where the parsed grids of a folder are kept; None if the user wants no cache."""
     home = os.environ.get("ARC_LOADER_CACHE")

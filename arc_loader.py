@@ -46,6 +46,7 @@ from arc_files import (
     check_puzzle,
     is_unicode,
     list_json,
+    list_rearc,
     parse_json,
     read_bytes,
     read_tasks,
@@ -361,24 +362,8 @@ class ArcDataset:
         sizes = _check_sizes(sizes)
         if n < 1:
             raise ValueError(f"n is {n}, expected at least 1 round")
-        metadata = Path(path) / "metadata.json"
-        tasks = parse_json(read_bytes(metadata), metadata)
-        if not isinstance(tasks, dict) or not tasks:
-            raise ValueError(f"{metadata}: found {show(tasks)}, expected an object with the task names")
-        for name in tasks:
-            # Longer ones no file system takes.
-            if (
-                not name
-                or not is_unicode(name)
-                or Path(name).name != name
-                or name == ".."
-                or "\0" in name
-                or len(name) > 200
-            ):
-                raise ValueError(f"{metadata}: found the task name {show(name)}, expected the name of a file in tasks")
-        names = sorted(tasks)
-        files = [Path(path) / "tasks" / f"{name}.json" for name in names]
-        names = _unique_names(files, [cls.base_key_replace_invalid_chars(name) for name in names])
+        files = list_rearc(path)
+        names = _unique_names(files, [cls.base_key_replace_invalid_chars(file.stem) for file in files])
         options: dict[str, Any] = {
             "rounds": n,
             "name": lambda task, number: f"rearc-{task}{number:02x}",

@@ -1,9 +1,12 @@
 """Write a tiny base model like Llama 3.2: the demo and the tests train it where the real weights are out of reach.
 
     python demo/make_base.py --out demo_base
+    python demo/make_base.py --out demo/base --size demo --pretrain_steps 8000 --measure 100
 
-Reads nothing and fetches nothing. Writes OUT/ as transformers would: the configurations, model.safetensors (bfloat16,
-random weights), the tokenizer's files; and make_base.json, which records how it was made.
+Reads nothing and fetches nothing. Writes OUT/ as transformers would: the configurations, model.safetensors (bfloat16;
+random weights unless --pretrain_steps is given), the tokenizer's files; and make_base.json, which records how it was
+made. Pretraining draws endless puzzles with rules and examples of their own (`pretraining.py`) and leaves some families
+of rules out, so that a fine-tuning has something to teach; on CUDA it takes minutes, on a CPU it is for tests.
 
 What is like the real one, because the pipeline has to cope with it: one matrix for embedding and head (tied), grouped
 query attention, the rope scaling; a byte-level BPE tokenizer with Llama 3's pre-tokenizer, so that digits merge in
@@ -17,15 +20,27 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from demo.make_dataset import FAMILIES
+from demo.pretraining import NEW_FAMILIES, Pretraining
+
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 RECORD_FILE = "make_base.json"
+# Width, depth, query heads, width between the two halves of a layer's feed-forward part. Parameters with 512 tokens:
+SHAPES = {
+    "tiny": (64, 2, 4, 256),  # 0.2 million; for tests
+    "demo": (192, 9, 6, 512),  # 3.8 million, 7.5 MB
+    "small": (384, 12, 6, 1536),  # 26.6 million
+}
 NAMED_TOKENS = [
     "begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id",
     "reserved_special_token_2", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag",
@@ -106,7 +121,13 @@ def build_tokenizer(vocab: int, seed: int) -> "PreTrainedTokenizerFast":
 
 
 def build_model(
-    tokenizer: "PreTrainedTokenizerFast", hidden: int, layers: int, heads: int, seed: int
+    tokenizer: "PreTrainedTokenizerFast",
+    hidden: int,
+    layers: int,
+    heads: int,
+    intermediate: int,
+    seed: int,
+    spread: float = 0.02,
 ) -> "LlamaForCausalLM":
     """A Llama with random weights for the tokenizer, in bfloat16.
 
@@ -115,7 +136,9 @@ def build_model(
         hidden: width.
         layers: depth.
         heads: query heads; two of them share a key and value head where their number is even.
+        intermediate: width inside the feed-forward part.
         seed: of the weights; torch's own generator is left as it was.
+        spread: standard deviation of the weights.
     """
     import torch
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -124,12 +147,13 @@ def build_model(
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
-        intermediate_size=4 * hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
         max_position_embeddings=131072,
         rms_norm_eps=1e-5,
+        initializer_range=spread,
         rope_parameters={
             "rope_type": "llama3",
             "rope_theta": 500000.0,
@@ -152,8 +176,10 @@ def build_model(
     return model
 
 
-def check_settings(vocab: int, hidden: int, layers: int, heads: int, seed: int) -> None:
-    """Refuse a shape that no Llama can have.
+def check_settings(
+    vocab: int, hidden: int, layers: int, heads: int, intermediate: int, seed: int, pretraining: Pretraining
+) -> None:
+    """Refuse a shape that no Llama can have, and a pretraining that cannot be.
 
     Raises:
         ValueError: with all that is wrong.
@@ -164,14 +190,16 @@ def check_settings(vocab: int, hidden: int, layers: int, heads: int, seed: int) 
         problems.append(
             f"--vocab is {vocab}: expected {least} or more, {BYTES} bytes and {len(SPECIAL_TOKENS)} special tokens"
         )
-    if min(layers, heads, hidden) < 1:
+    if min(layers, heads, hidden, intermediate) < 1:
         problems.append(
-            f"--layers, --heads and --hidden are {layers}, {heads} and {hidden}: expected whole numbers from 1"
+            f"--layers, --heads, --hidden and --intermediate are {layers}, {heads}, {hidden} and {intermediate}: "
+            "expected whole numbers from 1"
         )
     elif hidden % (2 * heads):  # rotary embeddings turn pairs of a head's components
         problems.append(f"--hidden is {hidden}: expected a multiple of twice --heads, {2 * heads}")
     if seed < 0:
         problems.append(f"--seed is {seed}: expected a whole number from 0")
+    problems += pretraining.problems()
     if problems:
         raise ValueError("; ".join(problems))
 
@@ -202,35 +230,60 @@ def is_there(out: Path, settings: dict[str, Any]) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the base that the flags describe; return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    args = parse_flags(argv)
+    hidden, layers, heads, intermediate = SHAPES[args.size]
+    if args.hidden is not None and args.intermediate is None:
+        intermediate = 4 * args.hidden
+    given = {"hidden": args.hidden, "layers": args.layers, "heads": args.heads, "intermediate": args.intermediate}
+    shape = {"hidden": hidden, "layers": layers, "heads": heads, "intermediate": intermediate}
+    shape |= {name: value for name, value in given.items() if value is not None}
+    pretraining = Pretraining(
+        **{
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in vars(args).items()
+            if name == "seed" or (name.startswith("pretrain_") and name != "pretrain_workers")
+        }
     )
-    parser.add_argument("--out", type=Path, default=Path("demo_base"), help="folder to write (demo_base)")
-    parser.add_argument("--hidden", type=int, default=64, help="width (64)")
-    parser.add_argument("--layers", type=int, default=2, help="depth (2)")
-    parser.add_argument("--heads", type=int, default=4, help="query heads (4)")
-    parser.add_argument("--vocab", type=int, default=512, help="tokens, the special ones included (512)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the tokenizer's training text (0)")
-    args = parser.parse_args(argv)
-    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    settings = {"vocab": args.vocab, **shape, "seed": args.seed}
     out = args.out.resolve()
     try:
-        check_settings(**settings)
+        check_settings(**settings, pretraining=pretraining)
+        if pretraining.pretrain_steps:  # as JSON gives it back
+            settings |= json.loads(json.dumps(asdict(pretraining)))
         if is_there(out, settings):
             print(f"{args.out}: there already, made with these settings")
             return 0
         from transformers.utils import logging
 
+        logging.disable_progress_bar()  # a bar for a few megabytes
         tokenizer = build_tokenizer(args.vocab, args.seed)
-        model = build_model(tokenizer, args.hidden, args.layers, args.heads, args.seed)
+        # Llama's own 0.02 is for widths of thousands. With it a model of width 64 had not found out after 4,000 steps
+        # that cells can be copied (loss 1.6); with this one it began to after 400.
+        spread = shape["hidden"] ** -0.5 if pretraining.pretrain_steps else 0.02
+        model = build_model(tokenizer, **shape, seed=args.seed, spread=spread)
+        record: dict[str, Any] = {"made_by": "demo/make_base.py"}
+        if pretraining.pretrain_steps:
+            from demo.pretraining import pretrain, print_measured, solved_by_family
+
+            watch = {"workers": args.pretrain_workers, "measure": args.measure, "measure_steps": args.measure_steps}
+            done = pretrain(model, tokenizer, pretraining, **watch)
+            record |= {"trained_on": "generated puzzles, see demo/pretraining.py", "pretraining": done}
+        else:
+            record["trained_on"] = "nothing: random weights"
+        record["settings"] = settings
+        model.bfloat16()
+        if args.measure and pretraining.pretrain_steps:
+            model.float()  # the rounded weights, in arithmetic that every machine is quick at
+            solved = solved_by_family(model, tokenizer, pretraining, args.measure)
+            model.bfloat16()
+            print_measured(solved, pretraining)
+            record["solved_of_fresh_puzzles"] = {"puzzles_of_each_family": args.measure, **solved}
         # Written beside and renamed, so that an interrupted run leaves no half of a model under the name.
         beside = out.with_name(f"{out.name}.{os.getpid()}.incomplete")
         beside.mkdir(parents=True)
         try:
-            logging.disable_progress_bar()  # a bar for a third of a megabyte
             tokenizer.save_pretrained(beside)
-            model.save_pretrained(beside)
-            record = {"made_by": "demo/make_base.py", "trained_on": "nothing: random weights", "settings": settings}
+            model.cpu().save_pretrained(beside)
             (beside / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             beside.replace(out)
         finally:
@@ -238,8 +291,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.out}: a Llama of {model.num_parameters():,} random parameters, {len(tokenizer)} tokens")
+    what = "pretrained" if pretraining.pretrain_steps else "random"
+    print(f"{args.out}: a Llama of {model.num_parameters():,} {what} parameters, {len(tokenizer)} tokens")
     return 0
+
+
+def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command's flags; those of the pretraining are named as the fields of `Pretraining` are."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, default=Path("demo_base"), help="folder to write (demo_base)")
+    parser.add_argument("--size", choices=SHAPES, default="tiny", help="shape; the next four flags change it (tiny)")
+    parser.add_argument("--hidden", type=int, help="width (64)")
+    parser.add_argument("--layers", type=int, help="depth (2)")
+    parser.add_argument("--heads", type=int, help="query heads (4)")
+    parser.add_argument("--intermediate", type=int, help="width inside the feed-forward part (4 times --hidden)")
+    parser.add_argument("--vocab", type=int, default=512, help="tokens, the special ones included (512)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, tokenizer's text and puzzles (0)")
+    default = Pretraining()
+
+    def add(name: str, text: str) -> None:
+        value = getattr(default, f"pretrain_{name}")
+        if isinstance(value, bool):
+            options: dict[str, Any] = {"action": "store_true"}
+        elif isinstance(value, tuple):
+            options = {"nargs": "+", "type": type(value[0]), "metavar": "X"}
+        else:
+            options = {"type": type(value), "metavar": "X"}
+        parser.add_argument(f"--pretrain_{name}", default=value, help=text, **options)
+
+    add("steps", "steps of a pretraining; 0: random weights (0)")
+    add("seconds", "stop by then, the rate falling to 0 in time; 0: no limit (0)")
+    add("families", f"families of rules (all but {', '.join(NEW_FAMILIES)}; there are {', '.join(FAMILIES)})")
+    add("sizes", "demonstrations of a puzzle, drawn from these (3)")
+    add("max_side", "largest side of a grid (5)")
+    add("batch", "tokens of a step, padding included (32768)")
+    add("rate", "highest learning rate of AdamW (0.002)")
+    add("input_weight", "weight of what is no reply in the loss; 0: replies only, 1: all alike (0.1)")
+    add("compile", "compile the layers: a minute that pays in long runs on CUDA")
+    parser.add_argument("--pretrain_avoid", metavar="DIR", help="a dataset no puzzle of which may be trained on")
+    parser.add_argument("--pretrain_workers", type=int, default=0, help="processes that make puzzles; 4 feed a GPU (0)")
+    parser.add_argument("--measure", type=int, default=0, help="puzzles of each family to solve at the end (0)")
+    parser.add_argument("--measure_steps", type=int, default=0, help="and after so many steps each; 0: not before (0)")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

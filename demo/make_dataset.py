@@ -1,11 +1,17 @@
-"""Generate a small dataset in the course format: one JSON file a task, each a list of input/output pairs of one rule.
+"""Make a dataset in the course format: one JSON file a task, each a list of input/output pairs of one rule.
 
     python demo/make_dataset.py --out demo_dataset
     python demo/make_dataset.py --out demo_dataset --tasks_per_family 4 --max_side 6 --families flip gravity
+    python demo/make_dataset.py --from_rearc re_arc --out dataset --max_side 10
 
-Reads nothing. Writes OUT/FAMILY-NUMBER.json, one a task, and OUT/rules.txt: each file's checksum and its rule's
-parameters. The files depend on the settings alone, and a task only on its family, its number and the settings of its
-examples: asking for more tasks, more examples or other families leaves what there was as it was.
+With --from_rearc: reads what re-arc has generated (metadata.json, tasks/*.json) and writes OUT/TASK.json with the pairs
+of which no side is above --max_side, each input once, and OUT/rearc.txt: each file's checksum and counts. Nothing that
+is there is replaced.
+
+Else it generates small puzzles. Reads nothing. Writes OUT/FAMILY-NUMBER.json, one a task, and OUT/rules.txt: each
+file's checksum and its rule's parameters. The files depend on the settings alone, and a task only on its family, its
+number and the settings of its examples: asking for more tasks, more examples or other families leaves what there was as
+it was.
 
 To add a family: write a function that draws a rule's parameters and register it with @family (`flip` is the shortest).
 """
@@ -24,12 +30,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from arc_files import MAX_SIDE, list_rearc, read_tasks
+
 Grid = np.ndarray  # (rows, columns), integers 0..9
 Random = np.random.Generator
 
 RULES_FILE = "rules.txt"  # not .json: whatever reads the folder takes every .json file for a task
+REARC_FILE = "rearc.txt"
 HEADER = "# Made by demo/make_dataset.py, which replaces this folder only while it holds nothing else."
-MIN_SIDE, MAX_SIDE = 3, 30  # below 3 some rules have nothing to show; 30 is the largest grid of ARC
+REARC_HEADER = "# Made by demo/make_dataset.py from a re-arc folder."
+MIN_SIDE = 3  # below it some rules have nothing to show
 MISSES = 2000  # draws in a row that repeat an earlier input or show nothing, after which a rule counts as exhausted
 
 
@@ -336,16 +348,16 @@ def combine(rng: Random, max_side: int) -> Rule:
 # Tasks
 
 
-def draw_examples(rule: Rule, rng: Random, examples: int) -> list[dict[str, list[list[int]]]]:
+def draw_pairs(rule: Rule, rng: Random, count: int) -> list[tuple[Grid, Grid]]:
     """Draw pairs with distinct inputs, each of which shows the rule at work (its output differs from its input).
 
     Raises:
         ValueError: the rule has not so many.
     """
-    pairs: list[dict[str, list[list[int]]]] = []
+    pairs: list[tuple[Grid, Grid]] = []
     seen: set[tuple[tuple[int, ...], bytes]] = set()
     misses = 0
-    while len(pairs) < examples:
+    while len(pairs) < count:
         grid = rule.draw(rng)
         identity = (grid.shape, grid.astype(np.uint8).tobytes())
         solved = rule.solve(grid)
@@ -353,13 +365,13 @@ def draw_examples(rule: Rule, rng: Random, examples: int) -> list[dict[str, list
             misses += 1
             if misses == MISSES:
                 raise ValueError(
-                    f"found only {len(pairs)} distinct examples of {examples}: "
+                    f"found only {len(pairs)} distinct examples of {count}: "
                     "ask for fewer --examples or a larger --max_side"
                 )
             continue
         misses = 0
         seen.add(identity)
-        pairs.append({"input": grid.tolist(), "output": solved.tolist()})
+        pairs.append((grid, solved))
     return pairs
 
 
@@ -403,25 +415,84 @@ def generate(
                 break
             taken.append(rule.parameters)
             try:
-                pairs = draw_examples(rule, np.random.default_rng([seed, code, number]), examples)
+                pairs = draw_pairs(rule, np.random.default_rng([seed, code, number]), examples)
             except ValueError as error:
                 raise ValueError(f"{name} {rule.parameters}: {error}") from None
-            tasks[f"{name}-{number}"] = (rule.parameters, pairs)
+            tasks[f"{name}-{number}"] = (
+                rule.parameters,
+                [{"input": grid.tolist(), "output": solved.tolist()} for grid, solved in pairs],
+            )
     return tasks
+
+
+def from_rearc(
+    folder: Path, max_side: int, min_pairs: int
+) -> tuple[dict[str, tuple[dict[str, Any], list[dict[str, Any]]]], dict[str, int]]:
+    """Take the small pairs of re-arc's tasks, in their order.
+
+    Args:
+        folder: holds metadata.json and tasks/.
+        max_side: largest side of any grid.
+        min_pairs: tasks of fewer pairs are left out.
+
+    Returns:
+        By task name: how many pairs of how many, and the pairs, each input once. And the tasks that are left out, with
+        the number of pairs that they would have.
+
+    Raises:
+        FileNotFoundError, ValueError: settings out of range, bad files (named by file, pair and row), or no task left.
+    """
+    problems = [
+        f"{flag} is {value}: expected {expected}"
+        for flag, value, low, high, expected in (
+            ("--max_side", max_side, 1, MAX_SIDE, f"1 to {MAX_SIDE}"),
+            ("--min_pairs", min_pairs, 1, np.inf, "a whole number from 1"),
+        )
+        if not low <= value <= high
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+    files = list_rearc(folder)
+    store, parsed = read_tasks(files)
+    tasks, left_out = {}, {}
+    for path, task in zip(files, parsed, strict=True):
+        if task.tests >= 0:
+            raise ValueError(f"{path}: found a puzzle with train and test pairs, expected a list of pairs")
+        pairs: dict[tuple[tuple[int, ...], bytes], dict[str, list[list[int]]]] = {}
+        for first in range(task.first, task.first + 2 * task.pairs, 2):
+            grid, solved = store.grid(first), store.grid(first + 1)
+            if max(*grid.shape, *solved.shape) <= max_side:
+                pairs.setdefault(
+                    (grid.shape, grid.tobytes()), {"input": grid.tolist(), "output": solved.tolist()}
+                )  # the first of its input
+        if len(pairs) < min_pairs:
+            left_out[path.stem] = len(pairs)
+        else:
+            tasks[path.stem] = ({"pairs": len(pairs), "of": task.pairs}, list(pairs.values()))
+    if not tasks:
+        raise ValueError(
+            f"{folder}: none of {len(files)} tasks has {min_pairs} pairs with sides up to {max_side}, the most are "
+            f"{max(left_out.values())}: raise --max_side or lower --min_pairs"
+        )
+    return tasks, left_out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
-def render(tasks: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]) -> dict[str, bytes]:
-    """The files of a dataset by name; the last one, RULES_FILE, lists the others with parameters and checksum."""
+def render(
+    tasks: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]],
+    listing: str = RULES_FILE,
+    header: Sequence[str] = (HEADER, "# file, sha256, parameters of the rule"),
+) -> dict[str, bytes]:
+    """The files of a dataset by name; the last one, `listing`, lists the others with parameters and checksum."""
     files = {f"{name}.json": json.dumps(pairs, separators=(",", ":")).encode() for name, (_, pairs) in tasks.items()}
     lines = [
         f"{file} {hashlib.sha256(content).hexdigest()} {json.dumps(parameters)}"
         for (file, content), (parameters, _) in zip(files.items(), tasks.values(), strict=True)
     ]
-    files[RULES_FILE] = "\n".join([HEADER, "# file, sha256, parameters of the rule", *lines, ""]).encode()
+    files[listing] = "\n".join([*header, *lines, ""]).encode()
     return files
 
 
@@ -440,26 +511,36 @@ def is_ours(folder: Path) -> bool:
     )
 
 
-def write_folder(files: dict[str, bytes], out: Path) -> bool:
+def write_folder(files: dict[str, bytes], out: Path, replace: bool = True) -> bool:
     """Write the files as folder `out`, which appears complete or not at all.
+
+    Args:
+        files: by name.
+        out: a folder of other settings is replaced, if this program wrote all of it.
+        replace: False: it is not.
 
     Returns:
         False if they were there already.
 
     Raises:
-        FileExistsError: `out` is a file, or holds something that this program did not write.
+        FileExistsError: `out` is a file, or holds something that is not to be replaced.
     """
     out = out.resolve()  # a link to a folder is replaced where it points
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: expected a folder; choose another --out")
     present = out.is_dir() and any(out.iterdir())
     if present:
+        # Names first: of what may be any folder, nothing else is read.
+        if {path.name for path in out.iterdir()} == set(files) and all(
+            (out / name).is_file() and (out / name).read_bytes() == content for name, content in files.items()
+        ):
+            return False
+        if not replace:
+            raise FileExistsError(f"{out} holds other files than would be written: choose another --out")
         if not is_ours(out):
             raise FileExistsError(
                 f"{out} holds files that this program did not write (or that were edited): choose another --out"
             )
-        if {path.name: path.read_bytes() for path in out.iterdir()} == files:
-            return False
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(f"{out.name}.{os.getpid()}.incomplete")
     beside.mkdir()
@@ -475,34 +556,72 @@ def write_folder(files: dict[str, bytes], out: Path) -> bool:
     return True
 
 
+GENERATED = {"tasks_per_family": 2, "examples": 120, "max_side": 5, "seed": 42, "families": list(FAMILIES)}
+TAKEN = {"max_side": MAX_SIDE, "min_pairs": 7}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Generate the dataset that the flags describe; return the exit code."""
+    """Make the dataset that the flags describe; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--out", type=Path, default=Path("demo_dataset"), help="folder to write (demo_dataset)")
-    parser.add_argument("--tasks_per_family", type=int, default=2, help="tasks of each family (2)")
-    parser.add_argument("--examples", type=int, default=120, help="input/output pairs of each task (120)")
-    parser.add_argument("--max_side", type=int, default=5, help="largest side of a grid (5)")
-    parser.add_argument("--seed", type=int, default=42, help="of everything that is drawn (42)")
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES), metavar="FAMILY", help=", ".join(FAMILIES))
+    parser.add_argument("--tasks_per_family", type=int, help="tasks of each family (2)")
+    parser.add_argument("--examples", type=int, help="input/output pairs of each task (120)")
+    parser.add_argument("--max_side", type=int, help=f"largest side of a grid (5; of re-arc's {MAX_SIDE})")
+    parser.add_argument("--seed", type=int, help="of everything that is drawn (42)")
+    parser.add_argument("--families", nargs="+", metavar="FAMILY", help=", ".join(FAMILIES))
+    parser.add_argument("--from_rearc", type=Path, metavar="DIR", help="take re-arc's pairs instead of generating any")
+    parser.add_argument("--min_pairs", type=int, help="tasks of re-arc with fewer pairs are left out (7)")
     args = parser.parse_args(argv)
+    asked = {name: value for name, value in vars(args).items() if name not in ("out", "from_rearc")}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    defaults, when = (GENERATED, "without") if args.from_rearc is None else (TAKEN, "with")
     try:
-        tasks = generate(args.families, args.tasks_per_family, args.examples, args.max_side, args.seed)
-        written = write_folder(render(tasks), args.out)
+        useless = [f"--{name}" for name in asked if name not in defaults]
+        if useless:
+            raise ValueError(f"{' '.join(useless)}: of no use {when} --from_rearc")
+        settings: dict[str, Any] = {**defaults, **asked}
+        if args.from_rearc is None:
+            print_generated(args.out, settings)
+        else:
+            print_taken(args.out, args.from_rearc, settings)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    families = list(dict.fromkeys(args.families))
+    return 0
+
+
+def print_generated(out: Path, settings: dict[str, Any]) -> None:
+    """Generate a dataset, write it and say what it is."""
+    tasks = generate(**settings)
+    written = write_folder(render(tasks), out)
+    families = list(dict.fromkeys(settings["families"]))
     print(
-        f"{args.out}: {len(tasks)} tasks of {len(families)} families, {args.examples} examples each"
+        f"{out}: {len(tasks)} tasks of {len(families)} families, {settings['examples']} examples each"
         + ("" if written else "; there already, unchanged")
     )
     for name in families:
         made = sum(task.rpartition("-")[0] == name for task in tasks)
-        if made < args.tasks_per_family:
-            print(f"  {name} has only {made} different rules, so {made} tasks instead of {args.tasks_per_family}")
-    return 0
+        if made < settings["tasks_per_family"]:
+            print(
+                f"  {name} has only {made} different rules, so {made} tasks instead of {settings['tasks_per_family']}"
+            )
+
+
+def print_taken(out: Path, folder: Path, settings: dict[str, Any]) -> None:
+    """Take re-arc's pairs, write them and say what was left out."""
+    tasks, left_out = from_rearc(folder, **settings)
+    header = (REARC_HEADER, f"# {json.dumps(settings)}", "# file, sha256, pairs taken")
+    written = write_folder(render(tasks, REARC_FILE, header), out, replace=False)
+    taken, of = (sum(counts[name] for counts, _ in tasks.values()) for name in ("pairs", "of"))
+    print(
+        f"{out}: {len(tasks)} tasks, {taken:,} of their {of:,} pairs"
+        + ("" if written else "; there already, unchanged")
+    )
+    if left_out:
+        named = ", ".join(f"{name} ({pairs})" for name, pairs in left_out.items())
+        print(f"  left out: {len(left_out)} tasks with fewer than {settings['min_pairs']} pairs: {named}")
 
 
 if __name__ == "__main__":

@@ -290,6 +290,125 @@ def test_bad_settings_of_the_dataset(tmp_path, capsys, flags, expected):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Taken from re-arc
+
+
+def side(*sizes: tuple[int, int], start: int = 0) -> list[dict[str, Rows]]:
+    """Pairs of an input of each size and a 1 x 1 output, no two inputs alike."""
+    return [
+        {"input": [[(start + i) % 10] * w for _ in range(h)], "output": [[(start + i) // 10]]}
+        for i, (h, w) in enumerate(sizes)
+    ]
+
+
+@pytest.fixture
+def rearc(tmp_path: Path) -> Path:
+    """Two tasks of 8 small pairs or more, one of which also has large and repeated ones, and one of large pairs."""
+    tasks = {
+        "aa": side(*[(3, 3)] * 8),
+        "b_b": [
+            *side(*[(2, 5)] * 8),
+            {"input": [[1] * 5] * 2, "output": [[9]]},  # the second of its input
+            *side((11, 3), (3, 11)),
+            {"input": [[7]], "output": [[7] * 11]},
+            {"input": [[7]], "output": [[7] * 10]},
+        ],
+        "large": side(*[(3, 3)] * 6, *[(12, 3)] * 4),
+    }
+    folder = tmp_path / "re_arc"
+    (folder / "tasks").mkdir(parents=True)
+    for name, pairs in tasks.items():
+        (folder / "tasks" / f"{name}.json").write_text(json.dumps(pairs))
+    (folder / "tasks" / "not_named.json").write_text("[")
+    (folder / "metadata.json").write_text(json.dumps({name: {"n_verified": 1} for name in tasks}))
+    return folder
+
+
+def test_pairs_are_taken_from_rearc(rearc, tmp_path, capsys):
+    from arc_loader import ArcDataset
+
+    out = tmp_path / "dataset"
+    flags = ["--from_rearc", str(rearc), "--out", str(out), "--max_side", "10"]
+    assert make_dataset.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert printed == f"{out}: 2 tasks, 17 of their 21 pairs\n  left out: 1 tasks with fewer than 7 pairs: large (6)\n"
+    assert sorted(path.name for path in out.iterdir()) == ["aa.json", "b_b.json", "rearc.txt"]
+    all_pairs = json.loads((rearc / "tasks" / "b_b.json").read_text())
+    assert json.loads((out / "b_b.json").read_text()) == [*all_pairs[:8], all_pairs[-1]]
+    assert json.loads((out / "aa.json").read_text()) == json.loads((rearc / "tasks" / "aa.json").read_text())
+    ds = ArcDataset.load_from_local_json(out)
+    assert {ds.task_of(key) for key in ds.keys} == {"aa", "b-b"}
+    assert make_dataset.main(flags) == 0
+    assert "there already, unchanged" in capsys.readouterr().out
+
+
+def test_all_sides_and_few_pairs_on_demand(rearc, tmp_path):
+    tasks, left_out = make_dataset.from_rearc(rearc, max_side=30, min_pairs=1)
+    assert [len(pairs) for _, pairs in tasks.values()] == [8, 11, 10]
+    assert not left_out
+    assert tasks["b_b"][0] == {"pairs": 11, "of": 13}
+
+
+@pytest.mark.parametrize("what", ["other settings", "other files", "a generated dataset"])
+def test_what_is_there_is_not_replaced_by_pairs_of_rearc(rearc, tmp_path, capsys, what):
+    out = tmp_path / "dataset"
+    flags = ["--from_rearc", str(rearc), "--out", str(out)]
+    if what == "other settings":
+        assert make_dataset.main([*flags, "--max_side", "10"]) == 0
+    elif what == "other files":
+        out.mkdir()
+        (out / "mine.txt").write_text("mine")
+    else:
+        assert make_dataset.main(["--out", str(out), "--families", "flip", "--examples", "9"]) == 0
+    before = contents(out)
+    capsys.readouterr()
+    assert make_dataset.main(flags) == 2
+    assert capsys.readouterr().err == f"error: {out} holds other files than would be written: choose another --out\n"
+    assert contents(out) == before
+
+
+def test_pairs_of_rearc_are_not_replaced_by_generated_ones(rearc, tmp_path, capsys):
+    out = tmp_path / "dataset"
+    assert make_dataset.main(["--from_rearc", str(rearc), "--out", str(out)]) == 0
+    before = contents(out)
+    assert make_dataset.main(["--out", str(out), "--families", "flip", "--examples", "9"]) == 2
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "expected"),
+    [
+        (None, ["--max_side", "0"], "--max_side is 0: expected 1 to 30"),
+        (None, ["--max_side", "31"], "--max_side is 31"),
+        (None, ["--min_pairs", "0"], "--min_pairs is 0"),
+        (None, ["--examples", "9", "--seed", "1"], "--examples --seed: of no use with --from_rearc"),
+        (None, ["--max_side", "2"], "none of 3 tasks has 7 pairs with sides up to 2, the most are 0"),
+        ("metadata.json", [], "metadata.json"),
+        ("tasks/aa.json", [], "aa.json"),
+        ("a bad cell", [], "aa.json, pair 1, input, row 1"),
+        ("a puzzle", [], "aa.json: found a puzzle"),
+    ],
+)
+def test_bad_settings_and_files_of_rearc(rearc, tmp_path, capsys, change, flags, expected):
+    puzzle = {"train": side((3, 3)), "test": side((3, 3))}
+    if change in ("a bad cell", "a puzzle"):
+        text = json.dumps(puzzle if change == "a puzzle" else [{"input": [[10]], "output": [[1]]}])
+        (rearc / "tasks" / "aa.json").write_text(text)
+    elif change is not None:
+        (rearc / change).unlink()
+    assert make_dataset.main(["--from_rearc", str(rearc), "--out", str(tmp_path / "d"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "d").exists()
+
+
+def test_min_pairs_needs_rearc(tmp_path, capsys):
+    assert make_dataset.main(["--out", str(tmp_path / "d"), "--min_pairs", "3"]) == 2
+    assert "--min_pairs: of no use without --from_rearc" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The base model
 
 
