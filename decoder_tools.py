@@ -74,6 +74,7 @@ def decode_rows(
     choose: Callable[[torch.Tensor, Sequence[Any]], tuple[np.ndarray, ...]],
     finish: Callable[[Any], None],
     work: Work | None,
+    graphs: bool = False,
 ) -> None:
     """Advance rows until none is open.
 
@@ -83,6 +84,8 @@ def decode_rows(
         choose: makes arrays (rows, fed, ...) of logits (rows, fed, vocabulary) and those rows, log probabilities last;
             each row takes its own.
         finish: called with each row that has closed.
+        graphs: capture passes of one token a row as CUDA graphs, so that the host has one launch to make instead of
+            hundreds; needs a CUDA device.
 
     Raises:
         ValueError: a model or engine that this cannot decode, or one that answers with NaN.
@@ -105,7 +108,7 @@ def decode_rows(
         live.clear()
         # The longest first: what does not fit shows at once, and the cache seldom has to grow.
         waiting.sort(key=lambda row: -_length(row))
-        decoder = _Decoder(model, min(size, len(waiting)), work or Work())
+        decoder = _Decoder(model, min(size, len(waiting)), work or Work(), graphs)
         while waiting or live:
             while waiting and (not live or size - len(live) >= max(1, size // 8)):  # not one by one
                 decoder.admit(waiting, live, size - len(live))
@@ -130,10 +133,11 @@ def _length(row: Row) -> int:
 class _Decoder:
     """A model and its cache, whose first rows are those that are decoded."""
 
-    def __init__(self, model: Any, rows: int, work: Work):
+    def __init__(self, model: Any, rows: int, work: Work, graphs: bool = False):
         self.model, self.work = model, work
         self.device = model.get_input_embeddings().weight.device
         self.cache = RowCache(rows)
+        self.graphs = _Graphs(self) if graphs else None
 
     def admit(self, waiting: list[Row], live: list[Row], count: int) -> None:
         """Move up to `count` rows from waiting to live, with all but their last token computed; equal ones once."""
@@ -196,6 +200,11 @@ class _Decoder:
         for row, at in enumerate(part):
             ids[row, : len(feeds[at])] = feeds[at]
         columns = begins[:, None] + np.arange(fed)
+        if self.graphs is not None and fed == 1 and list(part) == list(range(len(live))):
+            self.work.passes += 1
+            self.work.reply_tokens += len(part)
+            self.work.seen_tokens += int(begins.sum()) + len(part)
+            return self.graphs.step(ids, columns)
         places = torch.from_numpy(columns).to(self.device)
         width = round_up(int(columns.max()) + 1, MASK_STEP)
         self.cache.begin_step(list(part), places, width)
@@ -223,6 +232,71 @@ class _Decoder:
     def copy(self, source: int, target: int, length: int) -> None:
         """Make row `target` of the cache hold the first `length` tokens of row `source`."""
         self.cache.copy(source, target, length)
+
+
+GRAPH_STEP = 256  # columns by which a graph sees more of the cache than the one before it
+
+
+class _Graphs:
+    """Passes of one token for each row of the cache, as CUDA graphs: one for each width of what they see.
+
+    All rows of the cache take part; those that decode nothing write into a column that the next prompt there fills.
+    """
+
+    def __init__(self, decoder: _Decoder):
+        import torch
+
+        self.decoder = decoder
+        self.rows = decoder.cache.rows
+        self.ids = torch.zeros((self.rows, 1), dtype=torch.int64, device=decoder.device)
+        self.places = torch.zeros_like(self.ids)
+        self.captured: dict[int, tuple[Any, torch.Tensor]] = {}
+        self.memory: int | None = None  # where the cache stood when they were captured
+
+    def step(self, ids: np.ndarray, columns: np.ndarray) -> torch.Tensor:
+        """Logits (rows fed, 1, vocabulary) of ids (rows fed, 1) at columns (rows fed, 1)."""
+        import torch
+
+        count = len(ids)
+        self.ids.zero_()
+        self.places.zero_()
+        self.ids[:count] = torch.from_numpy(ids).to(self.ids.device)
+        self.places[:count] = torch.from_numpy(columns).to(self.ids.device)
+        width = round_up(int(columns.max()) + 1, GRAPH_STEP)
+        cache = self.decoder.cache
+        cache.reserve(width)
+        stands = cache.layers[0][0].data_ptr()
+        if stands != self.memory:  # it has grown, into other memory
+            self.captured.clear()
+            self.memory = stands
+        if width not in self.captured:
+            self.captured[width] = self._capture(width)
+        graph, logits = self.captured[width]
+        graph.replay()
+        return logits[:count]
+
+    def _capture(self, width: int) -> tuple[Any, torch.Tensor]:
+        import torch
+
+        def forward() -> torch.Tensor:
+            mask = torch.arange(width, device=self.places.device) <= self.places[:, None, :, None]
+            return self.decoder.model(
+                input_ids=self.ids, position_ids=self.places, attention_mask=mask, past_key_values=cache,
+                use_cache=True, logits_to_keep=0,
+            ).logits  # fmt: skip
+
+        cache = self.decoder.cache
+        cache.begin_step(list(range(self.rows)), self.places, width)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # what libraries set up when they are first called is no part of a graph
+                forward()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = forward()
+        return graph, logits
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,6 +369,12 @@ class RowCache:
                 grown[:, :, : stored.shape[2]] = stored
                 layer[at] = grown
         return layer
+
+    def reserve(self, width: int) -> None:
+        """Make room for so many columns in layers that are there."""
+        self._width = width
+        for number, layer in enumerate(self.layers):
+            self._layer(number, *layer)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Make row `target` hold the first `length` tokens of row `source`."""

@@ -243,6 +243,7 @@ def sample_replies(
     hopeless: Callable[[list[int]], bool] | None = None,
     done: Callable[[int, list[Reply]], None] | None = None,
     work: Work | None = None,
+    graphs: bool = False,
 ) -> list[list[Reply]]:
     """Sampled replies, or greedy ones; samples of one prompt share its computation.
 
@@ -263,6 +264,7 @@ def sample_replies(
         draft_tokens: most tokens of a guess that are verified in one pass, after the first.
         hopeless: called with a reply's tokens now and then; where it says True, that reply ends there, without an end
             token.
+        graphs: see `decoder_tools.decode_rows`; for samples without guesses.
 
     Returns:
         For each prompt its samples, in order. Log probabilities are the model's, at temperature 1.
@@ -320,7 +322,7 @@ def sample_replies(
         chosen = rows[number * samples : (number + 1) * samples]
         return [Reply(np.array(row.path, dtype=np.int64), row.log_prob) for row in chosen]
 
-    decode_rows(model, engine, rows, batch_size, choose, finish, work)
+    decode_rows(model, engine, rows, batch_size, choose, finish, work, graphs)
     return [replies_of(number) for number in range(len(prompts))]
 
 
