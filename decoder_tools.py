@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from model_tools import decoding
+from packing_tools import check_full_attention
 
 if TYPE_CHECKING:
     import torch
@@ -399,10 +400,7 @@ def row_attention(model: Any) -> Iterator[None]:
     from transformers import AttentionInterface
 
     config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if kinds != {"full_attention"} or window:
-        raise ValueError(f"{config.model_type} models do not see their whole context: only full attention is supported")
+    check_full_attention(config)
     attention = _GroupedAttention()
     AttentionInterface.register(ATTENTION, attention)
     before = config._attn_implementation

@@ -55,6 +55,18 @@ def pack_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], engine: str) -> dic
     return batch | {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
+def check_full_attention(config: Any) -> None:
+    """Refuse models that do not see their whole context: attention of our own knows no windows.
+
+    Raises:
+        ValueError: such a model.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if kinds != {"full_attention"} or window:
+        raise ValueError(f"{config.model_type} models do not see their whole context: only full attention is supported")
+
+
 def use_packed_attention(model: Any) -> None:
     """Give a transformers model an attention that keeps packed documents apart; other batches it treats as before.
 
@@ -65,9 +77,7 @@ def use_packed_attention(model: Any) -> None:
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     config = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise ValueError(f"{config.model_type} models do not see their whole context: rows cannot be packed")
+    check_full_attention(config)
 
     def mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
         # Without a mask of its own a batch is packed, or rows of one length; causal either way.
