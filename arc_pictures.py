@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,23 @@ def plot_grid(axis: Axes, grid: np.ndarray | None, title: str = "") -> None:
     axis.set_frame_on(False)
 
 
+def new_figure(width: float, height: float) -> Figure:
+    """A figure that notebooks show by itself, and that no list of open figures holds.
+
+    Args:
+        width, height: inches.
+    """
+    from matplotlib.figure import Figure
+
+    class NotebookFigure(Figure):
+        def _repr_png_(self) -> bytes:
+            with io.BytesIO() as file:
+                self.savefig(file, format="png", dpi=90)
+                return file.getvalue()
+
+    return NotebookFigure(figsize=(width, height), layout="constrained")
+
+
 def plot_view(view: dict[str, Any]) -> Figure:
     """Draw a puzzle: inputs in the upper row, outputs below, the test pair on the right.
 
@@ -102,14 +120,12 @@ def plot_view(view: dict[str, Any]) -> Figure:
         view: as `ArcDataset.__getitem__` gives it.
 
     Returns:
-        A matplotlib figure that no window and no notebook's list of figures holds: show or save it.
+        A matplotlib figure; see `new_figure`.
     """
-    from matplotlib.figure import Figure
-
     columns = [(a, b, f"{number}") for number, (a, b) in enumerate(view["train"], 1)]
     if view["test"] is not None:
         columns.append((view["test"], view["solution"], "test"))
-    figure = Figure(figsize=(1.6 * len(columns) + 0.2, 3.6), layout="constrained")
+    figure = new_figure(1.6 * len(columns) + 0.2, 3.6)
     axes = figure.subplots(2, len(columns), squeeze=False)
     for column, (query, reply, title) in enumerate(columns):
         plot_grid(axes[0, column], query, title)
