@@ -200,11 +200,13 @@ class Replies:
             settings: of evaluate_arc.py.
 
         Raises:
-            ValueError: no room for a prompt beside the longest reply.
+            ValueError: no room for a prompt beside the longest reply, or a tokenizer that cannot be used.
         """
         self.evaluated, self.settings = model, settings
         self.cache: diskcache.Cache | None = None
-        self.tokenizer = load_tokenizer(model.adapter or model.path)
+        self.tokenizer = load_tokenizer(_tokenizer_folder(model))
+        if self.tokenizer.eos_token is None:
+            raise ValueError(f"the tokenizer of {model.name} has no end token (eos_token): no reply could end")
         self.encoder = SampleEncoder(self.tokenizer, **format_options(self.tokenizer.eos_token))
         longest = ArcDataset.max_new_tokens(
             self.encoder.format["reply_end"],
@@ -213,7 +215,7 @@ class Replies:
             tokenizer=self.tokenizer,
         )
         self.max_new_tokens = min(longest, settings.max_new_tokens or longest)
-        self.context = min(settings.max_seq_length, _longest_context(model.path))
+        self.context = min(settings.max_seq_length, _longest_context(model.path) or settings.max_seq_length)
         self.prompt_tokens = self.context - self.max_new_tokens
         if self.prompt_tokens < 16:
             raise ValueError(
@@ -372,10 +374,18 @@ class Replies:
         return [values[name] for name in names]
 
 
-def _longest_context(path: str) -> int:
+def _tokenizer_folder(model: EvaluatedModel) -> str | Path:
+    # The stages save one with each adapter; peft itself does not, and the base's is meant then.
+    if model.adapter is not None and (model.adapter / "tokenizer.json").is_file():
+        return model.adapter
+    return model.path
+
+
+def _longest_context(path: str) -> int | None:
+    # Some kinds of models name no limit, because their positions have none.
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(path, trust_remote_code=False).max_position_embeddings)
+    return getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "max_position_embeddings", None)
 
 
 def _mark(tokens: np.ndarray) -> str:

@@ -33,6 +33,10 @@ MASK_STEP = 16  # attention kernels want the length of their masks aligned
 ATTENTION = "grouped_rows"  # the name under which transformers knows `_GroupedAttention`
 
 
+class UndecodableModelError(ValueError):
+    """A model that cannot be decoded here: of another attention, with numbers that are none, not of its tokenizer."""
+
+
 @dataclass
 class Work:
     """What decoding has cost, counted up by the functions that are given one.
@@ -400,14 +404,19 @@ def row_attention(model: Any) -> Iterator[None]:
     from transformers import AttentionInterface
 
     config = model.config
-    check_full_attention(config)
+    try:
+        check_full_attention(config)
+    except ValueError as error:
+        raise UndecodableModelError(str(error)) from None
     attention = _GroupedAttention()
     AttentionInterface.register(ATTENTION, attention)
     before = config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     try:
         if config._attn_implementation != ATTENTION:
-            raise ValueError(f"{config.model_type} models do not let their attention be chosen: not supported")
+            raise UndecodableModelError(
+                f"{config.model_type} models do not let their attention be chosen: not supported"
+            )
         yield
     finally:
         model.set_attn_implementation(before)
@@ -506,24 +515,26 @@ def check_tokens(model: Any, what: str, rows: Sequence[np.ndarray | None]) -> No
     """Refuse token ids that a model has not: on a CUDA device they would end the process.
 
     Raises:
-        ValueError: a row is empty or has such a token. A row of None is passed over.
+        ValueError: a row is empty, or (UndecodableModelError) has such a token. A row of None is passed over.
     """
     size = model.get_input_embeddings().weight.shape[0]
     for number, row in enumerate(rows):
         if row is not None and not len(row):
             raise ValueError(f"{what} {number} is empty: expected at least one token")
         if row is not None and not 0 <= np.min(row) <= np.max(row) < size:
-            raise ValueError(f"{what} {number} has tokens from {np.min(row)} to {np.max(row)}, the model {size:,}")
+            raise UndecodableModelError(
+                f"{what} {number} has tokens from {np.min(row)} to {np.max(row)}, the model {size:,}"
+            )
 
 
 def check_numbers(log_probs: Any) -> None:
     """Refuse what cannot be compared.
 
     Raises:
-        ValueError: a log probability is NaN.
+        UndecodableModelError: a log probability is NaN.
     """
     if np.isnan(log_probs).any():
-        raise ValueError("the model answers with numbers that are none (NaN): nothing can be decoded")
+        raise UndecodableModelError("the model answers with numbers that are none (NaN): nothing can be decoded")
 
 
 def affordable_rows(count: int, model: Any, fed: int) -> int:

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 import scoring_tools
-from answer_tools import Answer, Replies, answer_puzzles, progress
+from answer_tools import Answer, EvaluatedModel, Replies, answer_puzzles, progress
 from arc_leaks import find_leaks
 from arc_loader import ArcDataset
 from artifact_tools import move_aside, versions
+from decoder_tools import UndecodableModelError
 from inference_tools import RULES, select
 from result_cache import UntrustedCacheError, open_cache
 from run_settings import user_errors
@@ -150,11 +151,16 @@ def evaluate(models: Sequence[Replies], puzzles: Puzzles, settings: Any) -> dict
     unanswered: dict[str, list[str]] = {}
     with user_errors():
         cache = open_cache(settings.cache_dir or Path(settings.output_dir) / "cache")
-    with contextlib.closing(cache), user_errors((UntrustedCacheError,)):
+    with contextlib.closing(cache), user_errors((UntrustedCacheError, UndecodableModelError)):
         for replies in models:
             replies.use_cache(cache)
             name = replies.evaluated.name
-            answers = _answer_all(replies, dataset, settings, entries)
+            try:
+                answers = _answer_all(replies, dataset, settings, entries)
+            except UndecodableModelError as error:
+                raise UndecodableModelError(
+                    f"{name} cannot be evaluated: {error}{_advice(replies.evaluated)}"
+                ) from None
             unanswered[name] = [key for key, answer in answers.items() if not answer.views]
             shortened = sum(answer.shortened for answer in answers.values())
             if unanswered[name] or shortened:
@@ -187,6 +193,11 @@ def evaluate(models: Sequence[Replies], puzzles: Puzzles, settings: Any) -> dict
         "table": scoring_tools.score_table(names, entries, seconds),
         "rules": scoring_tools.rule_table(names, entries, RULES),
     }
+
+
+def _advice(model: EvaluatedModel) -> str:
+    # float16 ends at 65504: what a model computed in bfloat16 or float32 may be beyond that.
+    return "; --dtype bfloat16 or float32 may help" if model.precision.dtype == "float16" else ""
 
 
 def _answer_all(

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -15,6 +16,14 @@ import pytest
 import tiny_models
 import torch
 from conftest import ROOT, call
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import answer_tools
 import model_tools
@@ -379,7 +388,6 @@ def test_bad_settings_and_models(taught, challenges, tmp_path):
 
 def test_a_cache_with_pickled_rows_is_refused(unsolved, taught, challenges, tmp_path):
     import pickle
-    import shutil
 
     out = tmp_path / "out"
     shutil.copytree(unsolved[0] / "cache", out / "cache")
@@ -416,3 +424,63 @@ def test_a_reply_is_encoded_as_in_a_whole_sample(demo_dataset):
             begin, end = row["reply_spans"][-1]
             reply = encoder.encode_reply(ds[row["key"]]["solution"])
             assert reply.tolist() == row["input_ids"][begin:end].tolist()
+
+
+def changed_copy(taught, folder, change):
+    """A copy of the model, without the manifest that would call it damaged."""
+    shutil.copytree(taught, folder)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    change(folder)
+    return folder
+
+
+def test_models_that_cannot_be_decoded_get_one_error(taught, challenges, tmp_path):
+    def no_numbers(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.model.norm.weight.data.fill_(float("nan"))
+        model.save_pretrained(folder)
+
+    def no_end(folder):
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "eos_token"}))
+
+    tokenizer = AutoTokenizer.from_pretrained(taught)
+    small = {"vocab_size": len(tokenizer), "hidden_size": 64}
+    windowed = MistralConfig(
+        **small, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=64,
+    )  # fmt: skip
+    for name, model in (
+        ("windowed", MistralForCausalLM(windowed)),
+        ("bloom", BloomForCausalLM(BloomConfig(**small, n_layer=2, n_head=4))),  # names no longest context
+    ):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    table = [
+        (changed_copy(taught, tmp_path / "nan", no_numbers), "nan cannot be evaluated: the model answers with numbers"),
+        (changed_copy(taught, tmp_path / "endless", no_end), "endless has no end token"),
+        (tmp_path / "windowed", "windowed cannot be evaluated: mistral models do not see their whole context"),
+        (tmp_path / "bloom", "bloom cannot be evaluated: bloom models do not let their attention be chosen"),
+    ]
+    flags = ["--challenges", challenges, "--views", 1, *SMALL]
+    for folder, message in table:
+        printed = evaluate("--models", folder, *flags, "--output_dir", tmp_path / "out", expect=2)
+        assert message in printed
+        assert printed.count("error:") == 1 and "Traceback" not in printed
+    advice = ["--dtype", "float16", "--output_dir", tmp_path / "out"]
+    assert "--dtype bfloat16 or float32 may help" in evaluate("--models", table[0][0], *flags, *advice, expect=2)
+
+
+def test_an_adapter_without_a_tokenizer_takes_its_bases(taught, challenges, tmp_path):
+    precision = Precision("transformers", "float32", False)
+    model, tokenizer = model_tools.load_model(taught, precision)
+    model = model_tools.add_lora(model, precision, r=4, gradient_checkpointing=False)
+    (tmp_path / "plain-lora").mkdir()
+    model_tools.save_adapter(model, tokenizer, tmp_path / "plain-lora", base=taught, precision=precision)
+    for path in (tmp_path / "plain-lora").iterdir():
+        if not path.name.startswith("adapter_"):
+            path.unlink()
+    flags = ["--challenges", challenges, "--views", 1, "--output_dir", tmp_path / "out", *SMALL]
+    evaluate("--models", tmp_path / "plain-lora", taught, *flags)
+    for entry in results_of(tmp_path / "out")["puzzles"].values():
+        assert entry["plain-lora"]["guesses"] == entry["prepared"]["guesses"]
