@@ -32,6 +32,7 @@ from model_tools import (
     read_manifest,
     resolve_precision,
 )
+from result_cache import UntrustedCacheError
 from run_settings import user_errors
 from search_tools import Reply, sample_replies, score_replies, search_replies
 
@@ -262,7 +263,7 @@ class Replies:
             self._sample(missing, prompts, guesses, keep, samples=1, temperature=0.0)
 
         names = [self._name("greedy", prompt, self.max_new_tokens) for prompt in prompts]
-        return [_replies(value)[0] for value in self._computed(names, compute, tick)]
+        return [replies[0] for replies in self._computed(names, compute, tick, least=1)]
 
     def sampled(
         self, prompts: Sequence[np.ndarray], guesses: Sequence[np.ndarray | None], samples: int, temperature: float
@@ -277,7 +278,7 @@ class Replies:
             self._sample(missing, prompts, guesses, keep, **more)
 
         names = [self._name("sample", p, self.max_new_tokens, samples, temperature, seed) for p in prompts]
-        found = [_replies(value) for value in self._computed(names, compute)]
+        found = self._computed(names, compute)
         return [list({reply.tokens.tobytes(): reply for reply in replies}.values()) for replies in found]
 
     def _sample(
@@ -312,14 +313,14 @@ class Replies:
             )  # fmt: skip
 
         names = [self._name("search", prompt, self.max_new_tokens, min_prob) for prompt in prompts]
-        return [_replies(value) for value in self._computed(names, compute)]
+        return self._computed(names, compute)
 
     def scored(self, prompts: Sequence[np.ndarray], replies: Sequence[Sequence[np.ndarray]]) -> list[list[float]]:
         """Log probabilities of given replies to each prompt."""
         names = [self._name("scores", prompt) for prompt in prompts]
         marks = [[_mark(reply) for reply in part] for part in replies]
         # All scores of a prompt stand in one entry: there are many of them, and one read is as dear as another.
-        known: dict[str, dict[str, float]] = {name: self.cache.get(name) or {} for name in set(names)}
+        known: dict[str, dict[str, float]] = {name: self._stored(name, _are_scores) or {} for name in set(names)}
         missing = {
             (name, mark): (prompt, reply)
             for name, prompt, part, part_marks in zip(names, prompts, replies, marks, strict=True)
@@ -348,14 +349,18 @@ class Replies:
         names: Sequence[str],
         compute: Callable[[list[int], Callable[[int, Any], None]], None],
         tick: Callable[[], None] = lambda: None,
-    ) -> list[Any]:
-        # Values by name, from the cache or computed, each kept as soon as it is there. Equal names are computed once.
+        least: int = 0,
+    ) -> list[list[Reply]]:
+        # Replies by name, from the cache or computed, each kept as soon as it is there. Equal names are computed once.
+        def is_good(value: Any) -> bool:
+            return _are_replies(value, len(self.tokenizer), least)
+
         values: dict[str, Any] = {}
         missing: dict[str, int] = {}
         for i, name in enumerate(names):
             if name in values or name in missing:
                 tick()
-            elif (value := self.cache.get(name)) is not None:
+            elif (value := self._stored(name, is_good)) is not None:
                 values[name] = value
                 tick()
             else:
@@ -371,7 +376,14 @@ class Replies:
             begin = time.perf_counter()
             compute(list(missing.values()), keep)
             self.seconds += time.perf_counter() - begin
-        return [values[name] for name in names]
+        return [_replies(values[name]) for name in names]
+
+    def _stored(self, name: str, is_good: Callable[[Any], bool]) -> Any:
+        # What the cache holds by that name, None: nothing. Whoever wrote it may have written anything.
+        value = self.cache.get(name)
+        if value is not None and not is_good(value):
+            raise UntrustedCacheError(self.cache.directory, f"an entry of another form ({name.split()[0]})")
+        return value
 
 
 def _tokenizer_folder(model: EvaluatedModel) -> str | Path:
@@ -390,6 +402,20 @@ def _longest_context(path: str) -> int | None:
 
 def _mark(tokens: np.ndarray) -> str:
     return hashlib.sha256(np.asarray(tokens, dtype=np.int64).tobytes()).hexdigest()[:32]
+
+
+def _are_replies(value: Any, vocabulary: int, least: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) >= least
+        and all(isinstance(reply, list) and len(reply) == 2 for reply in value)
+        and all(type(log_prob) is float and isinstance(tokens, list) for log_prob, tokens in value)
+        and all(type(token) is int and 0 <= token < vocabulary for _, tokens in value for token in tokens)
+    )
+
+
+def _are_scores(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(score) is float for score in value.values())
 
 
 def _plain(replies: Sequence[Reply]) -> list[Any]:

@@ -22,7 +22,7 @@ from arc_loader import ArcDataset
 from artifact_tools import move_aside, versions
 from decoder_tools import UndecodableModelError
 from inference_tools import RULES, select
-from result_cache import UntrustedCacheError, open_cache
+from result_cache import UntrustedCacheError, cache_errors, open_cache
 from run_settings import user_errors
 from training_tools import load_dataset, load_split, split_dataset
 
@@ -149,9 +149,11 @@ def evaluate(models: Sequence[Replies], puzzles: Puzzles, settings: Any) -> dict
         }
     seconds = {}
     unanswered: dict[str, list[str]] = {}
-    with user_errors():
-        cache = open_cache(settings.cache_dir or Path(settings.output_dir) / "cache")
-    with contextlib.closing(cache), user_errors((UntrustedCacheError, UndecodableModelError)):
+    folder = settings.cache_dir or Path(settings.output_dir) / "cache"
+    kinds = (UntrustedCacheError, UndecodableModelError, BlockingIOError)  # the last: another process has the cache
+    with user_errors(), cache_errors(folder):
+        cache = open_cache(folder)
+    with user_errors(kinds), cache_errors(folder), contextlib.closing(cache):
         for replies in models:
             replies.use_cache(cache)
             name = replies.evaluated.name

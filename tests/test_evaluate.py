@@ -1,6 +1,7 @@
 """evaluate_arc.py as a user runs it, on tiny models; and what it is made of."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -10,7 +11,9 @@ import sqlite3
 import subprocess
 import sys
 import time
+import zlib
 
+import diskcache
 import numpy as np
 import pytest
 import tiny_models
@@ -484,3 +487,42 @@ def test_an_adapter_without_a_tokenizer_takes_its_bases(taught, challenges, tmp_
     evaluate("--models", tmp_path / "plain-lora", taught, *flags)
     for entry in results_of(tmp_path / "out")["puzzles"].values():
         assert entry["plain-lora"]["guesses"] == entry["prepared"]["guesses"]
+
+
+def test_a_cache_that_cannot_be_used_gets_one_error(unsolved, taught, challenges, tmp_path):
+    flags = ["--models", taught, "--challenges", challenges, *WIDE, "--output_dir", tmp_path / "out"]
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder" / "cache.db").mkdir(parents=True)
+    for name in ("file", "folder"):
+        printed = evaluate(*flags, "--cache_dir", tmp_path / name, expect=2)
+        assert "the cache cannot be used" in printed and str(tmp_path / name) in printed and "Traceback" not in printed
+    # JSON, but not what was written there: replies of no form, tokens of no vocabulary, nothing at all.
+    for value in (b'{"a": 1}', b"[[-0.5, [100000000000]]]", b"[[1]]", b"[]", b'{"a": "b"}'):
+        cache = tmp_path / hashlib.sha256(value).hexdigest()
+        shutil.copytree(unsolved[0] / "cache", cache)
+        with contextlib.closing(sqlite3.connect(cache / "cache.db")) as connection:
+            connection.execute("UPDATE Cache SET mode = 1, filename = NULL, value = ?", (zlib.compress(value),))
+            connection.commit()
+        printed = evaluate(*flags, "--cache_dir", cache, expect=2)
+        assert "an entry of another form" in printed and "Traceback" not in printed
+
+
+def test_a_cache_on_a_full_disk_is_trouble_of_the_machine(taught, challenges, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(diskcache.Cache, "set", fail)
+    flags = ["--models", taught, "--challenges", challenges, "--views", 1, "--output_dir", tmp_path / "out", *SMALL]
+    printed = evaluate(*flags, expect=1)
+    assert "make room" in printed and str(tmp_path / "out" / "cache") in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("database is locked"), diskcache.Timeout(60)])
+def test_a_cache_that_stays_locked_gets_one_error(taught, challenges, tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(diskcache.Cache, "set", fail)
+    flags = ["--models", taught, "--challenges", challenges, "--views", 1, "--output_dir", tmp_path / "out", *SMALL]
+    printed = evaluate(*flags, expect=2)
+    assert "locked" in printed and str(tmp_path / "out" / "cache") in printed and "Traceback" not in printed
