@@ -37,6 +37,7 @@ from run_settings import user_errors
 from search_tools import Reply, sample_replies, score_replies, search_replies
 
 CHUNK = 8  # batches of views that are worked on together: what is left at their end does not fill a batch
+LONGEST_NAME = 180  # bytes of a model's name: it is part of files' names, which end at 255
 RESERVED = (
     "puzzle",
     "train",
@@ -92,7 +93,8 @@ def find_models(
     if twice:
         raise ValueError(f"two models are called {twice[0]}: tell them apart with --model_names")
     for name in columns:
-        if name in RESERVED or not name.strip() or "/" in name or not name.isprintable():
+        too_long = len(name.encode("utf-8", "replace")) > LONGEST_NAME
+        if name in RESERVED or not name.strip() or "/" in name or not name.isprintable() or too_long:
             raise ValueError(f"a model is called {name!r}: name it otherwise with --model_names")
     return [_find_model(given, name, dtype, load_in_4bit) for given, name in zip(models, columns, strict=True)]
 
@@ -437,6 +439,7 @@ class Answer:
     Args:
         views: how many of its views fit the context; 0: not even the first, there is no answer.
         shortened: of how many views demonstrations were left out to fit.
+        left_out: how many views did not fit with one demonstration; 0 where the first did not.
         greedy: the grid of the greedy reply to the first view, None: it is no grid.
         candidates: different grids, scored under all views.
         truth: log probability of the solution in the first view; None: unknown.
@@ -444,6 +447,7 @@ class Answer:
 
     views: int = 0
     shortened: int = 0
+    left_out: int = 0
     greedy: np.ndarray | None = None
     candidates: list[Candidate] = field(default_factory=list)
     truth: float | None = None
@@ -473,7 +477,10 @@ def answer_puzzles(
         report: called with each test input and its answer.
     """
     asked = {key: _fitting_views(replies, dataset, key, settings) for key in dataset.keys}
-    answers = {key: Answer(len(rows), shortened) for key, (rows, shortened) in asked.items()}
+    answers = {
+        key: Answer(len(rows), shortened, settings.views - len(rows) if rows else 0)
+        for key, (rows, shortened) in asked.items()
+    }
     answered = [key for key in dataset.keys if answers[key].views]
     prompts = (len(row.prompt) for rows, _ in asked.values() for row in rows)
     replies.longest = max(prompts, default=0) + replies.max_new_tokens

@@ -165,10 +165,12 @@ def evaluate(models: Sequence[Replies], puzzles: Puzzles, settings: Any) -> dict
                 ) from None
             unanswered[name] = [key for key, answer in answers.items() if not answer.views]
             shortened = sum(answer.shortened for answer in answers.values())
-            if unanswered[name] or shortened:
+            left_out = sum(answer.left_out for answer in answers.values())
+            if unanswered[name] or shortened or left_out:
                 print(
                     f"{name}: {len(unanswered[name])} test inputs do not fit {replies.context} tokens with one "
-                    f"demonstration and count as unsolved; {shortened:,} views lost demonstrations"
+                    f"demonstration and count as unsolved; {shortened:,} views lost demonstrations, and {left_out:,} "
+                    "did not fit and were left out"
                 )
             seconds[name] = replies.seconds
             replies.close()
@@ -334,7 +336,9 @@ def print_tables(results: dict[str, Any]) -> None:
 
     prefix = _shared_prefix(results["models"])
     rows, n = results["table"], results["data"]["test_inputs"]
-    table = make(f"{results['data']['source']}: {n:,} test inputs, with 95% intervals")
+    known = rows[0]["n"]
+    judged = f"{n:,} test inputs" if known in (0, n) else f"{known:,} of {n:,} test inputs, those with a solution"
+    table = make(f"{results['data']['source']}: {judged}, with 95% intervals")
     for name, title in TITLES.items():
         table.add_row(title, *(_share(row[name], row[f"{name}_interval"]) for row in rows))
     changes = ("-" if r["change"] is None else _share(r["change"], r["change_interval"], "+.1%") for r in rows)
@@ -346,7 +350,8 @@ def print_tables(results: dict[str, Any]) -> None:
     for rule in RULES:
         shares = ((_share(row[rule]["exact_1"]), _share(row[rule]["exact_2"])) for row in results["rules"])
         rules.add_row(rule, *(", ".join(pair) for pair in shares))
-    console = Console()
+    # Names are text, whatever brackets and colons they hold.
+    console = Console(markup=False, emoji=False, highlight=False)
     console.print(table)
     console.print(rules)
 

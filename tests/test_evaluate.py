@@ -526,3 +526,29 @@ def test_a_cache_that_stays_locked_gets_one_error(taught, challenges, tmp_path, 
     flags = ["--models", taught, "--challenges", challenges, "--views", 1, "--output_dir", tmp_path / "out", *SMALL]
     printed = evaluate(*flags, expect=2)
     assert "locked" in printed and str(tmp_path / "out" / "cache") in printed and "Traceback" not in printed
+
+
+def test_views_that_do_not_fit_are_counted(taught, challenges, tmp_path):
+    flags = ["--models", taught, "--challenges", challenges, "--views", 8, "--output_dir", tmp_path / "out"]
+    for length in range(132, 150, 2):
+        printed = evaluate(*flags, "--max_new_tokens", 30, "--max_seq_length", length)
+        views = [entry["prepared"]["views"] for entry in results_of(tmp_path / "out")["puzzles"].values()]
+        expected = sum(8 - count for count in views if count)
+        if expected:
+            assert f"and {expected} did not fit and were left out" in printed
+            return
+    raise AssertionError("all views fitted: the test shows nothing")
+
+
+def test_names_are_shown_as_they_are_and_short_enough_for_a_file(taught, challenges, tmp_path):
+    puzzles = tmp_path / "all[bold] :smile:.json"
+    data = json.loads(challenges.read_text())
+    data["00000000"]["test"][0]["output"] = [[1]]  # the only one with a solution
+    puzzles.write_text(json.dumps(data))
+    flags = ["--models", taught, "--challenges", puzzles, "--views", 1, "--output_dir", tmp_path / "out", *SMALL]
+    printed = evaluate(*flags, "--model_names", "a[red]b:+1:")
+    table = printed[printed.rindex("100%|") :]
+    assert "a[red]b:+1:" in table and "all[bold] :smile:.json" in " ".join(table.split())
+    assert "1 of 7 test inputs, those with a solution" in " ".join(table.split())
+    assert "name it otherwise" in evaluate(*flags, "--model_names", "n" * 250, expect=2)
+    assert (tmp_path / "out" / "submission-a[red]b:+1:.json").is_file()
