@@ -19,6 +19,7 @@ from typing import Any
 import diskcache
 import numpy as np
 
+from arc_files import MAX_SIDE
 from arc_loader import ArcDataset, format_options
 from arc_samples import SampleEncoder
 from artifact_tools import find_damage, fingerprint
@@ -211,12 +212,7 @@ class Replies:
         if self.tokenizer.eos_token is None:
             raise ValueError(f"the tokenizer of {model.name} has no end token (eos_token): no reply could end")
         self.encoder = SampleEncoder(self.tokenizer, **format_options(self.tokenizer.eos_token))
-        longest = ArcDataset.max_new_tokens(
-            self.encoder.format["reply_end"],
-            self.encoder.format["lines_sep"],
-            safety_margin=0,
-            tokenizer=self.tokenizer,
-        )
+        longest = _longest_reply(self.encoder)
         self.max_new_tokens = min(longest, settings.max_new_tokens or longest)
         self.context = min(settings.max_seq_length, _longest_context(model.path) or settings.max_seq_length)
         self.prompt_tokens = self.context - self.max_new_tokens
@@ -393,6 +389,15 @@ def _tokenizer_folder(model: EvaluatedModel) -> str | Path:
     if model.adapter is not None and (model.adapter / "tokenizer.json").is_file():
         return model.adapter
     return model.path
+
+
+def _longest_reply(encoder: SampleEncoder) -> int:
+    # Where digits merge, how far they do can depend on which they are: each colour alone, and some grids of all.
+    side, rng = MAX_SIDE, np.random.default_rng(0)
+    grids = [np.full((side, side), colour, dtype=np.uint8) for colour in range(10)]
+    if not encoder.one_token_per_cell:
+        grids += [rng.integers(0, 10, size=(side, side), dtype=np.uint8) for _ in range(10)]
+    return max(len(encoder.encode_reply(grid)) for grid in grids)
 
 
 def _longest_context(path: str) -> int | None:

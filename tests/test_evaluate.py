@@ -19,6 +19,7 @@ import pytest
 import tiny_models
 import torch
 from conftest import ROOT, call
+from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,6 +27,7 @@ from transformers import (
     BloomForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 import answer_tools
@@ -421,12 +423,30 @@ def test_a_reply_is_encoded_as_in_a_whole_sample(demo_dataset):
     for tokenizer in (
         tiny_models.byte_level_tokenizer(),
         model_tools.cut_tokenizer(tiny_models.byte_level_tokenizer())[0],
+        tiny_models.sentencepiece_tokenizer(),  # marks where a text begins
+        model_tools.cut_tokenizer(tiny_models.sentencepiece_tokenizer())[0],
     ):
         encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
         for row in encoder.encode(ds, ds.keys):
             begin, end = row["reply_spans"][-1]
             reply = encoder.encode_reply(ds[row["key"]]["solution"])
             assert reply.tolist() == row["input_ids"][begin:end].tolist()
+
+
+def test_the_longest_reply_does_not_depend_on_its_colours():
+    """This tokenizer has a token for two zeros and none for two other digits."""
+    tables = json.loads(tiny_models.byte_level_tokenizer().backend_tokenizer.to_str())
+    tables["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    vocabulary = tables["model"]["vocab"]
+    for name in [name for name in vocabulary if name.isdigit() and len(name) > 1]:
+        del vocabulary[name]
+    vocabulary["00"], tables["model"]["merges"] = 1000, [["0", "0"]]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(tables)), bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
+    )
+    encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
+    assert len(encoder.encode_reply(np.zeros((30, 30), dtype=np.uint8))) == 30 * 15 + 31
+    assert answer_tools._longest_reply(encoder) == 931
 
 
 def changed_copy(taught, folder, change):
