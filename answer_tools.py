@@ -23,6 +23,7 @@ from arc_files import MAX_SIDE
 from arc_loader import ArcDataset, format_options
 from arc_samples import SampleEncoder
 from artifact_tools import find_damage, fingerprint
+from decoder_tools import Work
 from inference_tools import Candidate, can_become_grid, gather_candidates, view_keys
 from model_tools import (
     Precision,
@@ -225,6 +226,7 @@ class Replies:
         self.seconds = 0.0
         self._model: Any = None
         self._batch_size = settings.batch_size
+        self._scored_at_once: int | None = None  # rows, where memory ran out for more
 
     def use_cache(self, cache: diskcache.Cache) -> None:
         """Look for replies in a cache, as `result_cache.open_cache` gives it, and keep them there."""
@@ -292,11 +294,13 @@ class Replies:
         def hopeless(tokens: list[int]) -> bool:
             return not can_become_grid(self.tokenizer.decode(tokens, skip_special_tokens=False), lines_sep)
 
+        work = Work()
         sample_replies(
             self.model, "transformers", self.tokenizer, [prompts[i] for i in chosen],
             max_new_tokens=self.max_new_tokens, guesses=[guesses[i] for i in chosen], batch_size=self.batch_size,
-            hopeless=hopeless, done=lambda i, replies: keep(chosen[i], _plain(replies)), **how,
+            hopeless=hopeless, done=lambda i, replies: keep(chosen[i], _plain(replies)), work=work, **how,
         )  # fmt: skip
+        self._batch_size = work.batch_size or self._batch_size
 
     def searched(
         self, prompts: Sequence[np.ndarray], guesses: Sequence[np.ndarray | None], min_prob: float
@@ -304,11 +308,14 @@ class Replies:
         """All replies to each prompt that are at least so probable; guesses only make finding them faster."""
 
         def compute(missing: list[int], keep: Callable[[int, Any], None]) -> None:
+            work = Work()
             search_replies(
                 self.model, "transformers", self.tokenizer, [prompts[i] for i in missing],
                 max_new_tokens=self.max_new_tokens, min_prob=min_prob, guesses=[guesses[i] for i in missing],
-                batch_size=self.batch_size, done=lambda i, replies: keep(missing[i], _plain(replies)),
+                batch_size=self.batch_size, done=lambda i, replies: keep(missing[i], _plain(replies)), work=work,
             )  # fmt: skip
+            # Where memory ran out once it would again, and each time costs what was computed until then.
+            self._batch_size = work.batch_size or self._batch_size
 
         names = [self._name("search", prompt, self.max_new_tokens, min_prob) for prompt in prompts]
         return self._computed(names, compute)
@@ -326,11 +333,13 @@ class Replies:
             if mark not in known[name]
         }
         if missing:
-            begin = time.perf_counter()
+            begin, work = time.perf_counter(), Work()
             computed = score_replies(
                 self.model, "transformers", self.tokenizer, [p for p, _ in missing.values()],
-                [r for _, r in missing.values()], batch_size=max(1, self.batch_size // 4),
+                [r for _, r in missing.values()],
+                batch_size=min(max(1, self.batch_size // 4), self._scored_at_once or self.batch_size), work=work,
             )  # fmt: skip
+            self._scored_at_once = work.batch_size or self._scored_at_once
             for (name, mark), value in zip(missing, computed, strict=True):
                 known[name][mark] = value
             with self.cache.transact():

@@ -572,3 +572,27 @@ def test_names_are_shown_as_they_are_and_short_enough_for_a_file(taught, challen
     assert "1 of 7 test inputs, those with a solution" in " ".join(table.split())
     assert "name it otherwise" in evaluate(*flags, "--model_names", "n" * 250, expect=2)
     assert (tmp_path / "out" / "submission-a[red]b:+1:.json").is_file()
+
+
+def test_memory_runs_out_once_and_not_with_every_chunk(taught, challenges, tmp_path, monkeypatch):
+    load = answer_tools.load_evaluated
+
+    def limited(*args):
+        model = load(*args)
+
+        def check(module, args, kwargs):
+            if len(kwargs["input_ids"]) > 3:
+                raise torch.OutOfMemoryError("no room")
+
+        model.register_forward_pre_hook(check, with_kwargs=True)
+        return model
+
+    flags = ["--models", taught, "--challenges", challenges, *WIDE]
+    evaluate(*flags, "--output_dir", tmp_path / "roomy")
+    monkeypatch.setattr(answer_tools, "load_evaluated", limited)
+    monkeypatch.setattr(answer_tools, "CHUNK", 1)
+    printed = evaluate(*flags, "--output_dir", tmp_path / "small")
+    assert printed.count("out of memory") == 4  # 16 rows: 8, 4, 2; scores, an eighth of them at once, fit with 2, too
+    one, other = results_of(tmp_path / "roomy"), results_of(tmp_path / "small")
+    for key, entry in one["puzzles"].items():
+        assert entry["prepared"]["guesses"] == other["puzzles"][key]["prepared"]["guesses"]
