@@ -19,9 +19,11 @@ from typing import Any
 import diskcache
 import numpy as np
 
+from arc_files import MAX_SIDE
 from arc_loader import ArcDataset, format_options
 from arc_samples import SampleEncoder
 from artifact_tools import find_damage, fingerprint
+from decoder_tools import Work
 from inference_tools import Candidate, can_become_grid, gather_candidates, view_keys
 from model_tools import (
     Precision,
@@ -32,10 +34,12 @@ from model_tools import (
     read_manifest,
     resolve_precision,
 )
+from result_cache import UntrustedCacheError
 from run_settings import user_errors
 from search_tools import Reply, sample_replies, score_replies, search_replies
 
 CHUNK = 8  # batches of views that are worked on together: what is left at their end does not fill a batch
+LONGEST_NAME = 180  # bytes of a model's name: it is part of files' names, which end at 255
 RESERVED = (
     "puzzle",
     "train",
@@ -91,7 +95,8 @@ def find_models(
     if twice:
         raise ValueError(f"two models are called {twice[0]}: tell them apart with --model_names")
     for name in columns:
-        if name in RESERVED or not name.strip() or "/" in name or not name.isprintable():
+        too_long = len(name.encode("utf-8", "replace")) > LONGEST_NAME
+        if name in RESERVED or not name.strip() or "/" in name or not name.isprintable() or too_long:
             raise ValueError(f"a model is called {name!r}: name it otherwise with --model_names")
     return [_find_model(given, name, dtype, load_in_4bit) for given, name in zip(models, columns, strict=True)]
 
@@ -200,20 +205,17 @@ class Replies:
             settings: of evaluate_arc.py.
 
         Raises:
-            ValueError: no room for a prompt beside the longest reply.
+            ValueError: no room for a prompt beside the longest reply, or a tokenizer that cannot be used.
         """
         self.evaluated, self.settings = model, settings
         self.cache: diskcache.Cache | None = None
-        self.tokenizer = load_tokenizer(model.adapter or model.path)
+        self.tokenizer = load_tokenizer(_tokenizer_folder(model))
+        if self.tokenizer.eos_token is None:
+            raise ValueError(f"the tokenizer of {model.name} has no end token (eos_token): no reply could end")
         self.encoder = SampleEncoder(self.tokenizer, **format_options(self.tokenizer.eos_token))
-        longest = ArcDataset.max_new_tokens(
-            self.encoder.format["reply_end"],
-            self.encoder.format["lines_sep"],
-            safety_margin=0,
-            tokenizer=self.tokenizer,
-        )
+        longest = _longest_reply(self.encoder)
         self.max_new_tokens = min(longest, settings.max_new_tokens or longest)
-        self.context = min(settings.max_seq_length, _longest_context(model.path))
+        self.context = min(settings.max_seq_length, _longest_context(model.path) or settings.max_seq_length)
         self.prompt_tokens = self.context - self.max_new_tokens
         if self.prompt_tokens < 16:
             raise ValueError(
@@ -224,6 +226,7 @@ class Replies:
         self.seconds = 0.0
         self._model: Any = None
         self._batch_size = settings.batch_size
+        self._scored_at_once: int | None = None  # rows, where memory ran out for more
 
     def use_cache(self, cache: diskcache.Cache) -> None:
         """Look for replies in a cache, as `result_cache.open_cache` gives it, and keep them there."""
@@ -260,7 +263,7 @@ class Replies:
             self._sample(missing, prompts, guesses, keep, samples=1, temperature=0.0)
 
         names = [self._name("greedy", prompt, self.max_new_tokens) for prompt in prompts]
-        return [_replies(value)[0] for value in self._computed(names, compute, tick)]
+        return [replies[0] for replies in self._computed(names, compute, tick, least=1)]
 
     def sampled(
         self, prompts: Sequence[np.ndarray], guesses: Sequence[np.ndarray | None], samples: int, temperature: float
@@ -275,7 +278,7 @@ class Replies:
             self._sample(missing, prompts, guesses, keep, **more)
 
         names = [self._name("sample", p, self.max_new_tokens, samples, temperature, seed) for p in prompts]
-        found = [_replies(value) for value in self._computed(names, compute)]
+        found = self._computed(names, compute)
         return [list({reply.tokens.tobytes(): reply for reply in replies}.values()) for replies in found]
 
     def _sample(
@@ -291,11 +294,13 @@ class Replies:
         def hopeless(tokens: list[int]) -> bool:
             return not can_become_grid(self.tokenizer.decode(tokens, skip_special_tokens=False), lines_sep)
 
+        work = Work()
         sample_replies(
             self.model, "transformers", self.tokenizer, [prompts[i] for i in chosen],
             max_new_tokens=self.max_new_tokens, guesses=[guesses[i] for i in chosen], batch_size=self.batch_size,
-            hopeless=hopeless, done=lambda i, replies: keep(chosen[i], _plain(replies)), **how,
+            hopeless=hopeless, done=lambda i, replies: keep(chosen[i], _plain(replies)), work=work, **how,
         )  # fmt: skip
+        self._batch_size = work.batch_size or self._batch_size
 
     def searched(
         self, prompts: Sequence[np.ndarray], guesses: Sequence[np.ndarray | None], min_prob: float
@@ -303,21 +308,24 @@ class Replies:
         """All replies to each prompt that are at least so probable; guesses only make finding them faster."""
 
         def compute(missing: list[int], keep: Callable[[int, Any], None]) -> None:
+            work = Work()
             search_replies(
                 self.model, "transformers", self.tokenizer, [prompts[i] for i in missing],
                 max_new_tokens=self.max_new_tokens, min_prob=min_prob, guesses=[guesses[i] for i in missing],
-                batch_size=self.batch_size, done=lambda i, replies: keep(missing[i], _plain(replies)),
+                batch_size=self.batch_size, done=lambda i, replies: keep(missing[i], _plain(replies)), work=work,
             )  # fmt: skip
+            # Where memory ran out once it would again, and each time costs what was computed until then.
+            self._batch_size = work.batch_size or self._batch_size
 
         names = [self._name("search", prompt, self.max_new_tokens, min_prob) for prompt in prompts]
-        return [_replies(value) for value in self._computed(names, compute)]
+        return self._computed(names, compute)
 
     def scored(self, prompts: Sequence[np.ndarray], replies: Sequence[Sequence[np.ndarray]]) -> list[list[float]]:
         """Log probabilities of given replies to each prompt."""
         names = [self._name("scores", prompt) for prompt in prompts]
         marks = [[_mark(reply) for reply in part] for part in replies]
         # All scores of a prompt stand in one entry: there are many of them, and one read is as dear as another.
-        known: dict[str, dict[str, float]] = {name: self.cache.get(name) or {} for name in set(names)}
+        known: dict[str, dict[str, float]] = {name: self._stored(name, _are_scores) or {} for name in set(names)}
         missing = {
             (name, mark): (prompt, reply)
             for name, prompt, part, part_marks in zip(names, prompts, replies, marks, strict=True)
@@ -325,11 +333,13 @@ class Replies:
             if mark not in known[name]
         }
         if missing:
-            begin = time.perf_counter()
+            begin, work = time.perf_counter(), Work()
             computed = score_replies(
                 self.model, "transformers", self.tokenizer, [p for p, _ in missing.values()],
-                [r for _, r in missing.values()], batch_size=max(1, self.batch_size // 4),
+                [r for _, r in missing.values()],
+                batch_size=min(max(1, self.batch_size // 4), self._scored_at_once or self.batch_size), work=work,
             )  # fmt: skip
+            self._scored_at_once = work.batch_size or self._scored_at_once
             for (name, mark), value in zip(missing, computed, strict=True):
                 known[name][mark] = value
             with self.cache.transact():
@@ -346,14 +356,18 @@ class Replies:
         names: Sequence[str],
         compute: Callable[[list[int], Callable[[int, Any], None]], None],
         tick: Callable[[], None] = lambda: None,
-    ) -> list[Any]:
-        # Values by name, from the cache or computed, each kept as soon as it is there. Equal names are computed once.
+        least: int = 0,
+    ) -> list[list[Reply]]:
+        # Replies by name, from the cache or computed, each kept as soon as it is there. Equal names are computed once.
+        def is_good(value: Any) -> bool:
+            return _are_replies(value, len(self.tokenizer), least)
+
         values: dict[str, Any] = {}
         missing: dict[str, int] = {}
         for i, name in enumerate(names):
             if name in values or name in missing:
                 tick()
-            elif (value := self.cache.get(name)) is not None:
+            elif (value := self._stored(name, is_good)) is not None:
                 values[name] = value
                 tick()
             else:
@@ -369,17 +383,55 @@ class Replies:
             begin = time.perf_counter()
             compute(list(missing.values()), keep)
             self.seconds += time.perf_counter() - begin
-        return [values[name] for name in names]
+        return [_replies(values[name]) for name in names]
+
+    def _stored(self, name: str, is_good: Callable[[Any], bool]) -> Any:
+        # What the cache holds by that name, None: nothing. Whoever wrote it may have written anything.
+        value = self.cache.get(name)
+        if value is not None and not is_good(value):
+            raise UntrustedCacheError(self.cache.directory, f"an entry of another form ({name.split()[0]})")
+        return value
 
 
-def _longest_context(path: str) -> int:
+def _tokenizer_folder(model: EvaluatedModel) -> str | Path:
+    # The stages save one with each adapter; peft itself does not, and the base's is meant then.
+    if model.adapter is not None and (model.adapter / "tokenizer.json").is_file():
+        return model.adapter
+    return model.path
+
+
+def _longest_reply(encoder: SampleEncoder) -> int:
+    # Where digits merge, how far they do can depend on which they are: each colour alone, and some grids of all.
+    side, rng = MAX_SIDE, np.random.default_rng(0)
+    grids = [np.full((side, side), colour, dtype=np.uint8) for colour in range(10)]
+    if not encoder.one_token_per_cell:
+        grids += [rng.integers(0, 10, size=(side, side), dtype=np.uint8) for _ in range(10)]
+    return max(len(encoder.encode_reply(grid)) for grid in grids)
+
+
+def _longest_context(path: str) -> int | None:
+    # Some kinds of models name no limit, because their positions have none.
     from transformers import AutoConfig
 
-    return int(AutoConfig.from_pretrained(path, trust_remote_code=False).max_position_embeddings)
+    return getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "max_position_embeddings", None)
 
 
 def _mark(tokens: np.ndarray) -> str:
     return hashlib.sha256(np.asarray(tokens, dtype=np.int64).tobytes()).hexdigest()[:32]
+
+
+def _are_replies(value: Any, vocabulary: int, least: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) >= least
+        and all(isinstance(reply, list) and len(reply) == 2 for reply in value)
+        and all(type(log_prob) is float and isinstance(tokens, list) for log_prob, tokens in value)
+        and all(type(token) is int and 0 <= token < vocabulary for _, tokens in value for token in tokens)
+    )
+
+
+def _are_scores(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(score) is float for score in value.values())
 
 
 def _plain(replies: Sequence[Reply]) -> list[Any]:
@@ -401,6 +453,7 @@ class Answer:
     Args:
         views: how many of its views fit the context; 0: not even the first, there is no answer.
         shortened: of how many views demonstrations were left out to fit.
+        left_out: how many views did not fit with one demonstration; 0 where the first did not.
         greedy: the grid of the greedy reply to the first view, None: it is no grid.
         candidates: different grids, scored under all views.
         truth: log probability of the solution in the first view; None: unknown.
@@ -408,6 +461,7 @@ class Answer:
 
     views: int = 0
     shortened: int = 0
+    left_out: int = 0
     greedy: np.ndarray | None = None
     candidates: list[Candidate] = field(default_factory=list)
     truth: float | None = None
@@ -437,7 +491,10 @@ def answer_puzzles(
         report: called with each test input and its answer.
     """
     asked = {key: _fitting_views(replies, dataset, key, settings) for key in dataset.keys}
-    answers = {key: Answer(len(rows), shortened) for key, (rows, shortened) in asked.items()}
+    answers = {
+        key: Answer(len(rows), shortened, settings.views - len(rows) if rows else 0)
+        for key, (rows, shortened) in asked.items()
+    }
     answered = [key for key in dataset.keys if answers[key].views]
     prompts = (len(row.prompt) for rows, _ in asked.values() for row in rows)
     replies.longest = max(prompts, default=0) + replies.max_new_tokens

@@ -119,8 +119,13 @@ class SampleEncoder:
             int32 (tokens,): what `encode` gives for the reply's span where the solution is this grid.
         """
         if not self.one_token_per_cell:
-            options = {"lines_sep": self.format["lines_sep"]}
-            return np.array(self._ids(ArcDataset.fmt_output(grid, self.format["reply_end"], **options)), dtype=np.int32)
+            # Behind a query, because some tokenizers mark where a text begins.
+            query = self.format["preprompt"] + self.format["query_beg"] + COLOURS[0] + self.format["reply_beg"]
+            reply = ArcDataset.fmt_output(grid, self.format["reply_end"], lines_sep=self.format["lines_sep"])
+            encoded = self.tokenizer(query + reply, return_offsets_mapping=True)
+            offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64)
+            behind = (offsets[:, 1] > offsets[:, 0]) & (offsets[:, 0] >= len(query))  # a token belongs where it starts
+            return np.array(encoded["input_ids"], dtype=np.int32)[int(np.argmax(behind)) :]
         cells = np.full((len(grid), grid.shape[1] + 1), self._lines_sep[0], dtype=np.int32)
         cells[:, :-1] = self._digits[grid]
         return np.concatenate([cells.ravel()[:-1], self._reply_end])

@@ -27,10 +27,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LOGIT_BYTES = 2**30  # of one pass, in float64: with a whole vocabulary, 64 rows of 100 tokens would take 6 GB
+MASK_BYTES = 2**32  # of one pass, as bool and as numbers: those of a row grow with the square of its length
 PREFILL_TOKENS = 2**14  # of one pass over prompts: more is hardly faster and takes memory
 CACHE_STEP = 256  # columns by which the cache grows
 MASK_STEP = 16  # attention kernels want the length of their masks aligned
 ATTENTION = "grouped_rows"  # the name under which transformers knows `_GroupedAttention`
+
+
+class UndecodableModelError(ValueError):
+    """A model that cannot be decoded here: of another attention, with numbers that are none, not of its tokenizer."""
 
 
 @dataclass
@@ -43,12 +48,14 @@ class Work:
         reply_tokens: tokens of replies that went through the model, drafts that did not hold included.
         seen_tokens: tokens in the cache that passes over replies looked at, each row's once a pass: what such a pass
             has to read beside the weights.
+        batch_size: rows that fitted in the end, where memory ran out; None: it never did.
     """
 
     passes: int = 0
     prompt_tokens: int = 0
     reply_tokens: int = 0
     seen_tokens: int = 0
+    batch_size: int | None = None
 
 
 class Row(Protocol):
@@ -123,7 +130,7 @@ def decode_rows(
                         live[at] = last
 
     with decoding(model, engine), row_attention(model):
-        halve_on_out_of_memory(run, batch_size)
+        halve_on_out_of_memory(run, batch_size, work)
 
 
 def _length(row: Row) -> int:
@@ -184,7 +191,9 @@ class _Decoder:
         for chosen in (short, sorted(long, key=lambda at: -len(feeds[at]))):
             while chosen:
                 longest = max(len(feeds[at]) for at in chosen)
+                seen = max(_length(live[at]) for at in chosen) + longest
                 part = chosen[: affordable_rows(len(chosen), self.model, longest)]
+                part = part[: affordable_masks(len(part), self.model, longest, seen)]
                 chosen = chosen[len(part) :]
                 found = choose(self._step(part, live, feeds), [live[at] for at in part])
                 check_numbers(found[-1])
@@ -400,14 +409,19 @@ def row_attention(model: Any) -> Iterator[None]:
     from transformers import AttentionInterface
 
     config = model.config
-    check_full_attention(config)
+    try:
+        check_full_attention(config)
+    except ValueError as error:
+        raise UndecodableModelError(str(error)) from None
     attention = _GroupedAttention()
     AttentionInterface.register(ATTENTION, attention)
     before = config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     try:
         if config._attn_implementation != ATTENTION:
-            raise ValueError(f"{config.model_type} models do not let their attention be chosen: not supported")
+            raise UndecodableModelError(
+                f"{config.model_type} models do not let their attention be chosen: not supported"
+            )
         yield
     finally:
         model.set_attn_implementation(before)
@@ -477,12 +491,13 @@ class _GroupedAttention:
 # Memory and numbers
 
 
-def halve_on_out_of_memory(run: Callable[[int], T], batch_size: int) -> T:
+def halve_on_out_of_memory(run: Callable[[int], T], batch_size: int, work: Work | None = None) -> T:
     """Call `run(batch_size)`, and again with half the batch for as long as memory runs out.
 
     Args:
         run: does the work with batches of the given size; called again, it has to go on where it stopped.
         batch_size: to begin with.
+        work: told the size that was gone on with, so that the caller can begin with it the next time.
 
     Raises:
         torch.OutOfMemoryError: a batch of 1 does not fit.
@@ -498,6 +513,8 @@ def halve_on_out_of_memory(run: Callable[[int], T], batch_size: int) -> T:
         # Outside of `except`, where the error still holds the frames and so the tensors that filled the memory.
         batch_size //= 2
         print(f"out of memory: going on with batches of {batch_size}")
+        if work is not None:
+            work.batch_size = batch_size
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -506,29 +523,40 @@ def check_tokens(model: Any, what: str, rows: Sequence[np.ndarray | None]) -> No
     """Refuse token ids that a model has not: on a CUDA device they would end the process.
 
     Raises:
-        ValueError: a row is empty or has such a token. A row of None is passed over.
+        ValueError: a row is empty, or (UndecodableModelError) has such a token. A row of None is passed over.
     """
     size = model.get_input_embeddings().weight.shape[0]
     for number, row in enumerate(rows):
         if row is not None and not len(row):
             raise ValueError(f"{what} {number} is empty: expected at least one token")
         if row is not None and not 0 <= np.min(row) <= np.max(row) < size:
-            raise ValueError(f"{what} {number} has tokens from {np.min(row)} to {np.max(row)}, the model {size:,}")
+            raise UndecodableModelError(
+                f"{what} {number} has tokens from {np.min(row)} to {np.max(row)}, the model {size:,}"
+            )
 
 
 def check_numbers(log_probs: Any) -> None:
     """Refuse what cannot be compared.
 
     Raises:
-        ValueError: a log probability is NaN.
+        UndecodableModelError: a log probability is NaN.
     """
     if np.isnan(log_probs).any():
-        raise ValueError("the model answers with numbers that are none (NaN): nothing can be decoded")
+        raise UndecodableModelError("the model answers with numbers that are none (NaN): nothing can be decoded")
 
 
 def affordable_rows(count: int, model: Any, fed: int) -> int:
     """How many of `count` rows have logits that fit into LOGIT_BYTES; at least 1."""
     return max(1, min(count, LOGIT_BYTES // (8 * model.config.vocab_size * fed)))
+
+
+def affordable_masks(count: int, model: Any, fed: int, seen: int) -> int:
+    """How many of `count` rows have attention masks (fed, seen) that fit into MASK_BYTES; at least 1."""
+    config = model.config
+    groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    # One bool as it comes; for each query head that shares keys, two more and a number: see `_GroupedAttention`.
+    row = fed * seen * (1 + groups * (2 + model.get_input_embeddings().weight.element_size()))
+    return max(1, min(count, MASK_BYTES // row))
 
 
 def round_up(number: int, step: int) -> int:

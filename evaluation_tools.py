@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 import scoring_tools
-from answer_tools import Answer, Replies, answer_puzzles, progress
+from answer_tools import Answer, EvaluatedModel, Replies, answer_puzzles, progress
 from arc_leaks import find_leaks
 from arc_loader import ArcDataset
 from artifact_tools import move_aside, versions
+from decoder_tools import UndecodableModelError
 from inference_tools import RULES, select
-from result_cache import UntrustedCacheError, open_cache
+from result_cache import UntrustedCacheError, cache_errors, open_cache
 from run_settings import user_errors
 from training_tools import load_dataset, load_split, split_dataset
 
@@ -148,19 +149,28 @@ def evaluate(models: Sequence[Replies], puzzles: Puzzles, settings: Any) -> dict
         }
     seconds = {}
     unanswered: dict[str, list[str]] = {}
-    with user_errors():
-        cache = open_cache(settings.cache_dir or Path(settings.output_dir) / "cache")
-    with contextlib.closing(cache), user_errors((UntrustedCacheError,)):
+    folder = settings.cache_dir or Path(settings.output_dir) / "cache"
+    kinds = (UntrustedCacheError, UndecodableModelError, BlockingIOError)  # the last: another process has the cache
+    with user_errors(), cache_errors(folder):
+        cache = open_cache(folder)
+    with user_errors(kinds), cache_errors(folder), contextlib.closing(cache):
         for replies in models:
             replies.use_cache(cache)
             name = replies.evaluated.name
-            answers = _answer_all(replies, dataset, settings, entries)
+            try:
+                answers = _answer_all(replies, dataset, settings, entries)
+            except UndecodableModelError as error:
+                raise UndecodableModelError(
+                    f"{name} cannot be evaluated: {error}{_advice(replies.evaluated)}"
+                ) from None
             unanswered[name] = [key for key, answer in answers.items() if not answer.views]
             shortened = sum(answer.shortened for answer in answers.values())
-            if unanswered[name] or shortened:
+            left_out = sum(answer.left_out for answer in answers.values())
+            if unanswered[name] or shortened or left_out:
                 print(
                     f"{name}: {len(unanswered[name])} test inputs do not fit {replies.context} tokens with one "
-                    f"demonstration and count as unsolved; {shortened:,} views lost demonstrations"
+                    f"demonstration and count as unsolved; {shortened:,} views lost demonstrations, and {left_out:,} "
+                    "did not fit and were left out"
                 )
             seconds[name] = replies.seconds
             replies.close()
@@ -187,6 +197,11 @@ def evaluate(models: Sequence[Replies], puzzles: Puzzles, settings: Any) -> dict
         "table": scoring_tools.score_table(names, entries, seconds),
         "rules": scoring_tools.rule_table(names, entries, RULES),
     }
+
+
+def _advice(model: EvaluatedModel) -> str:
+    # float16 ends at 65504: what a model computed in bfloat16 or float32 may be beyond that.
+    return "; --dtype bfloat16 or float32 may help" if model.precision.dtype == "float16" else ""
 
 
 def _answer_all(
@@ -321,7 +336,9 @@ def print_tables(results: dict[str, Any]) -> None:
 
     prefix = _shared_prefix(results["models"])
     rows, n = results["table"], results["data"]["test_inputs"]
-    table = make(f"{results['data']['source']}: {n:,} test inputs, with 95% intervals")
+    known = rows[0]["n"]
+    judged = f"{n:,} test inputs" if known in (0, n) else f"{known:,} of {n:,} test inputs, those with a solution"
+    table = make(f"{results['data']['source']}: {judged}, with 95% intervals")
     for name, title in TITLES.items():
         table.add_row(title, *(_share(row[name], row[f"{name}_interval"]) for row in rows))
     changes = ("-" if r["change"] is None else _share(r["change"], r["change_interval"], "+.1%") for r in rows)
@@ -333,7 +350,8 @@ def print_tables(results: dict[str, Any]) -> None:
     for rule in RULES:
         shares = ((_share(row[rule]["exact_1"]), _share(row[rule]["exact_2"])) for row in results["rules"])
         rules.add_row(rule, *(", ".join(pair) for pair in shares))
-    console = Console()
+    # Names are text, whatever brackets and colons they hold.
+    console = Console(markup=False, emoji=False, highlight=False)
     console.print(table)
     console.print(rules)
 

@@ -6,10 +6,13 @@ deletes whatever files the database names. This module opens a cache so that it 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
 import sqlite3
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,12 @@ SETTINGS = {
     "eviction_policy": "none",
     "cull_limit": 0,
 }
+SQLITE_TROUBLE = {
+    "full": errno.ENOSPC,
+    "readonly": errno.EACCES,
+    "unable to open": errno.EACCES,
+    "locked": errno.EAGAIN,
+}  # words in its messages
 WORDS = {"wal", *EVICTION_POLICY}  # values of settings that are no numbers
 
 
@@ -116,7 +125,7 @@ def open_cache(folder: str | Path) -> diskcache.Cache:
 
     Raises:
         UntrustedCacheError: the folder holds another kind of cache, or one that was tampered with or damaged. Reading a
-            row, later, raises it too.
+            row, later, raises it too (what sqlite raises then: see `cache_errors`).
         ValueError: the folder's name holds the name of an environment variable, as in "$HOME".
     """
     folder = Path(folder).absolute()  # so that diskcache does not expand a ~
@@ -127,6 +136,27 @@ def open_cache(folder: str | Path) -> diskcache.Cache:
         return diskcache.Cache(str(folder), disk=TrustedDisk, **SETTINGS)
     except sqlite3.DatabaseError as error:
         raise _unreadable(folder, error) from None
+
+
+@contextlib.contextmanager
+def cache_errors(folder: str | Path) -> Iterator[None]:
+    """Say of which cache it is what sqlite and diskcache raise, and what kind of trouble.
+
+    Raises:
+        UntrustedCacheError: the database is damaged.
+        OSError: it cannot be used: ENOSPC where the disk is full, EACCES where it may not be written or opened, EAGAIN
+            where another process has kept it locked.
+    """
+    try:
+        yield
+    except diskcache.Timeout:
+        raise OSError(errno.EAGAIN, "another process keeps the cache locked", str(folder)) from None
+    except sqlite3.DatabaseError as error:
+        trouble = _unreadable(Path(folder), error)
+        if isinstance(trouble, UntrustedCacheError):
+            raise trouble from None
+        number = next((number for words, number in SQLITE_TROUBLE.items() if words in str(error)), errno.EIO)
+        raise OSError(number, f"the cache cannot be used ({error})", str(folder)) from None
 
 
 def _unreadable(folder: Path, error: sqlite3.DatabaseError) -> Exception:

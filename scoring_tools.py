@@ -57,9 +57,28 @@ def bootstrap_interval(values: Sequence[float], groups: Sequence[str] | None = N
     _, member = np.unique(np.asarray(range(len(values)) if groups is None else groups), return_inverse=True)
     sums, counts = np.bincount(member, values), np.bincount(member)
     rng = np.random.default_rng(seed)
-    drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=RESAMPLES)
-    means = (drawn @ sums) / (drawn @ counts)
-    return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
+    means = []
+    for _ in range(0, RESAMPLES, 100):  # all at once, thousands of puzzles would take a gigabyte
+        drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=100)
+        means.append((drawn @ sums) / (drawn @ counts))
+    return [float(bound) for bound in np.percentile(np.concatenate(means), [2.5, 97.5])]
+
+
+def mean_interval(values: Sequence[float], groups: Sequence[str], least: float = 0.0) -> list[float]:
+    """95% interval of a mean, by `bootstrap_interval`; where values do not vary, by how often they can have varied.
+
+    Resampling values that are all equal would find an interval without width, as if nothing could be otherwise.
+
+    Args:
+        values: numbers from `least` to 1, (n,).
+        groups: what each belongs to.
+        least: the least that a value can be.
+    """
+    low, high = bootstrap_interval(values, groups)
+    if low == high:
+        margin = wilson_interval(0, len(set(groups)))[1]
+        low, high = max(least, low - margin), min(1.0, high + margin)
+    return [low, high]
 
 
 def score_table(models: Sequence[str], puzzles: dict[str, dict[str, Any]], seconds: dict[str, float]) -> list[dict]:
@@ -97,18 +116,20 @@ def score_table(models: Sequence[str], puzzles: dict[str, dict[str, Any]], secon
         for name in SHARES:
             row |= _measured(name, values[name], _share_interval)
         # The competition counts puzzles: of each the share of its test inputs that a guess solves.
-        shares = {p: [s for s, q in zip(values["exact_2"], parts, strict=True) if q == p] for p in dict.fromkeys(parts)}
+        shares: dict[str, list[bool]] = {}
+        for puzzle, is_solved in zip(parts, values["exact_2"], strict=True):
+            shares.setdefault(puzzle, []).append(is_solved)
         # Wilson's interval, of shares that are between 0 and 1 too: wide enough, since such vary less than 0 and 1 do.
         row |= _measured("score", [float(np.mean(share)) for share in shares.values()], _share_interval)
         for name in ("cell_accuracy", "prob_truth"):
-            row |= _measured(name, values[name], lambda v: bootstrap_interval(v, parts))
+            row |= _measured(name, values[name], lambda v: mean_interval(v, parts))
         row |= {"gained": None, "lost": None, "change": None, "change_interval": None}
         if before is not None and known:
             differences = [float(solved[key]) - float(before[key]) for key in known]
             row["gained"] = [key for key in known if solved[key] and not before[key]]
             row["lost"] = [key for key in known if before[key] and not solved[key]]
             row["change"] = float(np.mean(differences))
-            row["change_interval"] = bootstrap_interval(differences, parts)
+            row["change_interval"] = mean_interval(differences, parts, least=-1.0)
         row["seconds"] = round(seconds.get(model, 0.0), 1)
         table.append(row)
         before = solved

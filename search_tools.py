@@ -18,6 +18,7 @@ import numpy as np
 from decoder_tools import (
     MASK_STEP,
     Work,
+    affordable_masks,
     affordable_rows,
     check_numbers,
     check_tokens,
@@ -439,6 +440,9 @@ def score_replies(
             # Without Unsloth, logits are made of the replies alone.
             kept = _row_length if engine == "unsloth" else _reply_length
             batch = batch[: affordable_rows(size, model, max(kept(pack, prompts, replies) for pack in batch))]
+            if engine != "unsloth":
+                width = max(_row_length(pack, prompts, replies) for pack in batch)
+                batch = batch[: affordable_masks(size, model, width, width)]
             score(model, prompts, replies, batch, scores)
             work.passes += 1
             work.prompt_tokens += sum(len(prompts[pack[0]]) for pack in batch)
@@ -447,7 +451,7 @@ def score_replies(
 
     attention = contextlib.nullcontext() if engine == "unsloth" else row_attention(model)
     with decoding(model, engine), attention:
-        halve_on_out_of_memory(run, batch_size)
+        halve_on_out_of_memory(run, batch_size, work)
     check_numbers(scores)
     return scores
 

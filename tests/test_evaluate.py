@@ -1,20 +1,34 @@
 """evaluate_arc.py as a user runs it, on tiny models; and what it is made of."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+import zlib
 
+import diskcache
 import numpy as np
 import pytest
 import tiny_models
 import torch
 from conftest import ROOT, call
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import answer_tools
 import model_tools
@@ -379,7 +393,6 @@ def test_bad_settings_and_models(taught, challenges, tmp_path):
 
 def test_a_cache_with_pickled_rows_is_refused(unsolved, taught, challenges, tmp_path):
     import pickle
-    import shutil
 
     out = tmp_path / "out"
     shutil.copytree(unsolved[0] / "cache", out / "cache")
@@ -410,9 +423,176 @@ def test_a_reply_is_encoded_as_in_a_whole_sample(demo_dataset):
     for tokenizer in (
         tiny_models.byte_level_tokenizer(),
         model_tools.cut_tokenizer(tiny_models.byte_level_tokenizer())[0],
+        tiny_models.sentencepiece_tokenizer(),  # marks where a text begins
+        model_tools.cut_tokenizer(tiny_models.sentencepiece_tokenizer())[0],
     ):
         encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
         for row in encoder.encode(ds, ds.keys):
             begin, end = row["reply_spans"][-1]
             reply = encoder.encode_reply(ds[row["key"]]["solution"])
             assert reply.tolist() == row["input_ids"][begin:end].tolist()
+
+
+def test_the_longest_reply_does_not_depend_on_its_colours():
+    """This tokenizer has a token for two zeros and none for two other digits."""
+    tables = json.loads(tiny_models.byte_level_tokenizer().backend_tokenizer.to_str())
+    tables["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    vocabulary = tables["model"]["vocab"]
+    for name in [name for name in vocabulary if name.isdigit() and len(name) > 1]:
+        del vocabulary[name]
+    vocabulary["00"], tables["model"]["merges"] = 1000, [["0", "0"]]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(tables)), bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
+    )
+    encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
+    assert len(encoder.encode_reply(np.zeros((30, 30), dtype=np.uint8))) == 30 * 15 + 31
+    assert answer_tools._longest_reply(encoder) == 931
+
+
+def changed_copy(taught, folder, change):
+    """A copy of the model, without the manifest that would call it damaged."""
+    shutil.copytree(taught, folder)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    change(folder)
+    return folder
+
+
+def test_models_that_cannot_be_decoded_get_one_error(taught, challenges, tmp_path):
+    def no_numbers(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.model.norm.weight.data.fill_(float("nan"))
+        model.save_pretrained(folder)
+
+    def no_end(folder):
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "eos_token"}))
+
+    tokenizer = AutoTokenizer.from_pretrained(taught)
+    small = {"vocab_size": len(tokenizer), "hidden_size": 64}
+    windowed = MistralConfig(
+        **small, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=64,
+    )  # fmt: skip
+    for name, model in (
+        ("windowed", MistralForCausalLM(windowed)),
+        ("bloom", BloomForCausalLM(BloomConfig(**small, n_layer=2, n_head=4))),  # names no longest context
+    ):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    table = [
+        (changed_copy(taught, tmp_path / "nan", no_numbers), "nan cannot be evaluated: the model answers with numbers"),
+        (changed_copy(taught, tmp_path / "endless", no_end), "endless has no end token"),
+        (tmp_path / "windowed", "windowed cannot be evaluated: mistral models do not see their whole context"),
+        (tmp_path / "bloom", "bloom cannot be evaluated: bloom models do not let their attention be chosen"),
+    ]
+    flags = ["--challenges", challenges, "--views", 1, *SMALL]
+    for folder, message in table:
+        printed = evaluate("--models", folder, *flags, "--output_dir", tmp_path / "out", expect=2)
+        assert message in printed
+        assert printed.count("error:") == 1 and "Traceback" not in printed
+    advice = ["--dtype", "float16", "--output_dir", tmp_path / "out"]
+    assert "--dtype bfloat16 or float32 may help" in evaluate("--models", table[0][0], *flags, *advice, expect=2)
+
+
+def test_an_adapter_without_a_tokenizer_takes_its_bases(taught, challenges, tmp_path):
+    precision = Precision("transformers", "float32", False)
+    model, tokenizer = model_tools.load_model(taught, precision)
+    model = model_tools.add_lora(model, precision, r=4, gradient_checkpointing=False)
+    (tmp_path / "plain-lora").mkdir()
+    model_tools.save_adapter(model, tokenizer, tmp_path / "plain-lora", base=taught, precision=precision)
+    for path in (tmp_path / "plain-lora").iterdir():
+        if not path.name.startswith("adapter_"):
+            path.unlink()
+    flags = ["--challenges", challenges, "--views", 1, "--output_dir", tmp_path / "out", *SMALL]
+    evaluate("--models", tmp_path / "plain-lora", taught, *flags)
+    for entry in results_of(tmp_path / "out")["puzzles"].values():
+        assert entry["plain-lora"]["guesses"] == entry["prepared"]["guesses"]
+
+
+def test_a_cache_that_cannot_be_used_gets_one_error(unsolved, taught, challenges, tmp_path):
+    flags = ["--models", taught, "--challenges", challenges, *WIDE, "--output_dir", tmp_path / "out"]
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder" / "cache.db").mkdir(parents=True)
+    for name in ("file", "folder"):
+        printed = evaluate(*flags, "--cache_dir", tmp_path / name, expect=2)
+        assert "the cache cannot be used" in printed and str(tmp_path / name) in printed and "Traceback" not in printed
+    # JSON, but not what was written there: replies of no form, tokens of no vocabulary, nothing at all.
+    for value in (b'{"a": 1}', b"[[-0.5, [100000000000]]]", b"[[1]]", b"[]", b'{"a": "b"}'):
+        cache = tmp_path / hashlib.sha256(value).hexdigest()
+        shutil.copytree(unsolved[0] / "cache", cache)
+        with contextlib.closing(sqlite3.connect(cache / "cache.db")) as connection:
+            connection.execute("UPDATE Cache SET mode = 1, filename = NULL, value = ?", (zlib.compress(value),))
+            connection.commit()
+        printed = evaluate(*flags, "--cache_dir", cache, expect=2)
+        assert "an entry of another form" in printed and "Traceback" not in printed
+
+
+def test_a_cache_on_a_full_disk_is_trouble_of_the_machine(taught, challenges, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(diskcache.Cache, "set", fail)
+    flags = ["--models", taught, "--challenges", challenges, "--views", 1, "--output_dir", tmp_path / "out", *SMALL]
+    printed = evaluate(*flags, expect=1)
+    assert "make room" in printed and str(tmp_path / "out" / "cache") in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError("database is locked"), diskcache.Timeout(60)])
+def test_a_cache_that_stays_locked_gets_one_error(taught, challenges, tmp_path, monkeypatch, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(diskcache.Cache, "set", fail)
+    flags = ["--models", taught, "--challenges", challenges, "--views", 1, "--output_dir", tmp_path / "out", *SMALL]
+    printed = evaluate(*flags, expect=2)
+    assert "locked" in printed and str(tmp_path / "out" / "cache") in printed and "Traceback" not in printed
+
+
+def test_views_that_do_not_fit_are_counted(taught, challenges, tmp_path):
+    flags = ["--models", taught, "--challenges", challenges, "--views", 8, "--output_dir", tmp_path / "out"]
+    for length in range(132, 150, 2):
+        printed = evaluate(*flags, "--max_new_tokens", 30, "--max_seq_length", length)
+        views = [entry["prepared"]["views"] for entry in results_of(tmp_path / "out")["puzzles"].values()]
+        expected = sum(8 - count for count in views if count)
+        if expected:
+            assert f"and {expected} did not fit and were left out" in printed
+            return
+    raise AssertionError("all views fitted: the test shows nothing")
+
+
+def test_names_are_shown_as_they_are_and_short_enough_for_a_file(taught, challenges, tmp_path):
+    puzzles = tmp_path / "all[bold] :smile:.json"
+    data = json.loads(challenges.read_text())
+    data["00000000"]["test"][0]["output"] = [[1]]  # the only one with a solution
+    puzzles.write_text(json.dumps(data))
+    flags = ["--models", taught, "--challenges", puzzles, "--views", 1, "--output_dir", tmp_path / "out", *SMALL]
+    printed = evaluate(*flags, "--model_names", "a[red]b:+1:")
+    table = printed[printed.rindex("100%|") :]
+    assert "a[red]b:+1:" in table and "all[bold] :smile:.json" in " ".join(table.split())
+    assert "1 of 7 test inputs, those with a solution" in " ".join(table.split())
+    assert "name it otherwise" in evaluate(*flags, "--model_names", "n" * 250, expect=2)
+    assert (tmp_path / "out" / "submission-a[red]b:+1:.json").is_file()
+
+
+def test_memory_runs_out_once_and_not_with_every_chunk(taught, challenges, tmp_path, monkeypatch):
+    load = answer_tools.load_evaluated
+
+    def limited(*args):
+        model = load(*args)
+
+        def check(module, args, kwargs):
+            if len(kwargs["input_ids"]) > 3:
+                raise torch.OutOfMemoryError("no room")
+
+        model.register_forward_pre_hook(check, with_kwargs=True)
+        return model
+
+    flags = ["--models", taught, "--challenges", challenges, *WIDE]
+    evaluate(*flags, "--output_dir", tmp_path / "roomy")
+    monkeypatch.setattr(answer_tools, "load_evaluated", limited)
+    monkeypatch.setattr(answer_tools, "CHUNK", 1)
+    printed = evaluate(*flags, "--output_dir", tmp_path / "small")
+    assert printed.count("out of memory") == 4  # 16 rows: 8, 4, 2; scores, an eighth of them at once, fit with 2, too
+    one, other = results_of(tmp_path / "roomy"), results_of(tmp_path / "small")
+    for key, entry in one["puzzles"].items():
+        assert entry["prepared"]["guesses"] == other["puzzles"][key]["prepared"]["guesses"]

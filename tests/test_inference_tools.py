@@ -683,3 +683,41 @@ def test_views_of_a_puzzle_are_mapped_back_and_merged():
     assert first.grid.tolist() == [[6, 5, 7], [0, 0, 1]]
     assert first.found == pytest.approx(dict.fromkeys(range(4), math.log(0.5)))
     assert [grid.tolist() for grid in select([second, first], "sum")] == [first.grid.tolist(), [[1, 2]]]
+
+
+def test_masks_of_one_pass_are_bounded(looking_back, monkeypatch):
+    """Rows of a pass become fewer where their masks would be too large; what comes out is the same."""
+    prompts = [np.tile(prompt, 4) for prompt in tiny_prompts()]
+    replies = [np.array([1, 2, 3, END])] * 7
+    options = {"max_new_tokens": 9, "min_prob": 0.02, "guesses": [np.array([1, 2, 3, 4, 5, 1, 2])] * 7, "batch_size": 7}
+    scores = score_replies(looking_back, "transformers", TOKENIZER, prompts, replies)
+    found = search_replies(looking_back, "transformers", TOKENIZER, prompts, **options)
+    width = max(map(len, prompts)) + 3
+    monkeypatch.setattr(
+        "decoder_tools.MASK_BYTES", 2 * 13 * width * width
+    )  # two query heads share keys: 1 + 2 * (2 + 4)
+    seen, hook = limit_rows(looking_back, 99)
+    try:
+        again = score_replies(looking_back, "transformers", TOKENIZER, prompts, replies)
+        assert seen[0] == 2 and max(seen) > 2  # the longest come first
+        monkeypatch.setattr("decoder_tools.MASK_BYTES", 1)
+        del seen[:]
+        one_by_one = search_replies(looking_back, "transformers", TOKENIZER, prompts, **options)
+        assert set(seen[1:]) == {1}  # after the prompts, which need no mask
+    finally:
+        hook.remove()
+    assert again == pytest.approx(scores, abs=2e-5)
+    for one, other in zip(one_by_one, found, strict=True):
+        assert_same(one, as_dict(other))
+
+
+def test_the_batch_that_fitted_is_told(looking_back):
+    prompts, work = tiny_prompts(), Work()
+    search_replies(looking_back, "transformers", TOKENIZER, prompts, max_new_tokens=3, batch_size=7, work=work)
+    assert work.batch_size is None
+    _, hook = limit_rows(looking_back, 2)
+    try:
+        search_replies(looking_back, "transformers", TOKENIZER, prompts, max_new_tokens=3, batch_size=7, work=work)
+        assert work.batch_size == 1
+    finally:
+        hook.remove()

@@ -1,12 +1,13 @@
 """Scores against ones worked out by hand."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from arc_loader import ArcDataset
-from scoring_tools import bootstrap_interval, cell_accuracy, rule_table, score_table, wilson_interval
+from scoring_tools import bootstrap_interval, cell_accuracy, mean_interval, rule_table, score_table, wilson_interval
 
 
 def answer(correct, *, greedy=False, found=None, shape=True, cells=1.0, probability=0.5, rules=None):
@@ -100,6 +101,25 @@ def test_bootstrap():
     assert (low, high) == pytest.approx((0.345, 0.655), abs=0.02)  # 0.5 -+ 1.96 * 0.5 / sqrt(40)
     assert bootstrap_interval(values, groups) == bootstrap_interval(values, groups)
     assert bootstrap_interval([]) == [0, 1]
+
+
+def test_what_does_not_vary_is_not_certain():
+    assert mean_interval([0.0] * 10, list("abcdefghij")) == pytest.approx([0, 0.2775], abs=5e-5)  # Wilson's, 0 of 10
+    assert mean_interval([0.0] * 20, list("abcdefghij") * 2) == pytest.approx([0, 0.2775], abs=5e-5)  # of 10 puzzles
+    assert mean_interval([1.0] * 10, list("abcdefghij")) == pytest.approx([0.7225, 1], abs=5e-5)
+    assert mean_interval([0.0] * 10, list("abcdefghij"), least=-1) == pytest.approx([-0.2775, 0.2775], abs=5e-5)
+    varied = [0.0, 1.0] * 20
+    assert mean_interval(varied, list(map(str, range(40)))) == bootstrap_interval(varied)
+
+
+def test_an_interval_of_many_puzzles_takes_little_memory():
+    values = np.random.default_rng(0).random(20_000)
+    tracemalloc.start()
+    low, high = bootstrap_interval(values)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert low < values.mean() < high
+    assert peak < 100e6
 
 
 def test_cell_accuracy():
