@@ -592,7 +592,7 @@ def test_memory_runs_out_once_and_not_with_every_chunk(taught, challenges, tmp_p
     monkeypatch.setattr(answer_tools, "load_evaluated", limited)
     monkeypatch.setattr(answer_tools, "CHUNK", 1)
     printed = evaluate(*flags, "--output_dir", tmp_path / "small")
-    assert printed.count("out of memory") == 4  # 16 rows: 8, 4, 2; scores, an eighth of them at once, fit with 2, too
+    assert printed.count("out of memory") == 3  # 16 rows: 8, 4, 2; scores go one by one then
     one, other = results_of(tmp_path / "roomy"), results_of(tmp_path / "small")
     for key, entry in one["puzzles"].items():
         assert entry["prepared"]["guesses"] == other["puzzles"][key]["prepared"]["guesses"]
