@@ -260,8 +260,9 @@ class _Graphs:
         self.rows = decoder.cache.rows
         self.ids = torch.zeros((self.rows, 1), dtype=torch.int64, device=decoder.device)
         self.places = torch.zeros_like(self.ids)
-        self.captured: dict[int, tuple[Any, torch.Tensor]] = {}
-        self.memory: int | None = None  # where the cache stood when they were captured
+        # By width: the graph, its logits, and the numbers of rows that it reads, which nothing else keeps alive.
+        self.captured: dict[int, tuple[Any, torch.Tensor, torch.Tensor]] = {}
+        self.memory: tuple[int, torch.Size] | None = None  # where the cache stood when they were captured
 
     def step(self, ids: np.ndarray, columns: np.ndarray) -> torch.Tensor:
         """Logits (rows fed, 1, vocabulary) of ids (rows fed, 1) at columns (rows fed, 1)."""
@@ -275,17 +276,18 @@ class _Graphs:
         width = round_up(int(columns.max()) + 1, GRAPH_STEP)
         cache = self.decoder.cache
         cache.reserve(width)
-        stands = cache.layers[0][0].data_ptr()
+        keys = cache.layers[0][0]
+        stands = keys.data_ptr(), keys.shape
         if stands != self.memory:  # it has grown, into other memory
             self.captured.clear()
             self.memory = stands
         if width not in self.captured:
             self.captured[width] = self._capture(width)
-        graph, logits = self.captured[width]
+        graph, logits, _ = self.captured[width]
         graph.replay()
         return logits[:count]
 
-    def _capture(self, width: int) -> tuple[Any, torch.Tensor]:
+    def _capture(self, width: int) -> tuple[Any, torch.Tensor, torch.Tensor]:
         import torch
 
         def forward() -> torch.Tensor:
@@ -306,7 +308,7 @@ class _Graphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = forward()
-        return graph, logits
+        return graph, logits, cache._slots
 
 
 # ---------------------------------------------------------------------------------------------------------------------
