@@ -291,6 +291,15 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         )
 
 
+def write_results(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write what has been measured so far."""
+    from artifact_tools import versions
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"machine": machine(), "versions": versions(), "command": "python benchmarks/train.py", "rows": rows}
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def machine() -> str:
     """The device and the machine, in words."""
     import torch
@@ -325,8 +334,6 @@ def main() -> None:
         result = {"stock": run_stock, "bare": run_bare}.get(args.row, lambda a: run_ours(a.row, a))(args)
         print("RESULT " + json.dumps(result))
         return
-    from artifact_tools import versions
-
     rows = []
     for name in args.rows:
         command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--row", name]
@@ -338,12 +345,10 @@ def main() -> None:
         if found:
             rows += found
             print(f"{name}: {found[0]['tokens_per_s']:,.0f} tokens/s", flush=True)
+            write_results(rows, args.results)  # what is measured stays, whatever becomes of the next row
     if not rows:
         sys.exit("error: no row came to its end")
     print_rows(rows)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine(), "versions": versions(), "command": "python benchmarks/train.py", "rows": rows}
-    args.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     plot_losses(rows, args.results.with_suffix(".png"))
     print(f"{machine()}; {args.results}")
     if len(rows) < len(args.rows):
