@@ -85,6 +85,16 @@ def check_script(words, capsys):
         assert flag in done.stdout, f"{script} knows no {flag}"
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_shows_the_commands_as_they_are_written(stage, capsys):
+    module = importlib.import_module(stage)
+    with pytest.raises(SystemExit):
+        parse_settings(module.Settings, ["--help"])
+    printed = capsys.readouterr().out
+    assert module.__doc__.strip() in printed and "None" not in printed and "--no_" not in printed
+    assert printed.count("--dataset_dir VALUE") == 1 and printed.count("dataset-dir") == 0
+
+
 def test_python_in_the_readme_runs(demo_dataset, tmp_path, monkeypatch):
     (tmp_path / "dataset").symlink_to(demo_dataset)
     monkeypatch.chdir(tmp_path)
