@@ -137,7 +137,10 @@ def split_dataset(data: ArcDataset, settings: DataSettings, quiet: bool = False)
     Raises:
         ValueError: more held out or asked for than there is.
     """
-    split = data.holdout(examples=settings.holdout_examples, tasks=settings.holdout_tasks, seed=settings.holdout_seed)
+    try:
+        split = data.holdout(settings.holdout_examples, settings.holdout_tasks, settings.holdout_seed)
+    except ValueError as error:
+        raise ValueError(f"--holdout_examples, --holdout_tasks: {settings.dataset_dir}: {error}") from None
     train = split.train if settings.n is None else split.train.subset(settings.n)
     if not quiet:
         if data.left_out:
@@ -573,6 +576,7 @@ def common_arguments(run: StageRun) -> dict[str, Any]:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_steps": settings.logging_steps,
         "logging_first_step": True,
+        "run_name": run.lora.name,  # what W&B and others call the run
         "report_to": [] if settings.report_to == "none" else settings.report_to.split(","),
     }
     if precision.engine == "transformers":
