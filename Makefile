@@ -2,15 +2,15 @@
 # make lint      ruff
 # make test      env, lint and all tests that need no CUDA
 # make demo      env, then the three stages on generated data and a tiny model, and their evaluation
-# make torture   env, then the three stages on a tiny model, killed at 100 random moments (about 20 minutes on 2 cores)
+# make torture   env, then the three stages on a tiny model, killed at 100 random moments (about 10 minutes on 2 cores)
 # make fuzz      env, then 100,000 random inputs for the loader and the decoder (about 4 minutes)
 # make clean     caches of tools only: no environment, no data, no models
 #
 # Variables, as in `make env PYTHON=python3.12`:
 #   PYTHON       the Python that the environment is made from, 3.11 or later
 #   TORCH        the PyTorch to install
-#   TORCH_INDEX  where from: empty for pip's default. Where that gives a CUDA build of several GB and you want the small one,
-#                set it to the address of PyTorch's CPU wheels, as PyTorch's page of install commands shows it (--index-url)
+#   TORCH_INDEX  where from: empty for pip's default, which on Linux is a CUDA build of several GB; the small one without CUDA:
+#                TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

@@ -96,6 +96,21 @@ def plot_grid(axis: Axes, grid: np.ndarray | None, title: str = "") -> None:
     axis.set_frame_on(False)
 
 
+def share_cell_size(axes: np.ndarray) -> None:
+    """Give the cells of all grids in axes of one size the same size, or a grid twice as large would look alike.
+
+    Args:
+        axes: as `Figure.subplots` gives them, after `plot_grid`.
+    """
+    drawn = [axis for axis in axes.flat if axis.images]
+    shapes = [axis.images[0].get_array().shape for axis in drawn]
+    height, width = (max(sides) for sides in zip(*shapes, strict=True))
+    for axis, (rows, columns) in zip(drawn, shapes, strict=True):
+        right, down = (width - columns) / 2, (height - rows) / 2
+        axis.set_xlim(-0.5 - right, columns - 0.5 + right)
+        axis.set_ylim(rows - 0.5 + down, -0.5 - down)
+
+
 def new_figure(width: float, height: float) -> Figure:
     """A figure that notebooks show by itself, and that no list of open figures holds.
 
@@ -130,5 +145,6 @@ def plot_view(view: dict[str, Any]) -> Figure:
     for column, (query, reply, title) in enumerate(columns):
         plot_grid(axes[0, column], query, title)
         plot_grid(axes[1, column], reply)
+    share_cell_size(axes)
     figure.suptitle(view["key"], fontsize=8, x=0.01, ha="left", family="monospace")
     return figure

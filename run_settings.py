@@ -5,6 +5,7 @@ Each stage script adds its own decisions to RunSettings; flags and `--config` fi
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
 import os
@@ -141,6 +142,29 @@ def course_settings(values: dict[str, Any]) -> dict[str, Any]:
     return course | {"samples_per_step": parts[0] * parts[1]}
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """The docstring as it is written; each setting under one name, with its default where its sentence has none."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        """Add a setting, but not `--no_NAME`, which is `--NAME false`."""
+        if not any(name.startswith("--no_") for name in action.option_strings):
+            super().add_argument(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.nargs == 0 or action.metavar:
+            return super()._format_action_invocation(action)
+        # With "-" for "_" it is understood too; to say so of each would make the list twice as long.
+        value = "true|false" if isinstance(action.default, bool) else "VALUE"
+        return f"{action.option_strings[0]} {self._format_args(action, value)}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if default in (None, [], argparse.SUPPRESS) or "default:" in text:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{text} (default: {shown.lower() if isinstance(default, bool) else shown})"
+
+
 def parse_settings(cls: type, argv: Sequence[str] | None = None) -> Any:
     """Parse flags (`--learning_rate 1e-4`) and an optional `--config file.yaml` into a settings dataclass.
 
@@ -152,7 +176,10 @@ def parse_settings(cls: type, argv: Sequence[str] | None = None) -> Any:
         if hasattr(stream, "reconfigure"):  # a terminal or log that cannot show a sign gets another, not a traceback
             stream.reconfigure(errors="replace")
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(cls, description=sys.modules[cls.__module__].__doc__, allow_abbrev=False)
+    parser = HfArgumentParser(
+        cls, description=sys.modules[cls.__module__].__doc__, formatter_class=HelpFormatter,
+        usage="%(prog)s [--config FILE.yaml] [--SETTING VALUE ...]", allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument("--config", metavar="FILE.yaml", help="settings by name; flags win over it")
     with user_errors():
         parser.error = _raise_value_error
@@ -208,9 +235,7 @@ def _read_config(path: Path, cls: type) -> dict[str, Any]:
     return values
 
 
-def _config_parser() -> Any:
-    import argparse
-
+def _config_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     return parser

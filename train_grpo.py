@@ -120,7 +120,7 @@ def main() -> None:
     run = StageRun(STAGE, settings)
     if run.needs_training():
         with user_errors():
-            data = load_data(run)
+            data = load_data(run, solved_only=True)
             longest = longest_reply(data.split.train, data.split.train.keys, data.tokenizer)
             report_prompts(run, data, longest)
         run.begin(data)

@@ -137,7 +137,10 @@ def split_dataset(data: ArcDataset, settings: DataSettings, quiet: bool = False)
     Raises:
         ValueError: more held out or asked for than there is.
     """
-    split = data.holdout(examples=settings.holdout_examples, tasks=settings.holdout_tasks, seed=settings.holdout_seed)
+    try:
+        split = data.holdout(settings.holdout_examples, settings.holdout_tasks, settings.holdout_seed)
+    except ValueError as error:
+        raise ValueError(f"--holdout_examples, --holdout_tasks: {settings.dataset_dir}: {error}") from None
     train = split.train if settings.n is None else split.train.subset(settings.n)
     if not quiet:
         if data.left_out:
@@ -179,14 +182,22 @@ def stage_tokenizer(run: StageRun) -> Any:
     return tokenizer
 
 
-def load_data(run: StageRun) -> StageData:
+def load_data(run: StageRun, solved_only: bool = False) -> StageData:
     """Load and split the data and make the rows that are trained on. What is left out is counted and printed.
+
+    Args:
+        run: gives the settings and what is started from.
+        solved_only: train on puzzles with solutions only; else the others are trained on by their demonstrations.
 
     Raises:
         ValueError, FileNotFoundError: bad data, or nothing that fits `max_seq_length`.
     """
     settings, tokenizer = run.settings, stage_tokenizer(run)
     split = load_split(settings)
+    if solved_only:
+        split = split._replace(train=with_solutions(split.train, "to train on"))
+        if not len(split.train.keys):
+            raise ValueError(f"{settings.dataset_dir}: no puzzle to train on has the outputs of its tests")
     encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
     samples = TrainingSamples(
         split.train, encoder, settings.max_seq_length, seed=settings.seed, **augmentation(settings)
@@ -203,8 +214,17 @@ def load_data(run: StageRun) -> StageData:
     return StageData(split, samples, encoder, tokenizer, heldout)
 
 
+def with_solutions(puzzles: ArcDataset, what: str) -> ArcDataset:
+    """The puzzles whose tests have outputs; those that lack them are counted and printed."""
+    solved = puzzles.select_puzzles(puzzles.challenge.keys() & puzzles.solutions.keys())
+    if missing := len(puzzles.keys) - len(solved.keys):
+        print(f"left out: {missing:,} of {len(puzzles.keys):,} {what}: no outputs of their tests")
+    return solved
+
+
 def fitting(heldout: ArcDataset, encoder: SampleEncoder, max_tokens: int) -> ArcDataset:
-    """The held-out puzzles that fit the longest row; those that do not are counted and printed."""
+    """The held-out puzzles that have solutions and fit the longest row; the others are counted and printed."""
+    heldout = with_solutions(heldout, "held out")
     long = set(encoder.too_long(heldout, heldout.keys, max_tokens, turned=False))
     if not long:
         return heldout
@@ -573,6 +593,7 @@ def common_arguments(run: StageRun) -> dict[str, Any]:
         "dataloader_pin_memory": torch.cuda.is_available(),
         "logging_steps": settings.logging_steps,
         "logging_first_step": True,
+        "run_name": run.lora.name,  # what W&B and others call the run
         "report_to": [] if settings.report_to == "none" else settings.report_to.split(","),
     }
     if precision.engine == "transformers":

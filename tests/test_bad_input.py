@@ -183,7 +183,7 @@ FOLDERS = [
     ("hidden files alone", only(f"[{GOOD}]", ".hidden.json"), ("found no *.json",)),
     ("one pair", only(f"[{GOOD}]"), ("no task has the pairs of one puzzle", "3 and a test")),
     ("too few pairs", only(json.dumps([PAIR] * 3)), ("no task has the pairs of one puzzle", "3 and a test")),
-    ("one puzzle, and more held out", only(json.dumps([PAIR] * 4)), ("4 examples to hold out", "maximum of 0")),
+    ("one puzzle, and more held out", only(json.dumps([PAIR] * 4)), ("--holdout_examples", "maximum of 0")),
     ("two files of one name", data(same_names), ("a_b.json", "a.b.json", "duplicate id 'a-b'", "rename")),
     ("a name that is not UTF-8", data(lambda p: p.dataset("[]", os.fsdecode(b"\xff.json"))), ("UTF-8", "rename")),
     ("a loop of links", link("odd.json", "odd.json"), ("odd.json", "cannot be read", "links")),

@@ -10,6 +10,7 @@ import tiny_models
 from conftest import ROOT
 from nbclient import NotebookClient
 
+import model_tools
 from arc_loader import ArcDataset
 
 NOTEBOOK = ROOT / "notebooks" / "explore_arc.ipynb"
@@ -40,8 +41,13 @@ def test_with_a_model(monkeypatch, demo_dataset, tmp_path):
     with contextlib.redirect_stdout(io.StringIO()):
         dataset = ArcDataset.load_from_local_json(demo_dataset, sizes=(3,))
         model = tiny_models.teach_format(tiny_models.prepared_base(tmp_path), dataset)
+    # What a stage leaves beside its weights; the notebook shows puzzles that were held out of that training.
+    split = {"sizes": [3], "holdout_examples": 30, "holdout_tasks": 1, "holdout_seed": 7}
+    model_tools.write_manifest(model, {"settings": {**split, "dataset_dir": "elsewhere", "learning_rate": 1e-4}})
+    heldout = dataset.holdout(examples=30, tasks=1, seed=7).seen
     printed, shown = execute(monkeypatch, demo_dataset, model)
-    assert printed.count(" candidates, the best is ") == 4
+    assert printed.count(" candidates, ") == 4
+    assert all(f"{key}: " in printed for key in heldout.keys[:4])
     assert sum("image/png" in data for data in shown) == 2
 
 

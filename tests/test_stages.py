@@ -348,3 +348,23 @@ def test_help_is_quick_and_complete(script):
 def test_scripts_are_thin():
     for script, _, _ in STAGES:
         assert len((ROOT / script).read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_puzzles_without_solutions_are_never_asked_for(demo_base, demo_dataset, tmp_path):
+    """They are trained on by their demonstrations; measured and rewarded are only the others."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    for number, path in enumerate(sorted(demo_dataset.glob("*.json"))):
+        pairs = json.loads(path.read_text())
+        test = pairs[3] if number % 2 else {"input": pairs[3]["input"]}
+        (folder / path.name).write_text(json.dumps({"train": pairs[:3], "test": [test]}))
+    where = ("--dataset_dir", folder, "--output_dir", tmp_path / "output", "--max_steps", 2, "--eval_steps", 2)
+    printed = run("base_finetune.py", *SMALL, *where, "--base_model", demo_base)
+    assert "of 8 held out: no outputs of their tests" in printed and "eval_exact_match" in printed
+    grpo = (*GRPO, *where, "--base_model", artifact(tmp_path / "output", "Base-merged"))
+    assert "of 9 to train on: no outputs of their tests" in run("train_grpo.py", *grpo)
+    for path in folder.iterdir():
+        task = json.loads(path.read_text())
+        path.write_text(json.dumps({"train": task["train"], "test": [{"input": task["test"][0]["input"]}]}))
+    printed = run("train_grpo.py", *grpo, "--artifact_prefix", "none", expect=2)
+    assert "no puzzle to train on has the outputs of its tests" in printed
