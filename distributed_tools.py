@@ -39,6 +39,7 @@ class _Together:
         group: of torch.distributed, over gloo.
         store: the launcher's, for failures.
         ending: set when this process ends by itself: its watcher leaves it alone.
+        code: that it ends with, once something has failed.
     """
 
     index: int
@@ -46,6 +47,7 @@ class _Together:
     group: Any
     store: Any
     ending: threading.Event = field(default_factory=threading.Event)
+    code: int = 0
 
 
 _together: _Together | None = None
@@ -94,6 +96,9 @@ def start() -> None:
         raise ValueError(f"{count} processes for {gpus} GPUs: start one for each (--nproc_per_node {gpus})")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        # Else accelerate names it cpu:0, cpu:1, ..., and transformers can load no checkpoint onto such a device.
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host; its name need not be known to any server
     PartialState(cpu=not cuda, timeout=TRAINING_TIMEOUT)
@@ -186,7 +191,10 @@ def fail(message: str, code: int) -> NoReturn:
     Raises:
         SystemExit: with the code.
     """
-    sys.exit(_report(lambda: print(message, file=sys.stderr, flush=True), code))
+    code = _report(lambda: print(message, file=sys.stderr, flush=True), code)
+    if _together is not None:
+        _together.code = code
+    sys.exit(code)
 
 
 def _report(show: Callable[[], None], code: int) -> int:
@@ -245,9 +253,11 @@ def _exit_now(code: int) -> None:
 
 
 def _end_quietly() -> None:
-    # The end of the program without `leave`: a dry run, or nothing to do.
-    if _together is None or _together.ending.is_set():
+    # The end of the program without `leave`: a dry run, or a failure, after which no library shall wait for the others.
+    if _together is None:
         return
+    if _together.ending.is_set():
+        _exit_now(_together.code)
     import torch
 
     _together.ending.set()

@@ -347,6 +347,8 @@ TORCH_WRITE = re.compile(r"PytorchStreamWriter failed|enforce fail at inline_con
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers, written in Rust, end their messages
 # A process that makes batches is gone: the kernel ended it to free memory, or it got a signal that was meant for all.
 WORKER_ENDED = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)", re.DOTALL)
+# A process that works on the same run is gone: gloo and NCCL tell the others so when they wait for it.
+PEER_ENDED = re.compile(r"Connection (closed|reset) by peer|remote process exited or there was a network error")
 MEASURING = ("evaluate", "evaluation_loop", "exact_match")  # functions that measure on held-out puzzles
 
 
@@ -412,6 +414,11 @@ def explain(
         return (
             f"a process that makes batches was ended while {doing}, by a signal or for lack of main memory "
             f"({_first_line(error)}).\nRun the command again, with fewer --dataloader_num_workers (now {workers})."
+        )
+    if isinstance(error, RuntimeError) and PEER_ENDED.search(str(error)):
+        return (
+            f"another process of this run was ended while {doing}, by a signal or for lack of main memory.\nRun the "
+            "command again."
         )
     if (number := _disk_error_number(error)) is not None:
         return _explain_disk(error, number, doing, Path(folder))

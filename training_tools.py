@@ -410,6 +410,7 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
         train = lazy_dataset(samples, planned_rows(run, data, batch_size(settings)) + 1)
         evaluation = lazy_dataset(heldout, len(heldout))
     arguments._n_gpu = 1  # one process uses one GPU, however many it sees
+    from transformers import TrainerCallback
 
     padded = copy.copy(collator)  # a measured loss is a mean over batches: they stay as they were
     if settings.padding_free:
@@ -439,7 +440,14 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
                 self.optimizer = optimizer_with_embedding_rate(self.model, self.args)
             return self.optimizer
 
+    class Continued(TrainerCallback):
+        """Tells the order its epoch: the trainer's own word gets lost where several processes skip what was trained."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            sampler.set_epoch(state.global_step // math.ceil(sampler.rows / batch_size(settings)))
+
     return StageTrainer(
+        callbacks=[Continued()],
         model=model,
         args=arguments,
         train_dataset=train,
@@ -810,7 +818,8 @@ class StageRun:
             if stage.parent == "prepared" and self.parent == _as_given(settings.base_model):
                 self.to_prepare = stage.prepared(settings)
             four_bit = ", base in 4 bits" if self.precision.load_in_4bit else ""
-            formats = f"{self.precision.engine}, {self.precision.dtype}{four_bit}"
+            several = f", {process_count()} processes" if process_count() > 1 else ""
+            formats = f"{self.precision.engine}, {self.precision.dtype}{four_bit}{several}"
             print(f"{stage.script}: {self.parent} -> {self.lora} ({formats})")
             print("versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
             if self.precision.load_in_4bit and read_manifest(self.parent).get("merged_onto") == "quantised":
