@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import datetime
 import os
+import signal
 import sys
 import threading
 import time
@@ -78,7 +79,8 @@ def start() -> None:
     """
     global _together
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    if _together is not None or count <= 1:
+    launched = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
+    if _together is not None or count <= 1 or not launched:
         return
     index = int(os.environ["RANK"])
     if index:
@@ -209,6 +211,9 @@ def _report(show: Callable[[], None], code: int) -> int:
     except RuntimeError:  # the launcher is gone, and its store
         first = True
     if first:
+        if threading.current_thread() is threading.main_thread():
+            # The launcher ends all when the first of the others has ended; what is to be tidied up here comes first.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not is_main():
             sys.stderr = sys.__stderr__
         with contextlib.suppress(OSError):

@@ -694,6 +694,7 @@ def memory_needs(
     optim: str,
     training: bool = True,
     merging: bool = True,
+    processes: int = 1,
 ) -> list[Need]:
     """Bytes of memory that training and merging need at least: weights and what belongs to them, no activations.
 
@@ -702,6 +703,7 @@ def memory_needs(
         engine, dtype, load_in_4bit: see `model_tools.Precision`.
         optim: the optimizer, in transformers' names.
         training, merging: which of them is still to be done.
+        processes: that train together, each with a model of its own; the bytes are those of one.
     """
     width = 4 if dtype == "float32" else 2
     # NF4: half a byte, and for each block of 64 a one-byte scale, which itself has a float32 scale for 256 of them.
@@ -714,6 +716,7 @@ def memory_needs(
             "frozen weights": math.ceil(linear + (frozen + counts.other) * width),
             "trained weights": 4 * counts.trained,
             "their gradients": 4 * counts.trained,
+            "what processes exchange": 4 * counts.trained if processes > 1 else 0,  # a copy of the gradients
             # A paged optimizer's state may be in main memory.
             "optimizer": 0 if "paged" in optim else _optimizer_bytes(counts, optim),
         }

@@ -409,7 +409,7 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
         )
         train = lazy_dataset(samples, planned_rows(run, data, batch_size(settings)) + 1)
         evaluation = lazy_dataset(heldout, len(heldout))
-    arguments._n_gpu = 1  # one process uses one GPU, however many it sees
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one GPU, however many it sees
     from transformers import TrainerCallback
 
     padded = copy.copy(collator)  # a measured loss is a mean over batches: they stay as they were
@@ -550,7 +550,7 @@ def grpo_trainer(
         mask_truncated_completions=False,  # a reply without an end earns nothing: it shall be unlearned, not overlooked
         use_vllm=False,
     )
-    arguments._n_gpu = 1  # one process uses one GPU, however many it sees
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one GPU, however many it sees
     arguments.embedding_learning_rate = settings.embedding_learning_rate
     optimizer = None  # trl makes it
     if set(settings.target_modules) & set(EMBEDDING_MODULES):
@@ -975,7 +975,7 @@ class StageRun:
             checkpoints_there=len(there),
             prepared=self.to_prepare is not None,
         )
-        memory = memory_needs(counts, **asdict(precision), optim=settings.optim)
+        memory = memory_needs(counts, **asdict(precision), optim=settings.optim, processes=process_count())
         free = read_free(settings.output_dir)
         if free.memory_name == "main memory":
             free = replace(free, memory=free.memory // process_count())  # each has a copy of the model
