@@ -75,7 +75,7 @@ def start() -> None:
     The others than the main process print nothing from then on, and each computes on the GPU of its number.
 
     Raises:
-        ValueError: more processes than GPUs, or on several hosts.
+        ValueError: more processes than GPUs, or on several hosts, or a model that is to be divided among them.
     """
     global _together
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -88,6 +88,12 @@ def start() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if int(os.environ.get("LOCAL_WORLD_SIZE", count)) != count:
         raise ValueError(f"{count} processes on several hosts: start all on one (--nnodes 1, --num_machines 1)")
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ValueError(
+                f"accelerate is configured for {name}, which divides the model; here each process has a whole one: start "
+                "with torchrun, or another configuration of accelerate"
+            )
     import torch
     from accelerate import PartialState
 
