@@ -91,8 +91,8 @@ def start() -> None:
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise ValueError(
-                f"accelerate is configured for {name}, which divides the model; here each process has a whole one: start "
-                "with torchrun, or another configuration of accelerate"
+                f"accelerate is configured for {name}, which divides the model; here each process has a whole one: "
+                "start with torchrun, or another configuration of accelerate"
             )
     import torch
     from accelerate import PartialState
