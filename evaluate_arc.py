@@ -13,12 +13,12 @@ On a laptop:    python evaluate_arc.py --config demo/demo_evaluate.yaml --models
 """
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from answer_tools import Replies, find_models
 from artifact_tools import OutputLock
+from distributed_tools import fail, is_main, wait_for_everyone
 from evaluation_tools import evaluate, load_puzzles, print_tables, write_results
 from inference_tools import RULES
 from run_guards import machine_errors
@@ -103,7 +103,9 @@ def main() -> None:
         keys, ids = puzzles.dataset.keys, puzzles.dataset.challenge
         print(f"{puzzles.source}: {len(keys):,} test inputs of {len(ids):,} puzzles")
         lock = OutputLock(Path(settings.output_dir), "evaluate_arc.py")
-        lock.acquire()
+        if is_main():
+            lock.acquire()
+        wait_for_everyone()
     try:
         with machine_errors("evaluating", {}, folder=settings.output_dir):
             results = evaluate(models, puzzles, settings)
@@ -111,8 +113,7 @@ def main() -> None:
             for path in write_results(results, puzzles.dataset, settings.output_dir):
                 print(path)
     except KeyboardInterrupt:
-        print("interrupted: the replies so far are kept; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+        fail("interrupted: the replies so far are kept; the same command goes on from there", 130)
     finally:
         lock.release()
 

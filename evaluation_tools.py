@@ -21,6 +21,7 @@ from arc_leaks import find_leaks
 from arc_loader import ArcDataset
 from artifact_tools import move_aside, versions
 from decoder_tools import UndecodableModelError
+from distributed_tools import gather, is_main, leave, share, wait_for_everyone
 from inference_tools import RULES, select
 from result_cache import UntrustedCacheError, cache_errors, open_cache
 from run_settings import user_errors
@@ -126,6 +127,9 @@ def _named(found: Sequence[str], most: int = 5) -> str:
 def evaluate(models: Sequence[Replies], puzzles: Puzzles, settings: Any) -> dict[str, Any]:
     """Evaluate models one after the other.
 
+    Of processes that work together each answers its own share, and all replies go into one cache; the main process
+    gets all answers, and the others end here.
+
     Args:
         models: what each of them replies; its cache is opened here.
         puzzles: see `load_puzzles`.
@@ -152,7 +156,11 @@ def evaluate(models: Sequence[Replies], puzzles: Puzzles, settings: Any) -> dict
     folder = settings.cache_dir or Path(settings.output_dir) / "cache"
     kinds = (UntrustedCacheError, UndecodableModelError, BlockingIOError)  # the last: another process has the cache
     with user_errors(), cache_errors(folder):
+        if not is_main():
+            wait_for_everyone()  # one process makes the cache, then all use it
         cache = open_cache(folder)
+        if is_main():
+            wait_for_everyone()
     with user_errors(kinds), cache_errors(folder), contextlib.closing(cache):
         for replies in models:
             replies.use_cache(cache)
@@ -172,8 +180,9 @@ def evaluate(models: Sequence[Replies], puzzles: Puzzles, settings: Any) -> dict
                     f"demonstration and count as unsolved; {shortened:,} views lost demonstrations, and {left_out:,} "
                     "did not fit and were left out"
                 )
-            seconds[name] = replies.seconds
+            seconds[name] = max(gather(replies.seconds))
             replies.close()
+    leave()
     evaluated = [replies.evaluated for replies in models]
     names = [model.name for model in evaluated]
     return {
@@ -207,9 +216,10 @@ def _advice(model: EvaluatedModel) -> str:
 def _answer_all(
     replies: Replies, dataset: ArcDataset, settings: Any, entries: dict[str, dict[str, Any]]
 ) -> dict[str, Answer]:
-    # The answers of one model, judged into the entries as they come.
+    # The answers of one model, judged into the entries as they come. Those of other processes come at the end.
     name, solved, judged = replies.evaluated.name, 0, 0
-    with progress(name, len(dataset.keys)) as bar:
+    own = dataset.select_puzzles(share(list(dataset.challenge)))
+    with progress(name, len(own.keys)) as bar:
 
         def report(key: str, answer: Answer) -> None:
             nonlocal solved, judged
@@ -219,7 +229,13 @@ def _answer_all(
                 bar.set_postfix_str(f"solved {solved} of {judged} ({solved / judged:.1%})")
             bar.update()
 
-        return answer_puzzles(replies, dataset, settings, report)
+        answers = answer_puzzles(replies, own, settings, report)
+    together: dict[str, Answer] = {}
+    for part in gather((answers, {key: entries[key][name] for key in own.keys})):
+        together |= part[0]
+        for key, entry in part[1].items():
+            entries[key][name] = entry
+    return {key: together[key] for key in dataset.keys}
 
 
 def _judge(answer: Answer, solution: np.ndarray | None, rule: str) -> dict[str, Any]:

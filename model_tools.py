@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arc_loader import find_reply_spans
+from distributed_tools import process_count
 from packing_tools import IGNORE_INDEX, pack_rows
 
 if TYPE_CHECKING:
@@ -139,6 +140,8 @@ class InputMaskingDataCollator:
             ValueError: as for a batch.
         """
         name = f"row {row['key']}" if row.get("key") is not None else "a row without a key"
+        if row.get("filler"):  # see training_tools.FilledSamples
+            return np.asarray(row["input_ids"], dtype=np.int64), np.zeros(len(row["input_ids"]), dtype=bool)
         if "input_ids" in row:
             ids = np.asarray(row["input_ids"], dtype=np.int64)
             if "reply_spans" not in row:
@@ -559,6 +562,7 @@ def load_model(path: str | Path, precision: Precision, max_seq_length: int = 204
     """
     tokenizer = load_tokenizer(path)
     if precision.engine == "unsloth":
+        import torch
         from unsloth import FastLanguageModel
 
         model, _ = FastLanguageModel.from_pretrained(
@@ -567,6 +571,7 @@ def load_model(path: str | Path, precision: Precision, max_seq_length: int = 204
             dtype=precision.torch_dtype,
             load_in_4bit=precision.load_in_4bit,
             trust_remote_code=False,
+            **({"device_map": {"": torch.cuda.current_device()}} if process_count() > 1 else {}),
         )
     else:
         model = _load_transformers(path, precision)
@@ -578,7 +583,8 @@ def _load_transformers(path: str | Path, precision: Precision) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Each of several processes has a GPU of its own.
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     quantised = {"quantization_config": quantization_config(precision)} if precision.load_in_4bit else {}
     model = AutoModelForCausalLM.from_pretrained(
         str(path),

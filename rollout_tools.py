@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distributed_tools import process_count, process_index
 from search_tools import sample_replies
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ def make_rollouts(
             rollout[0].update()
         done.update(step=step, calls=done["calls"] + 1 if step == done["step"] else 0)
         prompt_ids = tokenizer(prompts)["input_ids"]
-        number = len(prompts) * (step * CALLS + done["calls"])
+        # The numbers of all processes' completions follow each other, as one process would have them.
+        number = len(prompts) * (process_count() * (step * CALLS + done["calls"]) + process_index())
         replies = sample_replies(
             rollout[0].model, "transformers", tokenizer, [np.array(ids) for ids in prompt_ids],
             max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,

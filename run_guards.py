@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from distributed_tools import agree, fail, is_main, wait_for_everyone
 
 MARKER = "complete.json"  # in a checkpoint: the size in bytes of each of its files
 SAME_SIGNAL = 1.0  # seconds in which a second signal is the first one's copy: `timeout` and wrappers send it twice
@@ -87,6 +88,8 @@ class StopSignals:
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = signal.Signals(number), now
+            if not is_main():  # a launcher tells all its processes, and one of them says so
+                return
             how = "with a checkpoint" if self.saves else "without a checkpoint (they are off)"
             # Not print: the signal may have come in the middle of one, and streams are not to be entered twice.
             with contextlib.suppress(OSError):
@@ -96,6 +99,13 @@ class StopSignals:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.raise_signal(number)
+
+    def agree(self) -> bool:
+        """Whether a signal was received by any of the processes that work together; all note it then."""
+        [number] = agree(int(self.received or 0))
+        if number and self.received is None:
+            self.received = signal.Signals(number)
+        return self.received is not None
 
     def end_if_received(self, folder: str | Path) -> None:
         """After the training: end the program if it was stopped, as a program does that a signal ended.
@@ -110,8 +120,7 @@ class StopSignals:
             return
         kept = complete_checkpoints(folder, quiet=True)
         advice = f"the same command continues from {kept[0]}" if kept else "no checkpoint was written"
-        print(f"{self.received.name}: stopped; {advice}", file=sys.stderr)
-        sys.exit(128 + self.received)
+        fail(f"{self.received.name}: stopped; {advice}", 128 + self.received)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,9 +196,10 @@ def guard(
             # The last callback, so that it sees and overrules what the default ones decided about saving.
             last = state.global_step >= state.max_steps
             allowed = last or state.global_step % steps_between_saves_multiple == 0
-            stopping = signals.received is not None
+            stopping = signals.agree()
             if saves:
                 late = save_seconds is not None and time.monotonic() - self.saved_at >= save_seconds
+                late = bool(agree(late and is_main())[0])  # all save at the same step: by one clock
                 self.wanted = self.wanted or control.should_save or late or stopping or last
                 control.should_save = self.wanted and allowed
             if stopping and (allowed or not saves):
@@ -200,10 +210,13 @@ def guard(
                 check_weights_are_finite(trainer.model, state.global_step)
             if control.should_save:
                 # What a killed run left under that name is no part of what is written now.
-                shutil.rmtree(checkpoint_folder(args, state), ignore_errors=True)
+                if is_main():
+                    shutil.rmtree(checkpoint_folder(args, state), ignore_errors=True)
+                wait_for_everyone()  # each process writes a file into it
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.saved_at, self.wanted = time.monotonic(), False
+            wait_for_everyone()  # until the files of all are there
             if not args.should_save:  # another process of a distributed run does
                 return
             mark_complete(checkpoint_folder(args, state))
@@ -334,6 +347,8 @@ TORCH_WRITE = re.compile(r"PytorchStreamWriter failed|enforce fail at inline_con
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers, written in Rust, end their messages
 # A process that makes batches is gone: the kernel ended it to free memory, or it got a signal that was meant for all.
 WORKER_ENDED = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)", re.DOTALL)
+# A process that works on the same run is gone: gloo and NCCL tell the others so when they wait for it.
+PEER_ENDED = re.compile(r"Connection (closed|reset) by peer|remote process exited or there was a network error")
 MEASURING = ("evaluate", "evaluation_loop", "exact_match")  # functions that measure on held-out puzzles
 
 
@@ -375,8 +390,7 @@ def machine_errors(
         finished = [str(path) for path in artifacts if Path(path).exists()]
         if finished:
             lines.append(f"Finished, and not touched: {', '.join(finished)}.")
-        print("\n".join(lines), file=sys.stderr)
-        sys.exit(1)
+        fail("\n".join(lines), 1)
 
 
 def explain(
@@ -400,6 +414,11 @@ def explain(
         return (
             f"a process that makes batches was ended while {doing}, by a signal or for lack of main memory "
             f"({_first_line(error)}).\nRun the command again, with fewer --dataloader_num_workers (now {workers})."
+        )
+    if isinstance(error, RuntimeError) and PEER_ENDED.search(str(error)):
+        return (
+            f"another process of this run was ended while {doing}, by a signal or for lack of main memory.\nRun the "
+            "command again."
         )
     if (number := _disk_error_number(error)) is not None:
         return _explain_disk(error, number, doing, Path(folder))
@@ -675,6 +694,7 @@ def memory_needs(
     optim: str,
     training: bool = True,
     merging: bool = True,
+    processes: int = 1,
 ) -> list[Need]:
     """Bytes of memory that training and merging need at least: weights and what belongs to them, no activations.
 
@@ -683,6 +703,7 @@ def memory_needs(
         engine, dtype, load_in_4bit: see `model_tools.Precision`.
         optim: the optimizer, in transformers' names.
         training, merging: which of them is still to be done.
+        processes: that train together, each with a model of its own; the bytes are those of one.
     """
     width = 4 if dtype == "float32" else 2
     # NF4: half a byte, and for each block of 64 a one-byte scale, which itself has a float32 scale for 256 of them.
@@ -695,6 +716,7 @@ def memory_needs(
             "frozen weights": math.ceil(linear + (frozen + counts.other) * width),
             "trained weights": 4 * counts.trained,
             "their gradients": 4 * counts.trained,
+            "what processes exchange": 4 * counts.trained if processes > 1 else 0,  # a copy of the gradients
             # A paged optimizer's state may be in main memory.
             "optimizer": 0 if "paged" in optim else _optimizer_bytes(counts, optim),
         }

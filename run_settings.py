@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from distributed_tools import fail, start
 from model_tools import EMBEDDING_MODULES, LINEAR_MODULES
 
 # Settings that say where and how a run is done and watched, not what comes out of it.
@@ -168,8 +169,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def parse_settings(cls: type, argv: Sequence[str] | None = None) -> Any:
     """Parse flags (`--learning_rate 1e-4`) and an optional `--config file.yaml` into a settings dataclass.
 
-    Flags win over the file. Whatever is wrong is said in one message, with exit code 2.
+    Flags win over the file. Whatever is wrong is said in one message, with exit code 2. The first thing that a script
+    does: processes that a launcher started are joined here, so that only one of them prints.
     """
+    with user_errors():
+        start()  # before transformers, which keeps the stderr that it finds
     from transformers.hf_argparser import HfArgumentParser
 
     for stream in (sys.stdout, sys.stderr):
@@ -355,5 +359,4 @@ def user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> I
     except kinds as error:
         if os.environ.get("ARC_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"error: {error}", 2)

@@ -43,6 +43,16 @@ from artifact_tools import (
     stale_base,
     versions,
 )
+from distributed_tools import (
+    divide_batch,
+    fail,
+    gather,
+    is_main,
+    leave,
+    process_count,
+    share,
+    wait_for_everyone,
+)
 from merge_tools import PROBE, MergeError, describe_check, make_probe_rows, merge_and_check, record_probe
 from model_tools import (
     EMBEDDING_MODULES,
@@ -248,7 +258,7 @@ def report_masks(run: StageRun, data: StageData, collator: InputMaskingDataColla
     tokens = float(lengths.mean()) * len(data.samples) * epochs
     seed_rows = np.random.default_rng(settings.seed).permutation(len(data.samples))[:32]
     rows = data.samples.__getitems__(seed_rows.tolist())
-    seconds = estimate_seconds(run, tokens)
+    seconds = estimate_seconds(run, tokens) / process_count()
     print_mask_report(rows, collator, lengths=lengths, rows_per_epoch=len(data.samples), epochs=epochs, seconds=seconds)
     shortened = data.samples.shortened()
     if shortened:
@@ -296,12 +306,20 @@ class EpochSampler:
     """Rows of an epoch in a seeded order that depends on (seed, epoch) alone.
 
     Yields `epoch * rows + index`, so that a row number names its epoch: the views of an epoch are its own, in whatever
-    process a row is made.
+    process a row is made. Processes that work together take turns with whole forward passes: where those of an epoch do
+    not come out even, a number that stands for nothing to learn (see `FilledSamples`) makes up for it.
+
+    Args:
+        rows: of an epoch.
+        seed: of the order.
+        multiple_of: an epoch is filled up to a multiple of this.
+        filler: the number that it is filled up with.
     """
 
-    def __init__(self, rows: int, seed: int):
+    def __init__(self, rows: int, seed: int, multiple_of: int = 1, filler: int = -1):
         """See the class."""
         self.rows, self.seed, self.epoch = rows, seed, 0
+        self.fillers = [filler] * (-rows % multiple_of)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the trainer when an epoch begins."""
@@ -310,11 +328,47 @@ class EpochSampler:
     def __iter__(self) -> Iterator[int]:
         """Row numbers of the current epoch."""
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.rows)
-        return iter((self.epoch * self.rows + order).tolist())
+        return iter((self.epoch * self.rows + order).tolist() + self.fillers)
+
+    def __len__(self) -> int:
+        """Rows of one epoch, and what fills it up."""
+        return self.rows + len(self.fillers)
+
+
+class FilledSamples:
+    """Samples, and a row number beyond them that gives a short row of which nothing is learned.
+
+    So all processes have as many forward passes as the others, and no view is seen twice: the loss is a sum over the
+    learned tokens of all, to which such a row adds nothing.
+
+    Args:
+        samples: rows by number.
+        filler: the number, above those of the samples.
+    """
+
+    TOKENS = 8
+
+    def __init__(self, samples: TrainingSamples, filler: int):
+        """See the class."""
+        self.samples, self.filler = samples, filler
 
     def __len__(self) -> int:
         """Rows of one epoch."""
-        return self.rows
+        return len(self.samples)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """One row."""
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Rows by number; "filler" says which of them are none of the samples."""
+        made = self.samples.__getitems__([0 if row == self.filler else row for row in rows])
+        return [
+            {**row, "input_ids": row["input_ids"][: self.TOKENS], "reply_spans": row["reply_spans"][:0], "filler": True}
+            if number == self.filler
+            else {**row, "filler": False}
+            for number, row in zip(rows, made, strict=True)
+        ]
 
 
 def lazy_dataset(rows: Any, count: int) -> Any:
@@ -351,12 +405,18 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
         "include_num_input_tokens_seen": "non_padding",
         "prediction_loss_only": True,
     }
+    samples, sampler = data.samples, EpochSampler(len(data.samples), settings.seed)
+    if process_count() > 1:
+        filler = planned_rows(run, data, batch_size(settings))
+        together = arguments["per_device_train_batch_size"] * process_count()
+        samples = FilledSamples(data.samples, filler)
+        sampler = EpochSampler(len(data.samples), settings.seed, multiple_of=together, filler=filler)
     if precision.engine == "transformers":
         from transformers import Trainer, TrainingArguments
 
         base, arguments = Trainer, TrainingArguments(**arguments)
         arguments.embedding_learning_rate = settings.embedding_learning_rate
-        train, evaluation = data.samples, heldout
+        train, evaluation = samples, heldout
     else:
         from unsloth import UnslothTrainer, UnslothTrainingArguments
 
@@ -367,9 +427,10 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
             max_length=settings.max_seq_length,
             **arguments,
         )
-        train = lazy_dataset(data.samples, planned_rows(run, data, batch_size(settings)))
+        train = lazy_dataset(samples, planned_rows(run, data, batch_size(settings)) + 1)
         evaluation = lazy_dataset(heldout, len(heldout))
-    sampler = EpochSampler(len(data.samples), settings.seed)
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one GPU, however many it sees
+    from transformers import TrainerCallback
 
     padded = copy.copy(collator)  # a measured loss is a mean over batches: they stay as they were
     if settings.padding_free:
@@ -399,7 +460,14 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
                 self.optimizer = optimizer_with_embedding_rate(self.model, self.args)
             return self.optimizer
 
+    class Continued(TrainerCallback):
+        """Tells the order its epoch: the trainer's own word gets lost where several processes skip what was trained."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            sampler.set_epoch(state.global_step // math.ceil(sampler.rows / batch_size(settings)))
+
     return StageTrainer(
+        callbacks=[Continued()],
         model=model,
         args=arguments,
         train_dataset=train,
@@ -502,6 +570,7 @@ def grpo_trainer(
         mask_truncated_completions=False,  # a reply without an end earns nothing: it shall be unlearned, not overlooked
         use_vllm=False,
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one GPU, however many it sees
     arguments.embedding_learning_rate = settings.embedding_learning_rate
     optimizer = None  # trl makes it
     if set(settings.target_modules) & set(EMBEDDING_MODULES):
@@ -568,10 +637,11 @@ def common_arguments(run: StageRun) -> dict[str, Any]:
     import torch
 
     settings, precision = run.settings, run.precision
+    size, accumulation = divide_batch(settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
     arguments = {
         "output_dir": str(run.work),
-        "per_device_train_batch_size": settings.per_device_train_batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": accumulation,
         "num_train_epochs": settings.num_train_epochs,
         "max_steps": settings.max_steps,
         "learning_rate": settings.learning_rate,
@@ -596,7 +666,9 @@ def common_arguments(run: StageRun) -> dict[str, Any]:
         "run_name": run.lora.name,  # what W&B and others call the run
         "report_to": [] if settings.report_to == "none" else settings.report_to.split(","),
     }
-    if precision.engine == "transformers":
+    if process_count() > 1:
+        arguments["ddp_find_unused_parameters"] = False  # every step uses all of them
+    if precision.engine == "transformers" or process_count() > 1:
         arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     return arguments
 
@@ -612,6 +684,7 @@ def check_arguments(run: StageRun) -> None:
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
+    divide_batch(run.settings.per_device_train_batch_size, run.settings.gradient_accumulation_steps)
     if run.settings.compile_layers and run.precision.engine == "unsloth":
         raise ValueError("--compile_layers is for --engine transformers: Unsloth has compiled parts of its own")
     for name, known, usual in (
@@ -649,7 +722,7 @@ def watch(trainer: Any, run: StageRun, measure: Callable[[], dict[str, float]] |
             self.paused = 0.0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.path.is_file():
+            if self.path.is_file() and is_main():
                 # A continued run repeats the steps after its checkpoint: their lines are written anew.
                 kept = [r for r in read_metrics(self.path) if r["step"] <= state.global_step and state.global_step]
                 number = len(list(run.work.glob("metrics-*.jsonl")))
@@ -668,6 +741,8 @@ def watch(trainer: Any, run: StageRun, measure: Callable[[], dict[str, float]] |
             if "loss" in logs and tokens > before:
                 logs["tokens_per_s"] = round((tokens - before) / max(1e-9, now - begin - self.paused), 1)
                 self.seen, self.paused = (now, tokens), 0.0
+            if not is_main():
+                return
             record = {"step": state.global_step, "time": round(time.time(), 3), **logs}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({k: _plain(v) for k, v in record.items()}) + "\n")
@@ -708,8 +783,19 @@ def heldout_measure(model: Any, run: StageRun, data: StageData) -> Callable[[], 
     prompts = data.prompts(settings.eval_puzzles, settings.max_seq_length) if settings.eval_puzzles else []
     if not prompts or not settings.eval_steps:
         return None
-    size = settings.per_device_eval_batch_size
-    return lambda: exact_match(model, run.precision.engine, data.tokenizer, data.heldout, prompts, batch_size=size)
+    size, own = settings.per_device_eval_batch_size, share(prompts)
+
+    def measure() -> dict[str, float]:
+        if len(own) == len(prompts):
+            return exact_match(model, run.precision.engine, data.tokenizer, data.heldout, own, batch_size=size)
+        numbers = {}
+        if own:
+            numbers = exact_match(model, run.precision.engine, data.tokenizer, data.heldout, own, batch_size=size)
+        parts = gather((len(own), numbers))
+        names = parts[0][1]  # the main process always has a part
+        return {n: sum(count * part[n] for count, part in parts if count) / len(prompts) for n in names}
+
+    return measure
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -753,7 +839,8 @@ class StageRun:
             if stage.parent == "prepared" and self.parent == _as_given(settings.base_model):
                 self.to_prepare = stage.prepared(settings)
             four_bit = ", base in 4 bits" if self.precision.load_in_4bit else ""
-            formats = f"{self.precision.engine}, {self.precision.dtype}{four_bit}"
+            several = f", {process_count()} processes" if process_count() > 1 else ""
+            formats = f"{self.precision.engine}, {self.precision.dtype}{four_bit}{several}"
             print(f"{stage.script}: {self.parent} -> {self.lora} ({formats})")
             print("versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
             if self.precision.load_in_4bit and read_manifest(self.parent).get("merged_onto") == "quantised":
@@ -838,12 +925,17 @@ class StageRun:
             if self.settings.dry_run:
                 print("dry run: settings, data, model folder and masks are fine")
                 sys.exit(0)
-            self.lock.acquire()
-            try:
-                self._take_over(data)
-            except BaseException:
-                self.lock.release()
-                raise
+            wait_for_everyone()  # all have seen what is there before anything changes
+            if is_main():
+                self.lock.acquire()
+                try:
+                    self._take_over(data)
+                except BaseException:
+                    self.lock.release()
+                    raise
+            wait_for_everyone()
+            if self.to_prepare is not None:  # the main process has made it
+                self.parent, self.to_prepare = self.to_prepare, None
 
     def _take_over(self, data: StageData) -> None:
         # The first things that are written, once the output folder is this run's.
@@ -904,8 +996,10 @@ class StageRun:
             checkpoints_there=len(there),
             prepared=self.to_prepare is not None,
         )
-        memory = memory_needs(counts, **asdict(precision), optim=settings.optim)
+        memory = memory_needs(counts, **asdict(precision), optim=settings.optim, processes=process_count())
         free = read_free(settings.output_dir)
+        if free.memory_name == "main memory":
+            free = replace(free, memory=free.memory // process_count())  # each has a copy of the model
         # What a killed run left half-written makes room.
         left = [self.lora.with_name(self.lora.name + INCOMPLETE), self.merged.with_name(self.merged.name + INCOMPLETE)]
         left += [path for path in self.work.glob("checkpoint-*") if path not in there]
@@ -997,9 +1091,13 @@ class StageRun:
         )
 
     def save(self, model: Any, data: StageData) -> None:
-        """Write the adapter with its tokenizer, manifest, metrics, curves, and what the trained model answers."""
+        """Write the adapter with its tokenizer, manifest, metrics, curves, and what the trained model answers.
+
+        Of processes that trained together the main one does, and merges; the others end here.
+        """
         from report_tools import plot_metrics
 
+        leave()
         made = {
             "data_fingerprint": data.split.train.content_hash(),
             "made_from": self.made_from,
@@ -1023,6 +1121,7 @@ class StageRun:
 
         import torch
 
+        leave()
         try:
             with user_errors():
                 if self._is_merged():
@@ -1064,17 +1163,15 @@ class StageRun:
         except ValueError as error:  # an adapter that does not fit its base, or of a kind that cannot be merged
             if os.environ.get("ARC_TRACEBACK"):
                 raise
-            print(f"error: {self.lora} cannot be merged: {error}", file=sys.stderr)
-            sys.exit(2)
+            fail(f"error: {self.lora} cannot be merged: {error}", 2)
         except MergeError as error:
             if os.environ.get("ARC_TRACEBACK"):
                 raise
-            print(
+            fail(
                 f"error: the merge of {self.lora} failed its proof and was not kept: {error}\n"
                 "The adapter is as it was.",
-                file=sys.stderr,
+                1,
             )
-            sys.exit(1)
 
     def _is_merged(self) -> bool:
         # Whether the merge is there and is that of this adapter onto the base that is asked for.

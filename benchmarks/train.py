@@ -144,14 +144,13 @@ def common_flags(args: argparse.Namespace) -> list[str]:
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
 
 
-def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Stage 1 up to the end of its training."""
+def make_stage_1(flags: list[str]) -> tuple[Any, Any, Any]:
+    """Stage 1 up to where its training begins: its run, data and trainer."""
     import base_finetune
     from model_tools import InputMaskingDataCollator, add_lora, load_model
     from run_settings import parse_settings
     from training_tools import StageRun, load_data, lora_options, sft_trainer
 
-    flags = [*common_flags(args), *FLAGS[name], *shlex.split(args.ours)]
     settings = parse_settings(base_finetune.Settings, flags)
     run = StageRun(base_finetune.STAGE, settings)
     run.needs_training()
@@ -159,7 +158,12 @@ def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
     run.begin(data)
     model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
     model = add_lora(model, run.precision, **lora_options(settings))
-    trainer = sft_trainer(model, run, data, InputMaskingDataCollator(data.tokenizer, mask_inputs=False))
+    return run, data, sft_trainer(model, run, data, InputMaskingDataCollator(data.tokenizer, mask_inputs=False))
+
+
+def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Stage 1 up to the end of its training."""
+    _, _, trainer = make_stage_1([*common_flags(args), *FLAGS[name], *shlex.split(args.ours)])
     clock = Clock()
     watch_steps(trainer, clock)
     with profiled(trainer, args.warm_up, args.profile):

@@ -1,0 +1,305 @@
+"""Several processes of one host that do one run together: who writes, how all wait for each other, how all end.
+
+A launcher (torchrun, accelerate launch) starts a script once for each GPU. `start` joins these processes; from then on
+only the main one prints and writes. Where there is no launcher, everything here does what one process needs: nothing.
+
+The processes agree with each other through a group of their own over gloo, beside the one that training uses: waiting
+for a base to be prepared may take longer than a time-out of NCCL. A process that fails says so in the launcher's store,
+which a thread of each other process watches: so nobody waits for a process that is gone, and one message is printed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+POLL_SECONDS = 0.1  # between looks whether another process has failed
+REPORT_SECONDS = 10.0  # that a process which fails too gives the first one to print its message
+LONG = datetime.timedelta(days=7)  # for the group that only waits: the watcher ends a wait that is in vain
+TRAINING_TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange of gradients, as transformers has it
+# What launchers tell their processes; gone when a process works on alone, so that no library joins anything again.
+LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
+                    "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
+
+
+@dataclass
+class _Together:
+    """The processes that were joined.
+
+    Args:
+        index, count: of this process, and how many there are.
+        group: of torch.distributed, over gloo.
+        store: the launcher's, for failures.
+        ending: set when this process ends by itself: its watcher leaves it alone.
+        code: that it ends with, once something has failed.
+    """
+
+    index: int
+    count: int
+    group: Any
+    store: Any
+    ending: threading.Event = field(default_factory=threading.Event)
+    code: int = 0
+
+
+_together: _Together | None = None
+
+
+def process_count() -> int:
+    """How many processes do this run."""
+    return 1 if _together is None else _together.count
+
+
+def process_index() -> int:
+    """The number of this process, from 0: that of the main one."""
+    return 0 if _together is None else _together.index
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes."""
+    return process_index() == 0
+
+
+def start() -> None:
+    """Join the processes that a launcher started, once; does nothing without a launcher or with one process.
+
+    The others than the main process print nothing from then on, and each computes on the GPU of its number.
+
+    Raises:
+        ValueError: more processes than GPUs, or on several hosts, or a model that is to be divided among them.
+    """
+    global _together
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    launched = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
+    if _together is not None or count <= 1 or not launched:
+        return
+    index = int(os.environ["RANK"])
+    if index:
+        # For good, also for what libraries print; `fail` finds the real one.
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if int(os.environ.get("LOCAL_WORLD_SIZE", count)) != count:
+        raise ValueError(f"{count} processes on several hosts: start all on one (--nnodes 1, --num_machines 1)")
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ValueError(
+                f"accelerate is configured for {name}, which divides the model; here each process has a whole one: "
+                "start with torchrun, or another configuration of accelerate"
+            )
+    import torch
+    from accelerate import PartialState
+
+    device = int(os.environ["LOCAL_RANK"])
+    cuda = torch.cuda.is_available()
+    if cuda and count > torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        raise ValueError(f"{count} processes for {gpus} GPUs: start one for each (--nproc_per_node {gpus})")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        # Else accelerate names it cpu:0, cpu:1, ..., and transformers can load no checkpoint onto such a device.
+        os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host; its name need not be known to any server
+    PartialState(cpu=not cuda, timeout=TRAINING_TIMEOUT)
+    distributed = torch.distributed
+    group = distributed.new_group(backend="gloo", timeout=LONG)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    _together = _Together(index, count, group, distributed.PrefixStore(f"run {attempt}", store))
+    sys.excepthook = _report_uncaught
+    atexit.register(_end_quietly)
+    # Another connection: a store answers one question at a time.
+    watched = distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)
+    watched = distributed.PrefixStore(f"run {attempt}", watched)
+    threading.Thread(target=_watch, args=(watched, _together.ending), daemon=True, name="failures").start()
+
+
+def wait_for_everyone() -> None:
+    """Go on when all processes have come here."""
+    if _together is not None:
+        import torch
+
+        torch.distributed.barrier(group=_together.group)
+
+
+def agree(*numbers: int) -> tuple[int, ...]:
+    """The largest that any process gives, of each number; all processes get the same."""
+    if _together is None:
+        return numbers
+    import torch
+
+    values = torch.tensor(numbers, dtype=torch.int64)
+    torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX, group=_together.group)
+    return tuple(values.tolist())
+
+
+def gather(value: Any) -> list[Any]:
+    """What each process gives, in the order of their numbers; all processes get all of it.
+
+    Args:
+        value: anything that can be pickled; it comes from this program's own processes.
+    """
+    if _together is None:
+        return [value]
+    import torch
+
+    values: list[Any] = [None] * _together.count
+    torch.distributed.all_gather_object(values, value, group=_together.group)
+    return values
+
+
+def share(items: Sequence[Any]) -> list[Any]:
+    """This process's part of what all do together: every item is in one part, parts differ by one in length."""
+    return list(items[process_index() :: process_count()])
+
+
+def leave() -> None:
+    """Part from the other processes: when all have come here, the main one goes on alone and the others end.
+
+    Raises:
+        SystemExit: with 0, in all processes but the main one.
+    """
+    global _together
+    if _together is None:
+        return
+    import torch
+    from accelerate.state import AcceleratorState
+
+    wait_for_everyone()
+    main = is_main()
+    _together.ending.set()
+    _together = None
+    torch.distributed.destroy_process_group()
+    if not main:
+        sys.exit(0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    for name in list(os.environ):
+        if name in LAUNCH_VARIABLES or name.startswith("ACCELERATE_"):
+            del os.environ[name]
+    sys.excepthook = sys.__excepthook__
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print a message and end the program; of processes that fail together, the first prints and gives the code.
+
+    Args:
+        message: for stderr.
+        code: of the exit.
+
+    Raises:
+        SystemExit: with the code.
+    """
+    code = _report(lambda: print(message, file=sys.stderr, flush=True), code)
+    if _together is not None:
+        _together.code = code
+    sys.exit(code)
+
+
+def _report(show: Callable[[], None], code: int) -> int:
+    # Show what went wrong unless another process has; the code to end with.
+    if _together is None:
+        show()
+        return code
+    _together.ending.set()
+    store = _together.store
+    try:
+        first = store.add("failures", 1) == 1
+    except RuntimeError:  # the launcher is gone, and its store
+        first = True
+    if first:
+        if threading.current_thread() is threading.main_thread():
+            # The launcher ends all when the first of the others has ended; what is to be tidied up here comes first.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not is_main():
+            sys.stderr = sys.__stderr__
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        show()
+        with contextlib.suppress(RuntimeError):
+            store.set("code", str(code))
+        return code
+    # A launcher ends all as soon as one has ended: not before the message is there.
+    end = time.monotonic() + REPORT_SECONDS
+    with contextlib.suppress(RuntimeError):
+        while time.monotonic() < end:
+            if store.check(["code"]):
+                return int(store.get("code"))
+            time.sleep(POLL_SECONDS)
+    return code
+
+
+def _report_uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    code = 130 if issubclass(kind, KeyboardInterrupt) else 1
+    code = _report(lambda: sys.__excepthook__(kind, error, trace), code)
+    _exit_now(code)
+
+
+def _watch(store: Any, ending: threading.Event) -> None:
+    # End this process when another one has failed, wherever it is: it may wait for that one, in code of a library.
+    while not ending.wait(POLL_SECONDS):
+        try:
+            if not store.check(["code"]):
+                continue
+            code = int(store.get("code"))
+        except RuntimeError:
+            code = 1  # the launcher is gone
+        if not ending.is_set():
+            _exit_now(code)
+
+
+def _exit_now(code: int) -> None:
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def _end_quietly() -> None:
+    # The end of the program without `leave`: a dry run, or a failure, after which no library shall wait for the others.
+    if _together is None:
+        return
+    if _together.ending.is_set():
+        _exit_now(_together.code)
+    import torch
+
+    _together.ending.set()
+    torch.distributed.destroy_process_group()
+
+
+def divide_batch(size: int, accumulation: int, processes: int | None = None) -> tuple[int, int]:
+    """How a step's samples are divided, so that all processes together do as many as one process would.
+
+    The passes of a step are divided among the processes; where that leaves a remainder, smaller passes are made.
+
+    Args:
+        size: samples of a forward pass, as set: none will be larger.
+        accumulation: forward passes of a step, as set.
+        processes: default: those that there are.
+
+    Returns:
+        Samples of a forward pass and forward passes of a step, of each process.
+
+    Raises:
+        ValueError: the samples of a step cannot be divided evenly.
+    """
+    processes = process_count() if processes is None else processes
+    if accumulation % processes == 0:
+        return size, accumulation // processes
+    each, rest = divmod(size * accumulation, processes)
+    if rest:
+        raise ValueError(
+            f"the {size * accumulation} samples of a step (--per_device_train_batch_size {size} x "
+            f"--gradient_accumulation_steps {accumulation}) cannot be divided among {processes} processes: start a "
+            "number of processes that divides them, or change one of the two"
+        )
+    size = max(part for part in range(1, size + 1) if each % part == 0)
+    return size, each // size

@@ -1,0 +1,29 @@
+"""The benchmark of scale on tiny shapes: rows differ in what they say, several processes are measured as one."""
+
+import json
+
+import pytest
+from conftest import run
+
+
+def test_rows_are_measured_and_written(tmp_path):
+    results = tmp_path / "scale.json"
+    printed = run(
+        "benchmarks/scale.py", "--output_dir", tmp_path / "output", "--start_model", "tiny", "--models",
+        "--start_tokens", 128, "--tokens", 640, "--gpus", 2, "--start_lora_r", 8, "--lora_r",
+        "--tokens_per_step", 2560, "--tokens_per_pass", 1280, "--steps", 4, "--warm_up", 2,
+        "--flags", "--engine transformers --gradient_checkpointing false", "--results", results,
+    )  # fmt: skip
+    record = json.loads(results.read_text(encoding="utf-8"))
+    assert record["command"].startswith("python benchmarks/scale.py --output_dir") and record["versions"]["torch"]
+    start, two, long = record["rows"]
+    assert [row["name"] for row in record["rows"]] == ["start", "gpus 2", "tokens 640"]
+    assert (start["gpus"], two["gpus"], start["model"], start["lora_r"]) == (1, 2, "tiny", 8)
+    assert 100 < start["tokens_per_sample"] == two["tokens_per_sample"] <= 128 < 400 < long["tokens_per_sample"] <= 640
+    assert (start["samples_per_step"], long["samples_per_step"]) == (20, 4)
+    for row in record["rows"]:
+        # All processes' tokens: a step has as many whoever computes it.
+        tokens = row["tokens_per_s"] * row["step_ms"] / 1000
+        assert tokens == pytest.approx(row["samples_per_step"] * row["tokens_per_sample"], rel=0.1)
+        assert row["estimated_s"] > 0 and row["took_s"] == pytest.approx(4 * row["step_ms"] / 1000, rel=0.02)
+    assert "| gpus 2 | 2 |" in printed and results.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
