@@ -617,5 +617,5 @@ def progress(title: str, count: int) -> Iterator[Any]:
     """A progress bar that counts puzzles."""
     from tqdm import tqdm
 
-    with tqdm(total=count, desc=title, unit="puzzle", dynamic_ncols=True) as bar:
+    with tqdm(total=count, desc=title, unit="puzzle", dynamic_ncols=True, smoothing=0) as bar:
         yield bar

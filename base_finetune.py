@@ -5,7 +5,8 @@ Writes  OUTPUT/Llama-3.2-1B-prepared/ (vocabulary cut to one token per cell),
         OUTPUT/Llama-3.2-1B-Base-lora/ and -merged/.
 
 On a CUDA box:  python base_finetune.py --dataset_dir dataset
-On a laptop:    python base_finetune.py --config demo/demo.yaml --base_model demo/base --dataset_dir demo_dataset --output_dir demo/output
+On a laptop:    python base_finetune.py --config demo/demo.yaml --base_model demo/base --dataset_dir demo_dataset \
+                    --output_dir demo/output
 
 What is there already is not made again: with -lora there and -merged missing, only the merge runs.
 """

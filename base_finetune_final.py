@@ -4,7 +4,8 @@ Reads   OUTPUT/Llama-3.2-1B-Base-merged/ (or --base_model) and the task files in
 Writes  OUTPUT/Llama-3.2-1B-Final-lora/ and -merged/.
 
 On a CUDA box:  python base_finetune_final.py --dataset_dir dataset
-On a laptop:    python base_finetune_final.py --config demo/demo.yaml --dataset_dir demo_dataset
+On a laptop:    python base_finetune_final.py --config demo/demo.yaml --dataset_dir demo_dataset \
+                    --output_dir demo/output
 
 What is there already is not made again: with -lora there and -merged missing, only the merge runs.
 """

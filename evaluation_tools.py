@@ -226,7 +226,7 @@ def _answer_all(
             entry = entries[key][name] = _judge(answer, dataset[key]["solution"], settings.selection)
             if entry["correct"] is not None:
                 solved, judged = solved + any(entry["correct"]), judged + 1
-                bar.set_postfix_str(f"solved {solved} of {judged} ({solved / judged:.1%})")
+                bar.set_postfix_str(f"solved {solved} of {judged} ({solved / judged:.1%})", refresh=False)
             bar.update()
 
         answers = answer_puzzles(replies, own, settings, report)

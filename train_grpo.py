@@ -4,7 +4,8 @@ Reads   OUTPUT/Llama-3.2-1B-Final-merged/ (or --base_model) and the task files i
 Writes  OUTPUT/Llama-3.2-1B-Final-RL-lora/ and -merged/.
 
 On a CUDA box:  python train_grpo.py --dataset_dir dataset
-On a laptop:    python train_grpo.py --config demo/demo_grpo.yaml --dataset_dir demo_dataset
+On a laptop:    python train_grpo.py --config demo/demo_grpo.yaml --dataset_dir demo_dataset \
+                    --output_dir demo/output
 
 What is there already is not made again: with -lora there and -merged missing, only the merge runs.
 """

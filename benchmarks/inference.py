@@ -48,6 +48,7 @@ from search_tools import Reply, sample_replies, score_replies, search_replies
 if TYPE_CHECKING:
     import torch
 
+ROOT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")
 # By how much the log probability of a reply may differ between passes of another shape.
 ROUNDING = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.3}
@@ -566,7 +567,7 @@ def main() -> None:
     parser.add_argument("--load_in_4bit", choices=("true", "false"), default="false")
     parser.add_argument("--max_seq_length", type=int, default=1536)
     parser.add_argument("--peaked", action="store_true", help="impose replies, for weights that have learned nothing")
-    parser.add_argument("--results", type=Path, default=Path("inference.json"))
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "inference.json")
     args = parser.parse_args()
     if bool(args.challenges) != bool(args.solutions):
         parser.error("--challenges and --solutions go together")
@@ -618,13 +619,20 @@ def main() -> None:
         "        + 2 * weights * prompt tokens (in scoring: all tokens) / rate of matrix products"
     )
     viewed, found = first_views(puzzles, args.views), {place: [] for place in puzzles.prompts}
+
+    def write() -> None:  # part by part, so that a run that is stopped has something to show
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        args.results.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
     if "search" in parts:
         found, result["search"] = measure_search(model, viewed, first_views(warmup, args.views), device, args)
+        write()
     if "greedy" in parts:
         result["greedy"] = [row for rows in args.rows for row in measure_greedy(model, puzzles, device, rows)]
+        write()
     if "scoring" in parts:
         result["scoring"] = measure_scoring(model, viewed, found, device, args.score_batch_size)
-    args.results.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write()
     unexplained = sum(a["unexplained"] for a in result.get("search", {}).get("agreement", {}).values())
     if unexplained:
         sys.exit(

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -211,3 +211,24 @@ def test_the_dataset_type_of_a_chunk_is_the_loaders():
     ds = pretraining.draw_puzzles(np.random.default_rng(0), ["gravity"], 2, (2,), 4)
     assert isinstance(ds, ArcDataset)
     assert ds.keys == ["gravity-00000_0", "gravity-00001_0"]
+
+
+def test_the_demos_base_is_what_it_says_it_is():
+    """It is small, knows the families that it was trained on, and has not seen those that its record calls new."""
+    folder = ROOT / "demo" / "base"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 8_000_000
+    record = json.loads((folder / "make_base.json").read_text())
+    settings = Pretraining(**{
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in record["settings"].items()
+        if name in {field.name for field in dataclasses.fields(Pretraining)}
+    })  # fmt: skip
+    assert settings.pretrain_avoid == "demo_dataset"
+    new = set(record["pretraining"]["new_families"])
+    assert new == set(make_dataset.FAMILIES) - set(settings.pretrain_families) and len(new) >= 2
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    solved = pretraining.solved_by_family(model, tokenizer, settings, 30, families=("crop", "repeat", "border"))
+    assert solved["crop"] > 0.5 < solved["repeat"] and solved["border"] < 0.2
+    for family, share in solved.items():
+        assert share == pytest.approx(record["solved_of_fresh_puzzles"][family], abs=0.25)
