@@ -344,7 +344,7 @@ def print_tables(results: dict[str, Any]) -> None:
 
     def make(title: str) -> Table:
         table = Table(title=title, caption=f"models: {prefix}..." if prefix else None, box=box.SIMPLE_HEAD)
-        table.pad_edge = False
+        table.pad_edge = table.show_edge = False
         table.add_column("", no_wrap=True)
         for name in results["models"]:
             table.add_column(name[len(prefix) :], justify="right", overflow="fold")
@@ -368,8 +368,10 @@ def print_tables(results: dict[str, Any]) -> None:
         rules.add_row(rule, *(", ".join(pair) for pair in shares))
     # Names are text, whatever brackets and colons they hold.
     console = Console(markup=False, emoji=False, highlight=False)
-    console.print(table)
-    console.print(rules)
+    for one in (table, rules):
+        console.print()
+        console.print(one)
+    console.print()
 
 
 def _shared_prefix(names: Sequence[str]) -> str:
