@@ -334,7 +334,12 @@ TORCH_WRITE = re.compile(r"PytorchStreamWriter failed|enforce fail at inline_con
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers, written in Rust, end their messages
 # A process that makes batches is gone: the kernel ended it to free memory, or it got a signal that was meant for all.
 WORKER_ENDED = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)", re.DOTALL)
-MEASURING = ("evaluate", "evaluation_loop", "exact_match")  # functions that measure on held-out puzzles
+MEASURING = (
+    "evaluate",
+    "evaluation_loop",
+    "exact_match",
+    "greedy_answers",
+)  # functions that measure on held-out puzzles
 
 
 @contextlib.contextmanager
