@@ -7,7 +7,8 @@ adapter that solved most of them, and stops the training where
 - replies that are cut off, or that repeat themselves more than their solutions do, have clearly become more.
 
 Its state is part of each checkpoint (in trainer_state.json, with the best weights in a file beside the checkpoints), so
-that a run that was killed and continued decides as an uninterrupted one does.
+that a run that was killed and continued decides as an uninterrupted one does. Of several processes each measures the
+same puzzles with the same weights and reads the same gathered log, and so decides the same; one writes.
 """
 
 from __future__ import annotations
@@ -72,29 +73,32 @@ def has_fallen(best: Sequence[bool], now: Sequence[bool], level: float = FALL_LE
 
 
 def has_climbed(shares: Sequence[float], groups: float) -> bool:
-    """Whether the newest WINDOW of shares is clearly above the lowest one before it.
+    """Whether the mean over the newest WINDOW of shares is clearly above the lowest mean over as many before them.
 
     Clearly: by RISE at least, and by RISE_ERRORS standard errors. Completions of one prompt are alike, so the error is
-    that of so many prompts, not completions; three errors, because every log line asks anew and the lowest window was
-    chosen as the lowest.
+    that of so many prompts, not completions; three errors, because every log line asks anew and the lowest was chosen
+    as the lowest. Where there are fewer lines before the newest WINDOW, they count as the few that they are: a policy
+    that broke down in its first steps has one healthy line, which tells where it is of four groups or more.
 
     Args:
         shares: means from 0 to 1 of successive log lines, (lines,).
         groups: prompts of one log line.
     """
-    if len(shares) < 2 * WINDOW:
+    if len(shares) <= WINDOW:
         return False
-    newest, lowest = newest_and_lowest(shares)
+    newest, lowest, before = newest_and_lowest(shares)
     middle = (newest + lowest) / 2
     # The variance of numbers between 0 and 1 is highest where all are 0 or 1.
-    error = math.sqrt(max(0.0, 2 * middle * (1 - middle) / (WINDOW * groups)))
+    error = math.sqrt(max(0.0, middle * (1 - middle)) * (1 / WINDOW + 1 / before) / groups)
     return newest - lowest > max(RISE, RISE_ERRORS * error)
 
 
-def newest_and_lowest(shares: Sequence[float]) -> tuple[float, float]:
-    """Mean of the newest WINDOW of at least twice as many shares, and the lowest mean of one that ends before it."""
-    means = np.convolve(np.asarray(shares, dtype=float), np.full(WINDOW, 1 / WINDOW), mode="valid")
-    return float(means[-1]), float(means[:-WINDOW].min())
+def newest_and_lowest(shares: Sequence[float]) -> tuple[float, float, int]:
+    """Mean of the newest WINDOW of more shares than that, the lowest mean before them, and over how many that is."""
+    values = np.asarray(shares, dtype=float)
+    before = min(WINDOW, len(values) - WINDOW)
+    means = np.convolve(values[:-WINDOW], np.full(before, 1 / before), mode="valid")
+    return float(values[-WINDOW:].mean()), float(means.min()), before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,6 +152,7 @@ class PolicyGuard:
         self.best: dict[str, Any] | None = None
         self.reason: str | None = None
         self._weights: dict[str, Any] | None = None  # the best adapter's, in main memory
+        self._written: int | None = None  # the step whose weights are in their file
         self._now: dict[str, list[int]] | None = None  # the newest measurement, until it was judged
 
     def measure(self) -> dict[str, float]:
@@ -206,7 +211,7 @@ class PolicyGuard:
         state.log_history.append({**numbers, "step": 0})
         trainer.callback_handler.on_log(args, state, control, numbers)
         self._judge(0)
-        if len(self.prompts) < SMALLEST_FALL:
+        if len(self.prompts) < SMALLEST_FALL and state.is_world_process_zero:
             print(
                 f"note: a fall of the {len(self.prompts)} held-out puzzles that are measured cannot be clear: it takes "
                 f"{SMALLEST_FALL} lost ones (--eval_puzzles, --holdout_examples)"
@@ -217,9 +222,12 @@ class PolicyGuard:
             return
         self._judge(state.global_step)
         self._look_at_completions(state)
+        if state.global_step >= state.max_steps:
+            self.reason = None  # there is nothing left to stop
         state.stateful_callbacks[STATE] = self.state()
-        if self.reason and state.global_step < state.max_steps:
-            print(f"stopped after step {state.global_step}: {self.reason}")
+        if self.reason:
+            if state.is_world_process_zero:
+                print(f"stopped after step {state.global_step}: {self.reason}")
             control.should_training_stop = control.should_log = True
             control.should_save = self.run.settings.save_steps != 0
 
@@ -230,7 +238,7 @@ class PolicyGuard:
             return
         if self.best is None or _rank(now) >= _rank(self.best):
             self.best = {"step": step, **now}
-            self._weights = trained_weights(self.model)
+            self._weights, self._written = trained_weights(self.model), None
             return
         for name, words in (("solved", "are solved"), ("decodable", "get a grid as their answer")):
             best = self.best[name]
@@ -247,7 +255,7 @@ class PolicyGuard:
         for name, words in CLIMBING.items():
             shares = [line[name] for line in state.log_history if isinstance(line.get(name), (int, float))]
             if self.reason is None and has_climbed(shares, groups):
-                newest, lowest = newest_and_lowest(shares)
+                newest, lowest, _ = newest_and_lowest(shares)
                 self.reason = f"{words}: {newest:.0%} over the last {WINDOW} log lines, {lowest:.0%} at the best before"
 
     # -- state: what a continued run needs
@@ -266,7 +274,7 @@ class PolicyGuard:
             return
         path = self._path(self.best["step"])
         try:
-            self._weights = read_weights(path)
+            self._weights, self._written = read_weights(path), self.best["step"]
         except (OSError, ValueError) as error:
             print(f"note: the best adapter, of step {self.best['step']}, is lost ({error}): the search begins anew")
             self.best = None
@@ -278,9 +286,9 @@ class PolicyGuard:
         # Called before the checkpoint counts as complete: one that names a best adapter has its file.
         if self.best is None or self._weights is None:
             return
-        path = self._path(self.best["step"])
-        if not path.is_file():
-            write_weights(self._weights, path)
+        if self._written != self.best["step"]:  # a file of that name would be of a run that was killed before this one
+            write_weights(self._weights, self._path(self.best["step"]))
+            self._written = self.best["step"]
         named = {self.best["step"]}
         for checkpoint in complete_checkpoints(self.run.work, quiet=True):
             best = (stored_guard(checkpoint) or {}).get("best")
@@ -305,7 +313,7 @@ class PolicyGuard:
                 about |= {"step": self.best["step"], "heldout_solved": sum(self.best["solved"])}
         if about["step"] != last:
             load_weights(self.model, self._weights)
-        if self.best is not None:
+        if self.best is not None and trainer.is_world_process_zero():
             print(
                 f"kept: the adapter of step {about['step']} of {last}, which solves {about['heldout_solved']} of "
                 f"{about['heldout_puzzles']} held-out puzzles"

@@ -637,6 +637,7 @@ def disk_needs(
     optim: str,
     checkpoints: int,
     checkpoints_there: int = 0,
+    best: int = 0,
     adapter: bool = True,
     merged: bool = True,
     prepared: bool = False,
@@ -650,6 +651,7 @@ def disk_needs(
         checkpoints: most checkpoints that are kept (`save_total_limit`); one more is there while it is written. 0:
             none.
         checkpoints_there: complete checkpoints that take their space already.
+        best: copies of the trained weights that are kept beside the checkpoints (`policy_guards`), still to be made.
         adapter, merged, prepared: whether the adapter, the merged model and the prepared base are still to be made.
         tokenizer_bytes: of the tokenizer that each folder holds.
     """
@@ -659,6 +661,7 @@ def disk_needs(
     parts = {
         "prepared base": model if prepared else 0,
         f"{more} checkpoint{'s' if more != 1 else ''}": more * (one + _optimizer_bytes(counts, optim)),
+        "best adapters": best * 4 * counts.trained if checkpoints and adapter else 0,
         "adapter": one if adapter else 0,
         "merged model": model if merged else 0,
     }

@@ -125,7 +125,8 @@ def scan_prompts(model: Any, run: StageRun, data: StageData, max_completion_leng
             _scan_the_rest(rows, solved, sample, lambda: write_scan(path, made_for, rows, solved))
         seconds = time.perf_counter() - begin if done < len(rows) else 0.0
     scan = Scan(rows, np.array(solved, dtype=np.int64), settings.scan_samples, seconds)
-    print(scan.describe())
+    if PartialState().is_main_process:
+        print(scan.describe())
     return scan
 
 

@@ -868,11 +868,13 @@ class StageRun:
             r=settings.lora_r,
             vocabulary=None if self.to_prepare is None or settings.full_vocab else len(tokenizer),
         )
+        best = settings.save_total_limit + 1 if getattr(settings, "collapse_guard", False) else 0
         disk = disk_needs(
             counts,
             optim=settings.optim,
             checkpoints=0 if settings.save_steps == 0 or _is_last(there) else settings.save_total_limit,
             checkpoints_there=len(there),
+            best=max(0, best - len(list(self.work.glob("best-*.safetensors")))),
             prepared=self.to_prepare is not None,
         )
         memory = memory_needs(counts, **asdict(precision), optim=settings.optim)
