@@ -30,8 +30,8 @@ from training_tools import StageData, StageRun, batch_size
 STATE = "policy_guard"  # in trainer_state.json
 FALL_LEVEL = 0.01  # see `has_fallen`
 SMALLEST_FALL = math.ceil(-math.log2(FALL_LEVEL))  # puzzles that must be lost where none is gained
-WINDOW = 8  # log lines whose mean is compared
-RISE, RISE_ERRORS = 0.2, 3.0  # see `has_climbed`
+WINDOW, WINDOW_GROUPS = 8, 32  # log lines whose mean is compared, at least, and prompts in them, at least
+RISE, RISE_ERRORS = 0.2, 4.0  # see `has_climbed`
 # What climbs in a collapse, as trl and reward_tools name it in the log, in words.
 CLIMBING = {
     "completions/clipped_ratio": "completions cut off at the longest reply",
@@ -73,32 +73,48 @@ def has_fallen(best: Sequence[bool], now: Sequence[bool], level: float = FALL_LE
 
 
 def has_climbed(shares: Sequence[float], groups: float) -> bool:
-    """Whether the mean over the newest WINDOW of shares is clearly above the lowest mean over as many before them.
+    """Whether the newest shares are clearly above those at the start, or above all before them; see `climb`.
 
     Clearly: by RISE at least, and by RISE_ERRORS standard errors. Completions of one prompt are alike, so the error is
-    that of so many prompts, not completions; three errors, because every log line asks anew and the lowest was chosen
-    as the lowest. Where there are fewer lines before the newest WINDOW, they count as the few that they are: a policy
-    that broke down in its first steps has one healthy line, which tells where it is of four groups or more.
+    that of so many prompts, not completions. Four errors, because every log line asks anew: of simulated runs of 250
+    steps, four prompts each, in which nothing changes, 3% or fewer raise an alarm, even if all completions of a prompt
+    are alike. A policy that breaks down in its first steps has one healthy line, which counts as the one that it is.
 
     Args:
         shares: means from 0 to 1 of successive log lines, (lines,).
         groups: prompts of one log line.
     """
-    if len(shares) <= WINDOW:
-        return False
-    newest, lowest, before = newest_and_lowest(shares)
-    middle = (newest + lowest) / 2
-    # The variance of numbers between 0 and 1 is highest where all are 0 or 1.
-    error = math.sqrt(max(0.0, middle * (1 - middle)) * (1 / WINDOW + 1 / before) / groups)
-    return newest - lowest > max(RISE, RISE_ERRORS * error)
+    newest, befores = climb(shares, groups)
+    lines = window(groups)
+    for mean, before in befores:
+        pooled = (newest * lines + mean * before) / (lines + before)
+        # The variance of numbers between 0 and 1 is highest where all are 0 or 1.
+        error = math.sqrt(pooled * (1 - pooled) * (1 / lines + 1 / before) / groups) if 0 < pooled < 1 else 0.0
+        if newest - mean > max(RISE, RISE_ERRORS * error):
+            return True
+    return False
 
 
-def newest_and_lowest(shares: Sequence[float]) -> tuple[float, float, int]:
-    """Mean of the newest WINDOW of more shares than that, the lowest mean before them, and over how many that is."""
-    values = np.asarray(shares, dtype=float)
-    before = min(WINDOW, len(values) - WINDOW)
-    means = np.convolve(values[:-WINDOW], np.full(before, 1 / before), mode="valid")
-    return float(values[-WINDOW:].mean()), float(means.min()), before
+def window(groups: float) -> int:
+    """Log lines whose mean is compared: WINDOW, or as many as it takes for WINDOW_GROUPS prompts."""
+    return max(WINDOW, math.ceil(WINDOW_GROUPS / groups))
+
+
+def climb(shares: Sequence[float], groups: float) -> tuple[float, list[tuple[float, int]]]:
+    """Mean of the newest window of shares, and what it is compared with.
+
+    Args:
+        shares, groups: see `has_climbed`.
+
+    Returns:
+        The mean, and two times a mean of lines before that window with their number: the first ones, at most a window
+        of them, and all of them; nothing while there are none.
+    """
+    values, lines = np.asarray(shares, dtype=float), window(groups)
+    before = values[:-lines]
+    if not len(before):
+        return math.nan, []
+    return float(values[-lines:].mean()), [(float(p.mean()), len(p)) for p in (before[:lines], before)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,8 +271,9 @@ class PolicyGuard:
         for name, words in CLIMBING.items():
             shares = [line[name] for line in state.log_history if isinstance(line.get(name), (int, float))]
             if self.reason is None and has_climbed(shares, groups):
-                newest, lowest, _ = newest_and_lowest(shares)
-                self.reason = f"{words}: {newest:.0%} over the last {WINDOW} log lines, {lowest:.0%} at the best before"
+                newest, befores = climb(shares, groups)
+                lowest = min(mean for mean, _ in befores)
+                self.reason = f"{words}: {newest:.0%} over the last {window(groups)} log lines, {lowest:.0%} before"
 
     # -- state: what a continued run needs
 
