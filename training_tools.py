@@ -468,7 +468,8 @@ def grpo_trainer(
         reward_weights=reward_weights,
         mask_truncated_completions=False,  # a reply without an end earns nothing: it shall be unlearned, not overlooked
         use_vllm=settings.use_vllm,
-        vllm_max_model_length=settings.max_seq_length + max_completion_length,  # its cache is sized by it
+        # Its cache is sized by it; a prompt fits max_seq_length with its own reply, not with the longest one.
+        vllm_max_model_length=settings.max_seq_length + max_completion_length if settings.use_vllm else None,
     )
     arguments.embedding_learning_rate = settings.embedding_learning_rate
     optimizer = None  # trl makes it
@@ -483,9 +484,7 @@ def grpo_trainer(
         )  # fmt: skip
     prompts_per_step = batch_size(settings) // settings.num_generations
     rows = planned_rows(run, data, prompts_per_step)
-    if (
-        chosen is not None
-    ):  # as many rounds as the steps need; trl draws whole steps only, so that no row more is needed
+    if chosen is not None:  # as many rounds as the steps take: trl leaves a last, short batch of prompts out
         rows = len(chosen) * math.ceil(settings.max_steps * prompts_per_step / len(chosen))
     trainer = GRPOTrainer(
         model=model,
