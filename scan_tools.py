@@ -23,6 +23,7 @@ import numpy as np
 
 from arc_loader import seeded_rng
 from artifact_tools import fingerprint
+from decoder_tools import Work, halve_on_out_of_memory
 from inference_tools import can_become_grid, generate_replies
 from reward_tools import judge_components
 from run_guards import flush
@@ -30,7 +31,7 @@ from search_tools import sample_replies
 from training_tools import StageData, StageRun, batch_size
 
 CHUNK = 64  # prompts between two writes of the file: what a killed scan has to repeat
-ROWS = 64  # replies sampled at once, at least; halved where memory does not suffice
+ROWS = 128  # replies sampled at once; halved where memory does not suffice
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def sampler(
     settings, tokenizer = run.settings, data.tokenizer
     options = {name: data.format[name] for name in ("reply_end", "lines_sep")}
     seed = int(seeded_rng(settings.seed, "scan", "samples").integers(2**31))  # other draws than those of the training
-    engine, decoded = run.precision.engine, model
+    engine, decoded, work = run.precision.engine, model, Work()
     if settings.fast_rollouts:
         from rollout_tools import RolloutModel
 
@@ -209,20 +210,15 @@ def sampler(
     def sample(rows: Sequence[int]) -> list[int]:
         keys = [row["key"] for row in data.samples.__getitems__(rows)]
         prompts = [row["input_ids"] for row in data.encoder.encode(data.split.train, keys, reply=False)]
+        how = {"samples": settings.scan_samples, "temperature": settings.temperature, "work": work}
+        how |= {"max_new_tokens": max_completion_length, "batch_size": work.batch_size or ROWS}
         if engine == "transformers":
             found = sample_replies(
-                decoded, engine, tokenizer, prompts, max_new_tokens=max_completion_length,
-                samples=settings.scan_samples, temperature=settings.temperature, seed=seed, seeds=rows,
-                batch_size=max(ROWS, batch_size(settings)), hopeless=hopeless,
+                decoded, engine, tokenizer, prompts, seed=seed, seeds=rows, hopeless=hopeless, **how
             )  # fmt: skip
             replies = [[reply.tokens for reply in of_prompt] for of_prompt in found]
         else:
-            repeated = [prompt for prompt in prompts for _ in range(settings.scan_samples)]
-            flat = generate_replies(
-                decoded, engine, tokenizer, repeated, max_completion_length, batch_size(settings),
-                temperature=settings.temperature, seed=seed + int(rows[0]),
-            )  # fmt: skip
-            replies = [flat[i : i + settings.scan_samples] for i in range(0, len(flat), settings.scan_samples)]
+            replies = generate_samples(decoded, engine, tokenizer, prompts, seed=seed + int(rows[0]), **how)
         solved = []
         for key, of_prompt in zip(keys, replies, strict=True):
             texts = tokenizer.batch_decode(of_prompt, skip_special_tokens=False)
@@ -231,6 +227,41 @@ def sampler(
         return solved
 
     return sample
+
+
+def generate_samples(
+    model: Any,
+    engine: str,
+    tokenizer: Any,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    samples: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+    work: Work | None = None,
+) -> list[list[np.ndarray]]:
+    """Sampled replies to each prompt by the model's own `generate`, with as many rows at once as memory allows.
+
+    Args:
+        model, engine, tokenizer, prompts, max_new_tokens, temperature, seed: see `inference_tools.generate_replies`.
+        samples: replies to each prompt.
+        batch_size: replies sampled at once, to begin with.
+        work: told how many fitted, where memory ran out.
+
+    Returns:
+        For each prompt its replies, token ids (tokens,) each.
+    """
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+
+    def run(size: int) -> list[np.ndarray]:
+        return generate_replies(
+            model, engine, tokenizer, repeated, max_new_tokens, size, temperature=temperature, seed=seed
+        )
+
+    replies = halve_on_out_of_memory(run, batch_size, work)
+    return [replies[i : i + samples] for i in range(0, len(replies), samples)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,9 +9,13 @@ import tiny_models
 import torch
 from conftest import call
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
 
+import train_grpo
 from model_tools import Precision, add_lora, load_model
 from policy_guards import (
+    CLIMBING,
+    PolicyGuard,
     fall_probability,
     has_climbed,
     has_fallen,
@@ -22,6 +26,8 @@ from policy_guards import (
     write_weights,
 )
 from report_tools import plot_metrics, read_metrics
+from run_settings import parse_settings
+from training_tools import StageRun, load_data
 
 SMALL = (
     "--engine", "transformers", "--sizes", 2, "--perm", False, "--max_seq_length", 160, "--holdout_examples", 15,
@@ -201,7 +207,7 @@ def test_a_collapse_is_stopped_and_the_best_adapter_saved(tmp_path, policy):
 
 def test_a_run_that_was_killed_ends_with_the_same_best_adapter(tmp_path, policy):
     # A rate at which it changes much and does not break down at once; measured and saved at every step.
-    flags = (*policy, "--learning_rate", 0.005, "--max_steps", 6, "--eval_steps", 1, "--save_steps", 1)
+    flags = (*policy, "--learning_rate", 0.005, "--max_steps", 5, "--eval_steps", 1, "--save_steps", 1)
     flags = (*flags, "--save_total_limit", 9)
     code, printed = call("train_grpo", *flags, "--output_dir", tmp_path / "whole")
     assert code == 0, printed
@@ -209,19 +215,19 @@ def test_a_run_that_was_killed_ends_with_the_same_best_adapter(tmp_path, policy)
     work = artifact(tmp_path / "whole", "checkpoints")
     last = kept["last_step"]
     assert last >= 3
-    for killed_after in (1, last - 1):
-        output = tmp_path / f"killed-{killed_after}"
-        shutil.copytree(work, artifact(output, "checkpoints"))
-        for step in range(killed_after + 1, last + 1):
-            shutil.rmtree(artifact(output, "checkpoints") / f"checkpoint-{step}", ignore_errors=True)
-        # What the killed run had found after that checkpoint is not known to it.
-        for file in artifact(output, "checkpoints").glob("best-*.safetensors"):
-            if int(file.stem.split("-")[1]) > killed_after:
-                file.write_bytes(b"of another life")
-        code, printed = call("train_grpo", *flags, "--output_dir", output)
-        assert code == 0 and f"checkpoint-{killed_after}" in printed, printed
-        assert manifest(output) == kept
-        assert all(torch.equal(tensor, adapter(output)[name]) for name, tensor in saved.items())
+    killed_after = 2
+    output = tmp_path / "killed"
+    shutil.copytree(work, artifact(output, "checkpoints"))
+    for step in range(killed_after + 1, last + 1):
+        shutil.rmtree(artifact(output, "checkpoints") / f"checkpoint-{step}", ignore_errors=True)
+    # What the killed run had found after that checkpoint is not known to it.
+    for file in artifact(output, "checkpoints").glob("best-*.safetensors"):
+        if int(file.stem.split("-")[1]) > killed_after:
+            file.write_bytes(b"of another life")
+    code, printed = call("train_grpo", *flags, "--output_dir", output)
+    assert code == 0 and f"checkpoint-{killed_after}" in printed, printed
+    assert manifest(output) == kept
+    assert all(torch.equal(tensor, adapter(output)[name]) for name, tensor in saved.items())
     # Measurements decide what is kept: they may not change on the way.
     shutil.rmtree(artifact(output, "lora"))
     shutil.rmtree(artifact(output, "merged"))
@@ -248,13 +254,26 @@ def test_only_files_that_a_checkpoint_names_stay(tmp_path, policy):
     assert named <= there and len(there) <= 3  # the one of the checkpoint that went last may still be there
 
 
-def test_completions_that_are_cut_off_stop_it_where_nothing_is_held_out(tmp_path, policy):
-    flags = (*policy, *COLLAPSE, "--eval_steps", 0, "--save_steps", 0, "--output_dir", tmp_path)
-    code, printed = call("train_grpo", *flags)
-    assert code == 0, printed
-    kept = manifest(tmp_path)
-    assert kept["last_step"] < 30 and "completions cut off at the longest reply" in kept["stopped"]
-    assert kept["step"] == kept["last_step"] and kept["heldout_solved"] is None  # nothing says which was better
+@pytest.mark.parametrize("name", CLIMBING)
+def test_completions_that_break_down_stop_it_where_nothing_is_held_out(tmp_path, policy, name, capsys):
+    given = map(str, (*policy, "--eval_steps", 0, "--output_dir", tmp_path))
+    run = StageRun(train_grpo.STAGE, parse_settings(train_grpo.Settings, list(given)))
+    guard = PolicyGuard(None, run, load_data(run))
+    assert not guard.prompts
+    state, stopped = TrainerState(max_steps=60), []
+    for step in range(1, 61):
+        control = TrainerControl()
+        state.global_step = step
+        guard._end_step(None, state, control)
+        if control.should_training_stop:
+            assert control.should_save and control.should_log
+            stopped.append(step)
+            break
+        state.log_history.append({"step": step, "loss": 0.0, name: 0.05 if step < 30 else 0.9})
+    assert stopped and 32 <= stopped[0] <= 38  # 4 prompts a step: some steps are needed, not many
+    assert f"stopped after step {stopped[0]}: {CLIMBING[name]}" in capsys.readouterr().out
+    # The checkpoint says so to whoever continues.
+    assert guard.state() == {"best": None, "reason": guard.reason} == state.stateful_callbacks["policy_guard"]
 
 
 def test_without_the_guard_the_last_adapter_is_saved(tmp_path, policy):

@@ -13,10 +13,10 @@ from conftest import call
 import scan_tools
 import train_grpo
 from arc_loader import ArcDataset
-from inference_tools import generate_replies, longest_reply
+from inference_tools import longest_reply
 from model_tools import add_lora, load_model
 from run_settings import parse_settings
-from scan_tools import Scan, prompts_of_training, rows_to_scan, sampler, scan_prompts
+from scan_tools import Scan, generate_samples, prompts_of_training, rows_to_scan, sampler, scan_prompts
 from training_tools import PromptRows, StageRun, load_data, lora_options
 
 SMALL = (
@@ -133,23 +133,27 @@ def test_the_plain_copy_of_fast_rollouts_finds_the_same(tmp_path, policy):
 def test_a_models_own_generate_samples_the_same_distribution(tmp_path, policy):
     # The way of the Unsloth engine, on a model of transformers.
     model, run, data, longest = begun(tmp_path, policy)
-    coins = np.flatnonzero(kinds(data, np.arange(len(data.samples))) == "coin")[:1].repeat(400)
+    coins = np.flatnonzero(kinds(data, np.arange(len(data.samples))) == "coin")[:2]
     keys = [row["key"] for row in data.samples.__getitems__(coins.tolist())]
     prompts = [row["input_ids"] for row in data.encoder.encode(data.split.train, keys, reply=False)]
     state = torch.random.get_rng_state()
-    shares = []
+    drawn = []
     for seed in (1, 1, 2):
-        replies = generate_replies(
-            model, "transformers", data.tokenizer, prompts, longest, 100, temperature=0.5, seed=seed
-        )
-        shares.append([tuple(reply.tolist()) for reply in replies])
-    assert shares[0] == shares[1] != shares[2]
+        found = generate_samples(
+            model, "transformers", data.tokenizer, prompts, max_new_tokens=longest, samples=400, temperature=0.5,
+            seed=seed, batch_size=100,
+        )  # fmt: skip
+        assert [len(of_prompt) for of_prompt in found] == [400, 400]
+        drawn.append([tuple(reply.tolist()) for of_prompt in found for reply in of_prompt])
+    assert drawn[0] == drawn[1] != drawn[2]
     assert torch.equal(state, torch.random.get_rng_state())
     run.settings.scan_samples = 400
-    [solved] = sampler(model, run, data, longest)(coins[:1].tolist())
-    texts = data.tokenizer.batch_decode([list(reply) for reply in shares[0]])
-    own = sum(data.split.train.decode(t, "\n", key=keys[0], reply_end=data.format["reply_end"])[1] for t in texts)
-    assert abs(own - solved) < 4 * np.sqrt(2 * 400 * 0.25)  # four standard errors
+    for at, solved in enumerate(sampler(model, run, data, longest)(coins.tolist())):
+        texts = data.tokenizer.batch_decode([list(reply) for reply in drawn[0][400 * at : 400 * at + 400]])
+        decoded = [data.split.train.decode(t, "\n", key=keys[at], reply_end=data.format["reply_end"]) for t in texts]
+        assert abs(sum(correct for _, correct, _ in decoded) - solved) < 4 * np.sqrt(
+            2 * 400 * 0.25
+        )  # 4 standard errors
 
 
 def test_further_epochs_hold_the_chosen_puzzles_in_other_views(tmp_path, policy):
