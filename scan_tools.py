@@ -213,9 +213,7 @@ def sampler(
         how = {"samples": settings.scan_samples, "temperature": settings.temperature, "work": work}
         how |= {"max_new_tokens": max_completion_length, "batch_size": work.batch_size or ROWS}
         if engine == "transformers":
-            found = sample_replies(
-                decoded, engine, tokenizer, prompts, seed=seed, seeds=rows, hopeless=hopeless, **how
-            )  # fmt: skip
+            found = sample_replies(decoded, engine, tokenizer, prompts, seed=seed, seeds=rows, hopeless=hopeless, **how)
             replies = [[reply.tokens for reply in of_prompt] for of_prompt in found]
         else:
             replies = generate_samples(decoded, engine, tokenizer, prompts, seed=seed + int(rows[0]), **how)
