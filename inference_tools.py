@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,8 +24,11 @@ def generate_replies(
     prompts: Sequence[np.ndarray],
     max_new_tokens: int,
     batch_size: int = 8,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[np.ndarray]:
-    """Greedy replies to prompts.
+    """Greedy replies to prompts, or sampled ones, by the model's own `generate`.
 
     Args:
         model: a causal language model (in training or not: it is switched to decoding and back).
@@ -34,6 +37,8 @@ def generate_replies(
         prompts: token ids, each (tokens,).
         max_new_tokens: longest reply.
         batch_size: prompts decoded at once.
+        temperature: of the sampling; 0: greedy.
+        seed: of the sampling, which depends on prompts and batch size too. torch's own generators stay as they are.
 
     Returns:
         Token ids of each reply, in the prompts' order, end token included if there is one, without padding.
@@ -45,7 +50,11 @@ def generate_replies(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     device = next(model.parameters()).device
     end = tokenizer.eos_token_id
-    with decoding(model, engine):
+    # Explicit, because a model's own configuration may cut the distribution.
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    with decoding(model, engine), torch.random.fork_rng(enabled=bool(temperature)):
+        if temperature:
+            torch.manual_seed(seed)
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
             width = max(len(prompts[i]) for i in chosen)
@@ -58,7 +67,7 @@ def generate_replies(
                 input_ids=torch.from_numpy(ids).to(device),
                 attention_mask=torch.from_numpy(mask).to(device),
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                **(how or {"do_sample": False}),
                 eos_token_id=end,
                 pad_token_id=tokenizer.pad_token_id,
                 use_cache=True,
@@ -70,6 +79,47 @@ def generate_replies(
     return [reply for reply in replies if reply is not None]
 
 
+class GreedyAnswer(NamedTuple):
+    """A greedy reply and what it is worth.
+
+    Attributes:
+        tokens: int64 (tokens,), see `generate_replies`.
+        decodable: whether it is a grid.
+        solved: whether it is the solution.
+    """
+
+    tokens: np.ndarray
+    decodable: bool
+    solved: bool
+
+
+def greedy_answers(
+    model: Any,
+    engine: str,
+    tokenizer: Any,
+    dataset: ArcDataset,
+    prompts: Sequence[dict[str, Any]],
+    *,
+    batch_size: int,
+) -> list[GreedyAnswer]:
+    """Decode prompts greedily and compare with the solutions.
+
+    Args:
+        model, engine, tokenizer, batch_size: see `generate_replies`.
+        dataset: holds the solutions.
+        prompts: rows with "key" and "input_ids", as SampleEncoder gives them with reply=False.
+    """
+    options = format_options(tokenizer.eos_token)
+    longest = longest_reply(dataset, [row["key"] for row in prompts], tokenizer)
+    replies = generate_replies(model, engine, tokenizer, [row["input_ids"] for row in prompts], longest, batch_size)
+    answers = []
+    for row, reply in zip(prompts, replies, strict=True):
+        text = tokenizer.decode(reply, skip_special_tokens=False)
+        grid, correct, _ = dataset.decode(text, options["lines_sep"], key=row["key"], reply_end=options["reply_end"])
+        answers.append(GreedyAnswer(reply, grid is not None, correct is True))
+    return answers
+
+
 def exact_match(
     model: Any,
     engine: str,
@@ -79,26 +129,12 @@ def exact_match(
     *,
     batch_size: int,
 ) -> dict[str, float]:
-    """Decode prompts greedily and compare with the solutions.
-
-    Args:
-        model, engine, tokenizer, batch_size: see `generate_replies`.
-        dataset: holds the solutions.
-        prompts: rows with "key" and "input_ids", as SampleEncoder gives them with reply=False.
-
-    Returns:
-        `eval_exact_match` and `eval_decodable`, shares of the prompts.
-    """
-    options = format_options(tokenizer.eos_token)
-    longest = longest_reply(dataset, [row["key"] for row in prompts], tokenizer)
-    replies = generate_replies(model, engine, tokenizer, [row["input_ids"] for row in prompts], longest, batch_size)
-    solved = decodable = 0
-    for row, reply in zip(prompts, replies, strict=True):
-        text = tokenizer.decode(reply, skip_special_tokens=False)
-        grid, correct, _ = dataset.decode(text, options["lines_sep"], key=row["key"], reply_end=options["reply_end"])
-        decodable += grid is not None
-        solved += correct is True
-    return {"eval_exact_match": solved / len(prompts), "eval_decodable": decodable / len(prompts)}
+    """`eval_exact_match` and `eval_decodable`, shares of the prompts; see `greedy_answers`."""
+    answers = greedy_answers(model, engine, tokenizer, dataset, prompts, batch_size=batch_size)
+    return {
+        "eval_exact_match": sum(answer.solved for answer in answers) / len(answers),
+        "eval_decodable": sum(answer.decodable for answer in answers) / len(answers),
+    }
 
 
 def can_become_grid(text: str, lines_sep: str) -> bool:

@@ -396,6 +396,22 @@ def _unsloth_logits(engine: str) -> Iterator[None]:
             os.environ.pop(name) if before is None else os.environ.update({name: before})
 
 
+def log_probabilities(model: Any, engine: str, row: np.ndarray, positions: np.ndarray) -> torch.Tensor:
+    """What a model, in training or not, gives for the token after each of these positions of a row.
+
+    Args:
+        model: of any engine.
+        engine: "unsloth" or "transformers".
+        row: token ids (tokens,).
+        positions: rising, int (positions,).
+
+    Returns:
+        Natural logarithms, float64 (positions, vocabulary), on the CPU.
+    """
+    with decoding(model, engine), _unsloth_logits(engine):
+        return _log_probabilities(model, [row], [positions], engine)[0]
+
+
 def _answers(model: Any, probe: Probe, engine: str = "transformers") -> torch.Tensor:
     """Log probabilities at the probe's positions, float64 (rows, positions, vocabulary), on the CPU."""
     import torch

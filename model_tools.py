@@ -549,13 +549,16 @@ def quantization_config(precision: Precision) -> Any:
     )
 
 
-def load_model(path: str | Path, precision: Precision, max_seq_length: int = 2048) -> tuple[Any, Any]:
+def load_model(
+    path: str | Path, precision: Precision, max_seq_length: int = 2048, vllm_rank: int | None = None
+) -> tuple[Any, Any]:
     """Load a 16-bit model folder for training or decoding, quantised if `precision` says so.
 
     Args:
         path: a `-prepared` or `-merged` folder.
         precision: engine and formats, see `resolve_precision`.
         max_seq_length: the longest row in tokens (Unsloth sizes its tables by it).
+        vllm_rank: rank of the LoRA with which Unsloth's vLLM shall sample; None: without vLLM. Only for Unsloth.
 
     Returns:
         The model, on the first CUDA device if there is one, and the folder's tokenizer.
@@ -572,6 +575,7 @@ def load_model(path: str | Path, precision: Precision, max_seq_length: int = 204
             load_in_4bit=precision.load_in_4bit,
             trust_remote_code=False,
             **({"device_map": {"": torch.cuda.current_device()}} if process_count() > 1 else {}),
+            **({"fast_inference": True, "max_lora_rank": vllm_rank} if vllm_rank else {}),
         )
     else:
         model = _load_transformers(path, precision)

@@ -22,15 +22,28 @@ from urllib.parse import urlencode
 PANELS = (
     ("loss", ("loss", "eval_loss")),
     ("share of puzzles solved", ("eval_exact_match", "rewards/exact_match/mean")),
-    ("reward", ("reward",)),
+    ("reward", ("reward", "reward_std")),
+    (
+        "share of groups and completions",
+        ("frac_reward_zero_std", "completions/clipped_ratio", "completions/repetition_excess"),
+    ),
+    ("entropy, divergence (nats)", ("entropy", "kl", "eval_kl")),
     ("tokens per second", ("tokens_per_s",)),
 )
+COLUMNS = 3  # of the picture
 LABELS = {
     "loss": "training",
     "eval_loss": "held out",
     "eval_exact_match": "held out, greedy",
     "rewards/exact_match/mean": "training samples",
-    "reward": "mean reward",
+    "reward": "mean",
+    "reward_std": "spread (standard deviation)",
+    "frac_reward_zero_std": "groups without signal",
+    "completions/clipped_ratio": "completions cut off",
+    "completions/repetition_excess": "repetition beyond the solutions'",
+    "entropy": "entropy of the policy",
+    "kl": "KL to the start, training samples",
+    "eval_kl": "KL to the start, held out",
     "tokens_per_s": "training",
 }
 
@@ -47,7 +60,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def plot_metrics(metrics: str | Path, out: str | Path) -> None:
-    """Draw the curves of a metrics.jsonl into a PNG: loss, exact match, reward and speed, where there are any.
+    """Draw the curves of a metrics.jsonl into a PNG: those of PANELS of which there is any.
 
     Args:
         metrics: the file, one JSON object a line with "step" and numbers.
@@ -61,8 +74,12 @@ def plot_metrics(metrics: str | Path, out: str | Path) -> None:
         found = {n: [(r["step"], r[n]) for r in records if isinstance(r.get(n), (int, float))] for n in names}
         if any(found.values()):
             curves[title] = {n: points for n, points in found.items() if points}
-    figure = Figure(figsize=(4.5 * max(1, len(curves)), 3.2), layout="constrained")
-    axes = figure.subplots(1, max(1, len(curves)), squeeze=False)[0]
+    columns = min(COLUMNS, max(1, len(curves)))
+    rows = max(1, math.ceil(len(curves) / columns))
+    figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(curves) :]:
+        axis.set_axis_off()
     for axis, (title, lines) in zip(axes, curves.items(), strict=False):
         for name, points in lines.items():
             steps, values = zip(*points, strict=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distributed_tools import process_count, process_index
+from model_tools import EMBEDDING_MODULES, Precision
 from search_tools import sample_replies
 
 if TYPE_CHECKING:
@@ -122,6 +123,31 @@ def plain_class(kind: type) -> type:
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return getattr(sys.modules[name], kind.__name__)
+
+
+def check_vllm(precision: Precision, target_modules: Sequence[str]) -> None:
+    """Whether --use_vllm can work here.
+
+    Raises:
+        ValueError: no CUDA, no vLLM, or a model that it cannot take.
+    """
+    import torch
+
+    full = [name for name in EMBEDDING_MODULES if name in target_modules]
+    if importlib.util.find_spec("vllm") is None:
+        problem = "vLLM is not installed here: pip install vllm (with a version that trl supports), or --fast_rollouts"
+    elif not torch.cuda.is_available():
+        problem = "vLLM is used on CUDA devices only, and there is none"
+    elif precision.engine == "unsloth" and full:
+        problem = (
+            f"Unsloth's vLLM takes no adapter with matrices that are trained in full ({', '.join(full)}): leave them "
+            "out of --target_modules, or use --engine transformers"
+        )
+    elif precision.engine == "transformers" and precision.load_in_4bit:
+        problem = "trl hands vLLM plain weights, no quantised ones: --load_in_4bit false, or --engine unsloth"
+    else:
+        return
+    raise ValueError(f"--use_vllm: {problem}")
 
 
 def make_rollouts(

@@ -349,7 +349,8 @@ OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers, 
 WORKER_ENDED = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)", re.DOTALL)
 # A process that works on the same run is gone: gloo and NCCL tell the others so when they wait for it.
 PEER_ENDED = re.compile(r"Connection (closed|reset) by peer|remote process exited or there was a network error")
-MEASURING = ("evaluate", "evaluation_loop", "exact_match")  # functions that measure on held-out puzzles
+# Functions that measure on held-out puzzles.
+MEASURING = ("evaluate", "evaluation_loop", "exact_match", "greedy_answers")
 
 
 @contextlib.contextmanager
@@ -651,6 +652,7 @@ def disk_needs(
     optim: str,
     checkpoints: int,
     checkpoints_there: int = 0,
+    best: int = 0,
     adapter: bool = True,
     merged: bool = True,
     prepared: bool = False,
@@ -664,6 +666,7 @@ def disk_needs(
         checkpoints: most checkpoints that are kept (`save_total_limit`); one more is there while it is written. 0:
             none.
         checkpoints_there: complete checkpoints that take their space already.
+        best: copies of the trained weights that are kept beside the checkpoints (`policy_guards`), still to be made.
         adapter, merged, prepared: whether the adapter, the merged model and the prepared base are still to be made.
         tokenizer_bytes: of the tokenizer that each folder holds.
     """
@@ -673,6 +676,7 @@ def disk_needs(
     parts = {
         "prepared base": model if prepared else 0,
         f"{more} checkpoint{'s' if more != 1 else ''}": more * (one + _optimizer_bytes(counts, optim)),
+        "best adapters": best * 4 * counts.trained if checkpoints and adapter else 0,
         "adapter": one if adapter else 0,
         "merged model": model if merged else 0,
     }

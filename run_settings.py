@@ -138,7 +138,9 @@ class RunSettings(DataSettings):
 
 def course_settings(values: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what comes out of a training; of the batch only its size, however it is divided."""
-    course = {name: value for name, value in values.items() if name not in NOT_THE_COURSE}
+    # Where the best adapter is kept, by measurements, these decide which one that is.
+    deciding = ("eval_steps", "eval_puzzles") if values.get("collapse_guard") else ()
+    course = {name: value for name, value in values.items() if name not in NOT_THE_COURSE or name in deciding}
     parts = [course.pop(name, 1) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
     return course | {"samples_per_step": parts[0] * parts[1]}
 

@@ -10,25 +10,17 @@ On a laptop:    python train_grpo.py --config demo/demo_grpo.yaml --dataset_dir 
 What is there already is not made again: with -lora there and -merged missing, only the merge runs.
 """
 
-import functools
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from arc_loader import ArcDataset
 from artifact_tools import Stage
 from inference_tools import longest_reply
 from model_tools import LINEAR_MODULES, add_lora, load_model
-from run_settings import RunSettings, failed_checks, parse_settings, setting, user_errors
-from training_tools import (
-    StageRun,
-    grpo_trainer,
-    heldout_measure,
-    load_data,
-    lora_options,
-    report_prompts,
-    reward_functions,
-    watch,
-)
+from policy_guards import PolicyGuard
+from reward_tools import component_weights, reward_functions
+from rollout_tools import check_vllm
+from run_settings import WHOLE_FROM_1, RunSettings, failed_checks, parse_settings, setting, user_errors
+from scan_tools import scan_prompts
+from training_tools import StageRun, grpo_trainer, load_data, lora_options, report_prompts, watch
 
 STAGE = Stage("Final-RL", parent="Final", script="train_grpo.py", parent_script="base_finetune_final.py")
 
@@ -50,6 +42,7 @@ class Settings(RunSettings):
     fast_rollouts: bool = setting(
         False, "sample from a plain copy of the model in training: faster, with the memory of a second 16-bit model"
     )
+    use_vllm: bool = setting(False, "sample with vLLM, on a machine that has it")
     beta: float = setting(0.0, "weight of the KL divergence to the start; 0: none, and no reference pass")
     epsilon: float = setting(0.2, "the policy ratio is clipped below 1 - epsilon")
     epsilon_high: float = setting(0.28, "and above 1 + epsilon_high (DAPO's higher upper bound)")
@@ -58,11 +51,29 @@ class Settings(RunSettings):
     eval_steps: int = setting(50, "steps between measurements on the held-out puzzles; 0: never")
     reward_exact: float = setting(1.0, "reward of the exact grid")
     reward_cells: float = setting(0.1, "reward of a wrong grid of the right shape, times its share of right cells")
+    reward_shape: float = setting(0.0, "reward of a wrong grid of the right shape, besides")
+    reward_format: float = setting(0.0, "reward of any wrong grid, besides; what is no grid earns nothing")
+    skip_scan: bool = setting(False, "train on all prompts; else only on those that are solved sometimes, not always")
+    scan_samples: int = setting(8, "replies to each prompt that is scanned")
+    scan_prompts: int | None = setting(None, "prompts that are scanned; default: as many as the steps take")
+    collapse_guard: bool = setting(True, "keep the adapter that solves most held-out puzzles, and stop a collapse")
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """What replies earn, by the names of `reward_tools.component_weights`."""
+        return {
+            "reward_exact": self.reward_exact,
+            "reward_cells": self.reward_cells,
+            "reward_shape": self.reward_shape,
+            "reward_format": self.reward_format,
+        }
 
     def problems(self) -> list[str]:
         """What is wrong with these settings, one line each."""
         group, step = self.num_generations, self.per_device_train_batch_size * self.gradient_accumulation_steps
-        pays_most = 0 <= self.reward_cells < self.reward_exact < float("inf")
+        wrong = {name: value for name, value in self.rewards.items() if name != "reward_exact"}
+        pays_most = sum(wrong.values()) < self.reward_exact
+        below = "a number from 0, all rewards of wrong grids together below reward_exact: nothing pays as much"
         losses = ("dapo", "grpo", "dr_grpo", "bnpo")
         checks = {
             "num_generations": (group >= 2 and step % group == 0, f"2 or more that divide the {step} of a step"),
@@ -72,47 +83,13 @@ class Settings(RunSettings):
             "epsilon": (0 < self.epsilon < 1, "a share above 0 and below 1"),
             "epsilon_high": (0 < self.epsilon_high < float("inf"), "a number above 0"),
             "loss_type": (self.loss_type in losses, " or ".join(losses)),
-            "reward_cells": (pays_most, "from 0 to below reward_exact: nothing pays more than the exact grid"),
+            "scan_samples": (self.scan_samples >= 2, "a whole number from 2"),
+            "scan_prompts": (self.scan_prompts is None or self.scan_prompts >= 1, WHOLE_FROM_1),
+            "use_vllm": (not (self.use_vllm and self.fast_rollouts), "not beside --fast_rollouts: both sample"),
+            "reward_exact": (0 < self.reward_exact < float("inf"), "a number above 0"),
+            **{name: (value >= 0 and (pays_most or value == 0), below) for name, value in wrong.items()},
         }
         return failed_checks(self, checks)
-
-
-class Verdict(NamedTuple):
-    """What a reply earns, and whether it is exactly right."""
-
-    reward: float
-    exact: bool
-
-
-def judge_reply(
-    dataset: ArcDataset,
-    key: str,
-    reply: str,
-    *,
-    reply_end: str,
-    lines_sep: str = "\n",
-    reward_exact: float = 1.0,
-    reward_cells: float = 0.1,
-) -> Verdict:
-    """Reward of one reply: most for the exact grid, a little for cells of a right-shaped one, else nothing.
-
-    Args:
-        dataset: holds the solution.
-        key: the view that was asked for; the reply is mapped back through its transforms.
-        reply: the whole reply as text, its end token included. What does not decode strictly earns nothing.
-        reply_end: what a reply must end with: one without it was cut off and earns nothing.
-        lines_sep: between rows.
-        reward_exact, reward_cells: for the exact grid; for a wrong one of the right shape, times its right share.
-    """
-    grid, correct, _ = dataset.decode(reply, lines_sep, key=key, reply_end=reply_end)
-    if grid is None or correct is None:
-        return Verdict(0.0, False)
-    if correct:
-        return Verdict(reward_exact, True)
-    base_key, reply_number = dataset.get_base_key_and_reply_num(key)
-    solution = dataset.solutions[base_key][reply_number]
-    share = float((grid == solution).mean()) if grid.shape == solution.shape else 0.0
-    return Verdict(reward_cells * share, False)
 
 
 def main() -> None:
@@ -121,21 +98,30 @@ def main() -> None:
     run = StageRun(STAGE, settings)
     if run.needs_training():
         with user_errors():
+            if settings.use_vllm:
+                check_vllm(run.precision, settings.target_modules)
             data = load_data(run, solved_only=True)
             longest = longest_reply(data.split.train, data.split.train.keys, data.tokenizer)
             report_prompts(run, data, longest)
         run.begin(data)
         with run.machine_errors("loading the model"):
-            model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
+            vllm_rank = settings.lora_r if settings.use_vllm else None
+            model, _ = load_model(run.parent, run.precision, settings.max_seq_length, vllm_rank)
             model = add_lora(model, run.precision, **lora_options(settings))
-            weights = {"reward_exact": settings.reward_exact, "reward_cells": settings.reward_cells}
-            judge = functools.partial(judge_reply, data.split.train, reply_end=data.format["reply_end"], **weights)
-            rewards = reward_functions(judge, data.tokenizer)
-            trainer = grpo_trainer(model, run, data, rewards, reward_weights=[1.0, 0.0], max_completion_length=longest)
-            watch(trainer, run, heldout_measure(model, run, data))
+        with run.machine_errors("scanning the prompts"):  # LoRA adds nothing yet: this is stage 2's model
+            scan = scan_prompts(model, run, data, longest)
+        with run.machine_errors("loading the model"):
+            rewards = reward_functions(data.split.train, data.tokenizer, data.format)
+            trainer = grpo_trainer(
+                model, run, data, rewards, reward_weights=component_weights(**settings.rewards),
+                max_completion_length=longest, chosen=scan.chosen if scan else None,
+            )  # fmt: skip
+            policy = PolicyGuard(model, run, data)
+            watch(trainer, run, policy.measure if policy.prompts else None)
+            policy.attach(trainer)
         run.train(trainer, data)
-        run.save(model, data)
-        del model, trainer
+        run.save(model, data, scan=scan.counts() if scan else None, **policy.keep_best(trainer))
+        del model, trainer, policy
     run.merge()
 
 

@@ -485,14 +485,23 @@ def compile_layers(model: Any) -> None:
 
 
 class PromptRows:
-    """Prompts of the samples: row -> {"prompt": text, "key": view}, for trl's GRPOTrainer."""
+    """Prompts of the samples: row -> {"prompt": text, "key": view}, for trl's GRPOTrainer.
 
-    def __init__(self, data: StageData):
+    Args:
+        data: gives the samples.
+        chosen: rows of the first epoch that are used, int (rows,); None: all. Each further epoch holds the same puzzles
+            in the same symmetries, with colours and orders of its own.
+    """
+
+    def __init__(self, data: StageData, chosen: np.ndarray | None = None):
         """See the class."""
-        self.data = data
+        self.data, self.chosen = data, chosen
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Rows by number; a prompt leaves room for its reply within the longest row."""
+        if self.chosen is not None:
+            epochs, places = np.divmod(np.asarray(rows, dtype=np.int64), len(self.chosen))
+            rows = (epochs * len(self.data.samples) + self.chosen[places]).tolist()
         keys = [row["key"] for row in self.data.samples.__getitems__(rows)]
         tasks = [self.data.split.train.fmt_task(key, **self.data.format) for key in keys]
         return [{"prompt": task["input"], "key": task["key"]} for task in tasks]
@@ -511,30 +520,6 @@ def report_prompts(run: StageRun, data: StageData, max_completion_length: int) -
     )
 
 
-def reward_functions(judge: Callable[[str, str], Any], tokenizer: Any) -> list[Callable[..., list[float]]]:
-    """The reward, and the exact match beside it (to be logged with weight 0), as trl calls them.
-
-    Both read `completion_ids`: trl's decoded `completions` have lost their end tokens, so a reply that was cut off
-    would look like one that ended.
-
-    Args:
-        judge: given a view's key and a whole reply as text, returns an object with `reward` and `exact`.
-        tokenizer: decodes the ids, end tokens included.
-    """
-
-    def verdicts(completion_ids: list[list[int]], keys: list[str]) -> list[Any]:
-        replies = tokenizer.batch_decode(completion_ids, skip_special_tokens=False)
-        return [judge(key, reply) for key, reply in zip(keys, replies, strict=True)]
-
-    def grid_reward(completion_ids: list[list[int]], key: list[str], **_: Any) -> list[float]:
-        return [verdict.reward for verdict in verdicts(completion_ids, key)]
-
-    def exact_match(completion_ids: list[list[int]], key: list[str], **_: Any) -> list[float]:
-        return [float(verdict.exact) for verdict in verdicts(completion_ids, key)]
-
-    return [grid_reward, exact_match]
-
-
 def grpo_trainer(
     model: Any,
     run: StageRun,
@@ -543,6 +528,7 @@ def grpo_trainer(
     *,
     reward_weights: list[float],
     max_completion_length: int,
+    chosen: np.ndarray | None = None,
 ) -> Any:
     """trl's GRPOTrainer (patched by Unsloth on its engine) on the prompts of the samples.
 
@@ -553,6 +539,7 @@ def grpo_trainer(
         reward_functions: each takes `completion_ids` and `key` and returns a number for each completion.
         reward_weights: one for each function; 0 only logs.
         max_completion_length: tokens of the longest reply.
+        chosen: rows of the first epoch that are trained on, see `PromptRows`; None: all.
     """
     from trl import GRPOConfig, GRPOTrainer
 
@@ -568,7 +555,9 @@ def grpo_trainer(
         loss_type=settings.loss_type,
         reward_weights=reward_weights,
         mask_truncated_completions=False,  # a reply without an end earns nothing: it shall be unlearned, not overlooked
-        use_vllm=False,
+        use_vllm=settings.use_vllm,
+        # Its cache is sized by it; a prompt fits max_seq_length with its own reply, not with the longest one.
+        vllm_max_model_length=settings.max_seq_length + max_completion_length if settings.use_vllm else None,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one GPU, however many it sees
     arguments.embedding_learning_rate = settings.embedding_learning_rate
@@ -582,14 +571,16 @@ def grpo_trainer(
             model, data.tokenizer, dtype=precision.torch_dtype, max_new_tokens=max_completion_length,
             temperature=settings.temperature, seed=settings.seed,
         )  # fmt: skip
+    prompts_per_step = batch_size(settings) // settings.num_generations
+    rows = planned_rows(run, data, prompts_per_step)
+    if chosen is not None:  # as many rounds as the steps take: trl leaves a last, short batch of prompts out
+        rows = len(chosen) * math.ceil(settings.max_steps * prompts_per_step / len(chosen))
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=reward_functions,
         rollout_func=rollouts,
         args=arguments,
-        train_dataset=lazy_dataset(
-            PromptRows(data), planned_rows(run, data, batch_size(settings) // settings.num_generations)
-        ),
+        train_dataset=lazy_dataset(PromptRows(data, chosen), rows),
         optimizers=(optimizer, None),
         processing_class=data.tokenizer,
     )
@@ -989,11 +980,13 @@ class StageRun:
             r=settings.lora_r,
             vocabulary=None if self.to_prepare is None or settings.full_vocab else len(tokenizer),
         )
+        best = settings.save_total_limit + 1 if getattr(settings, "collapse_guard", False) else 0
         disk = disk_needs(
             counts,
             optim=settings.optim,
             checkpoints=0 if settings.save_steps == 0 or _is_last(there) else settings.save_total_limit,
             checkpoints_there=len(there),
+            best=max(0, best - len(list(self.work.glob("best-*.safetensors")))),
             prepared=self.to_prepare is not None,
         )
         memory = memory_needs(counts, **asdict(precision), optim=settings.optim, processes=process_count())
@@ -1049,10 +1042,11 @@ class StageRun:
         if checkpoint is not None:
             print(f"continuing from {checkpoint}")
             before = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-            if before["global_step"] == before["max_steps"]:
+            if _is_over(before):
                 # Training was done, only not saved yet. A trainer that resumes here would take one step more.
                 with self.machine_errors("loading the checkpoint"):
                     trainer._load_from_checkpoint(str(checkpoint))
+                    trainer.state = type(trainer.state)(**before)
                 return
         by_the_clock = self.settings.save_steps is None
         with self.machine_errors("training"), StopSignals() as signals:
@@ -1090,10 +1084,15 @@ class StageRun:
             artifacts=[self.stage.default_parent(self.settings), self.lora, self.merged],
         )
 
-    def save(self, model: Any, data: StageData) -> None:
+    def save(self, model: Any, data: StageData, **about: Any) -> None:
         """Write the adapter with its tokenizer, manifest, metrics, curves, and what the trained model answers.
 
         Of processes that trained together the main one does, and merges; the others end here.
+
+        Args:
+            model: the trained peft model.
+            data: what it was trained on.
+            about: what the manifest shall say besides.
         """
         from report_tools import plot_metrics
 
@@ -1101,6 +1100,7 @@ class StageRun:
         made = {
             "data_fingerprint": data.split.train.content_hash(),
             "made_from": self.made_from,
+            **about,
         }
         manifest = provenance(self.stage.name, self.stage.script, self.settings, **made)
         with self.machine_errors("saving the adapter"), new_folder(self.lora) as beside:
@@ -1225,7 +1225,14 @@ def _is_last(checkpoints: list[Path]) -> bool:
     if not checkpoints:
         return False
     state = json.loads((checkpoints[0] / "trainer_state.json").read_text(encoding="utf-8"))
-    return state["global_step"] == state["max_steps"]
+    return _is_over(state)
+
+
+def _is_over(state: dict[str, Any]) -> bool:
+    # Whether a training, by the state of its newest checkpoint, is done or was stopped for a reason (policy_guards).
+    guards = (state.get("stateful_callbacks") or {}).values()
+    stopped = any(isinstance(kept, dict) and kept.get("reason") for kept in guards)
+    return state["global_step"] == state["max_steps"] or stopped
 
 
 def _as_given(base_model: str | None) -> Path | str | None:

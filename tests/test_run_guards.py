@@ -733,6 +733,8 @@ def test_what_is_there_already_or_not_wanted_needs_no_room():
     counts = count_weights(tiny_model().config, target_modules=TARGETS, r=4)
     one = disk_needs(counts, optim="adamw_torch", checkpoints=2, checkpoints_there=2).parts
     assert "1 checkpoint" in one
+    best = disk_needs(counts, optim="adamw_torch", checkpoints=2, best=3).parts
+    assert best["best adapters"] == 3 * 4 * counts.trained
     assert set(disk_needs(counts, optim="adamw_torch", checkpoints=0, adapter=False).parts) == {"merged model"}
     assert set(disk_needs(counts, optim="adamw_torch", checkpoints=0, merged=False).parts) == {"adapter"}
 

@@ -102,7 +102,8 @@ def test_the_log_shows_data_masks_and_numbers(chained):
     assert losses[-1] < losses[0]
     assert (artifact(output, "Final-lora") / "loss.png").read_bytes()[:4] == b"\x89PNG"
     grpo = [json.loads(x) for x in (artifact(output, "Final-RL-lora") / "metrics.jsonl").read_text().splitlines()]
-    assert {"reward", "rewards/grid_reward/mean", "rewards/exact_match/mean"} <= set(grpo[0])
+    assert {"reward", "rewards/exact_match/mean", "rewards/cell_accuracy/mean"} <= set(grpo[1])
+    assert [r["step"] for r in grpo if "eval_exact_match" in r] == [0, 2]  # stage 3 measures its start too
 
 
 def test_the_manifest_says_how_an_artifact_was_made(chained):

@@ -1,6 +1,7 @@
 """Models and tokenizers small enough for any machine, for the tests of what is done with them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from transformers import (
 )
 
 import model_tools
-from arc_loader import format_options
+from arc_loader import ArcDataset, format_options
 from arc_samples import SampleEncoder
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|eom_id|>", "<|eot_id|>"]
@@ -117,13 +118,13 @@ def train_a_little(model, precision, ids, steps=12, rate=1e-2):
     return float(loss.detach())
 
 
-def teach_format(folder, dataset, steps=60):
+def teach_format(folder, dataset, steps=60, rate=5e-3):
     """Train a model folder, in float32 and on one batch after the other, until most of its replies are grids."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
     rng = np.random.default_rng(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
     model.train()
     for _ in range(steps):
         rows = encoder.encode(dataset, [dataset.keys[i] for i in rng.integers(0, len(dataset.keys), 8)])
@@ -136,3 +137,34 @@ def teach_format(folder, dataset, steps=60):
         optimizer.zero_grad()
     model.save_pretrained(folder)
     return folder
+
+
+def taught_policy(folder):
+    """A policy for reinforcement learning, taught in seconds, and its dataset of grids of one cell.
+
+    Inputs of 3 and 4 have the answer 1, which it always gives ("sure"); those of 5 have 1 or 2 at random, of which it
+    gives either half of the time ("coin"); those of 7 have the answer 8, for which it was taught 9 ("never").
+
+    Returns:
+        The dataset's folder and the model's, to be used with --perm false and --sizes 2.
+    """
+    rng = np.random.default_rng(0)
+
+    def tasks(never):
+        return {
+            "sure": [{"input": [[3 + i % 2]], "output": [[1]]} for i in range(90)],
+            "coin": [{"input": [[5]], "output": [[int(rng.integers(1, 3))]]} for _ in range(90)],
+            "never": [{"input": [[7]], "output": [[never]]} for _ in range(45)],
+        }
+
+    folders = {}
+    for name, never in (("dataset", 8), ("lessons", 9)):
+        folders[name] = Path(folder) / name
+        folders[name].mkdir()
+        for task, pairs in tasks(never).items():
+            (folders[name] / f"{task}.json").write_text(json.dumps(pairs))
+    lessons = ArcDataset.load_from_local_json(folders["lessons"], sizes=(2,), seed=1)
+    policy = prepared_base(Path(folder))
+    for steps, rate in ((150, 5e-3), (200, 1e-3), (50, 2e-4)):
+        teach_format(policy, lessons, steps, rate)
+    return folders["dataset"], policy
