@@ -21,9 +21,9 @@ BIN := $(VENV)/bin
 # Named by what was installed: another requirements file or PyTorch is another stamp, whatever the files' times say.
 STAMP := $(VENV)/.installed-$(shell { cat requirements-cpu.txt; echo '$(TORCH) $(TORCH_INDEX)'; } | cksum | cut -d' ' -f1)
 
-# Tests: two processes, each file in one of them, so that what a file's tests share is made once.
+# Tests: two processes, each file in one of them, so that what its tests share is made once; the order is conftest.py's.
 WORKERS ?= 2
-PYTEST_FLAGS ?= -q -n $(WORKERS) --dist loadfile
+PYTEST_FLAGS ?= -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # More threads than cores slow small models down manyfold: with two workers, one each.
 TEST_THREADS ?= $(if $(filter 0 1,$(WORKERS)),2,1)
 
