@@ -127,7 +127,7 @@ def test_files_that_documents_name_exist():
 LANGUAGES = {"bash", "python", "json", "text"}
 STAGE_FLAGS = ["--max_steps", "2", "--eval_puzzles", "1", "--eval_steps", "2", "--logging_steps", "1"]
 SMALL_FLAGS = {
-    "base_finetune.py": ["--base_model", "demo/base", *STAGE_FLAGS],
+    "base_finetune.py": ["--base_model", "small_base", *STAGE_FLAGS],
     "base_finetune_final.py": STAGE_FLAGS,
     "train_grpo.py": [*STAGE_FLAGS, "--per_device_eval_batch_size", "2"],
     "evaluate_arc.py": ["--puzzles", "2", "--views", "2", "--max_new_tokens", "40"],
@@ -201,15 +201,15 @@ def make_folder(to):
     (to / "demo").mkdir(parents=True)
     for path in (ROOT / "Makefile", *ROOT.glob("requirements*.txt"), *ROOT.glob("demo/*.yaml")):
         shutil.copy(path, to / path.relative_to(ROOT))
-    shutil.copytree(ROOT / "demo" / "base", to / "demo" / "base")
     (to / ".venv").symlink_to(sys.prefix)
     return to
 
 
 def make_inputs(folder):
-    """What a reader brings: re-arc's output, official puzzles, and the competition's files."""
-    from demo import make_dataset
+    """What a reader brings: weights (tiny ones), re-arc's output, official puzzles, and the competition's files."""
+    from demo import make_base, make_dataset
 
+    make_base.main(["--out", str(folder / "small_base")])
     generated = folder / "generated"
     make_dataset.main(["--out", str(generated), "--tasks_per_family", "1", "--examples", "60", "--max_side", "4"])
     tasks = folder / "re_arc" / "tasks"
