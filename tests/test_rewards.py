@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_collator import character_tokenizer
 
@@ -113,13 +113,17 @@ def test_what_follows_the_end_neither_pays_nor_costs(after):
 
 @settings(deadline=None, max_examples=300)
 @given(st.text(alphabet="0123456789\n$ x٣²", max_size=40))
+@example("\n\n$")  # rows without cells
+@example("1" * 30 + "\n$")
+@example("1" * 31 + "\n$")  # wider than any grid
 def test_only_rows_of_digits_that_end_earn_anything(reply):
     components = judge_components(DATASET, "a_0", reply, reply_end="\n$")
     assert list(components) == sorted(components)  # each includes the one before it
     body, end, _ = reply.partition("\n$")
     rows = body.split("\n")
-    is_grid = bool(end) and len({len(row) for row in rows}) == 1 and set("".join(rows)) <= set("0123456789") and body
-    assert components.well_formed == bool(is_grid)
+    same_length = len({len(row) for row in rows}) == 1 and 1 <= len(rows[0]) <= 30 and len(rows) <= 30
+    is_grid = bool(end) and same_length and set("".join(rows)) <= set("0123456789")
+    assert components.well_formed == is_grid
 
 
 def test_no_wrong_reply_earns_what_the_exact_one_does():
