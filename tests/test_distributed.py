@@ -280,10 +280,11 @@ fail("what is wrong with all", 2)
 STOPPED = """
 import sys, time
 sys.path.insert(0, ROOT)
-from distributed_tools import start
+from distributed_tools import start, wait_for_everyone
 from run_guards import StopSignals
 start()
 with StopSignals() as signals:
+    wait_for_everyone()  # or the signal could come before the other process looks for it
     print("working", flush=True)
     while not signals.agree():
         time.sleep(0.02)
