@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from artifact_tools import Stage
 from model_tools import InputMaskingDataCollator, add_lora, load_model
 from run_settings import RunSettings, parse_settings, setting, user_errors
-from training_tools import StageRun, heldout_measure, load_data, lora_options, report_masks, sft_trainer, watch
+from trainer_tools import heldout_measure, sft_trainer, watch
+from training_tools import StageRun, load_data, lora_options, report_masks
 
 STAGE = Stage("Base", parent="prepared", script="base_finetune.py", parent_script="base_finetune.py")
 

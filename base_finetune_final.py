@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from artifact_tools import Stage
 from model_tools import InputMaskingDataCollator, add_lora, load_model
 from run_settings import RunSettings, failed_checks, parse_settings, setting, user_errors
-from training_tools import StageRun, heldout_measure, load_data, lora_options, report_masks, sft_trainer, watch
+from trainer_tools import heldout_measure, sft_trainer, watch
+from training_tools import StageRun, load_data, lora_options, report_masks
 
 STAGE = Stage("Final", parent="Base", script="base_finetune_final.py", parent_script="base_finetune.py")
 

@@ -140,7 +140,7 @@ class InputMaskingDataCollator:
             ValueError: as for a batch.
         """
         name = f"row {row['key']}" if row.get("key") is not None else "a row without a key"
-        if row.get("filler"):  # see training_tools.FilledSamples
+        if row.get("filler"):  # see trainer_tools.FilledSamples
             return np.asarray(row["input_ids"], dtype=np.int64), np.zeros(len(row["input_ids"]), dtype=bool)
         if "input_ids" in row:
             ids = np.asarray(row["input_ids"], dtype=np.int64)

@@ -25,7 +25,7 @@ from inference_tools import GreedyAnswer, greedy_answers
 from merge_tools import log_probabilities
 from reward_tools import repetition
 from run_guards import complete_checkpoints, flush
-from training_tools import StageData, StageRun, batch_size
+from training_tools import StageData, StageRun
 
 STATE = "policy_guard"  # in trainer_state.json
 FALL_LEVEL = 0.01  # see `has_fallen`
@@ -267,7 +267,7 @@ class PolicyGuard:
 
     def _look_at_completions(self, state: Any) -> None:
         settings = self.run.settings
-        groups = settings.logging_steps * batch_size(settings) / settings.num_generations
+        groups = settings.logging_steps * settings.samples_per_step / settings.num_generations
         for name, words in CLIMBING.items():
             shares = [line[name] for line in state.log_history if isinstance(line.get(name), (int, float))]
             if self.reason is None and has_climbed(shares, groups):

@@ -135,6 +135,11 @@ class RunSettings(DataSettings):
     report_to: str = setting("none", "none, tensorboard, wandb, ...")
     dataloader_num_workers: int = setting(0, "processes that make batches ahead; 0: the main one does")
 
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of one optimizer step."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
 
 def course_settings(values: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what comes out of a training; of the batch only its size, however it is divided."""

@@ -28,7 +28,7 @@ from inference_tools import can_become_grid, generate_replies
 from reward_tools import judge_components
 from run_guards import flush
 from search_tools import sample_replies
-from training_tools import StageData, StageRun, batch_size
+from training_tools import StageData, StageRun
 
 CHUNK = 64  # prompts between two writes of the file: what a killed scan has to repeat
 ROWS = 128  # replies sampled at once; halved where memory does not suffice
@@ -135,7 +135,7 @@ def prompts_of_training(settings: Any) -> int:
     """Prompts to scan: those asked for, else as many as all steps of the training take."""
     if settings.scan_prompts is not None:
         return settings.scan_prompts
-    return settings.max_steps * (batch_size(settings) // settings.num_generations)
+    return settings.max_steps * (settings.samples_per_step // settings.num_generations)
 
 
 def rows_to_scan(rows: int, count: int, seed: int) -> np.ndarray:

@@ -20,7 +20,8 @@ from reward_tools import component_weights, reward_functions
 from rollout_tools import check_vllm
 from run_settings import WHOLE_FROM_1, RunSettings, failed_checks, parse_settings, setting, user_errors
 from scan_tools import scan_prompts
-from training_tools import StageRun, grpo_trainer, load_data, lora_options, report_prompts, watch
+from trainer_tools import grpo_trainer, watch
+from training_tools import StageRun, load_data, lora_options, report_prompts
 
 STAGE = Stage("Final-RL", parent="Final", script="train_grpo.py", parent_script="base_finetune_final.py")
 

@@ -172,7 +172,8 @@ def run_ours(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Stage 3 up to the end of its training."""
     import train_grpo
     from model_tools import add_lora, load_model
-    from training_tools import StageRun, grpo_trainer, load_data, lora_options
+    from trainer_tools import grpo_trainer
+    from training_tools import StageRun, load_data, lora_options
 
     settings = stage_settings(args, ["--fast_rollouts", *shlex.split(args.ours)])
     run = StageRun(train_grpo.STAGE, settings)

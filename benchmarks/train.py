@@ -149,7 +149,8 @@ def make_stage_1(flags: list[str]) -> tuple[Any, Any, Any]:
     import base_finetune
     from model_tools import InputMaskingDataCollator, add_lora, load_model
     from run_settings import parse_settings
-    from training_tools import StageRun, load_data, lora_options, sft_trainer
+    from trainer_tools import sft_trainer
+    from training_tools import StageRun, load_data, lora_options
 
     settings = parse_settings(base_finetune.Settings, flags)
     run = StageRun(base_finetune.STAGE, settings)
@@ -175,7 +176,8 @@ def planned_samples(args: argparse.Namespace) -> tuple[Any, Any]:
     """The tokenizer, and the samples of all steps in the order in which stage 1 takes them."""
     import base_finetune
     from run_settings import parse_settings
-    from training_tools import EpochSampler, StageRun, load_data
+    from trainer_tools import EpochSampler
+    from training_tools import StageRun, load_data
 
     settings = parse_settings(base_finetune.Settings, [*common_flags(args), "--engine", "transformers"])
     run = StageRun(base_finetune.STAGE, settings)
@@ -232,7 +234,7 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import TrainingArguments
 
     from model_tools import add_lora, load_model, resolve_precision
-    from training_tools import compile_layers, optimizer_with_embedding_rate
+    from trainer_tools import compile_layers, optimizer_with_embedding_rate
 
     planned_samples(args)  # prepares the base where it is not there
     cuda = torch.cuda.is_available()

@@ -22,7 +22,7 @@ from arc_samples import SampleEncoder, TrainingSamples
 from distributed_tools import agree, divide_batch, gather, is_main, process_count, share, wait_for_everyone
 from model_tools import InputMaskingDataCollator, cut_tokenizer, load_tokenizer
 from run_guards import complete_checkpoints
-from training_tools import EpochSampler, FilledSamples
+from trainer_tools import EpochSampler, FilledSamples
 
 TRAIN = (*SMALL, "--gradient_accumulation_steps", 2, "--logging_steps", 1, "--eval_steps", 0, "--dtype", "float32")
 GRPO = (*SMALL, "--max_steps", 2, "--eval_steps", 2, "--num_generations", 4, "--logging_steps", 1, "--fast_rollouts")

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 import model_tools
-import training_tools
+import trainer_tools
 from model_tools import Precision
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_trained_embeddings_have_a_rate_of_their_own(bases):
     for optim in ("adamw_torch", "adamw_8bit"):
         arguments = TrainingArguments(optim=optim, learning_rate=1e-4, use_cpu=True, report_to=[])
         arguments.embedding_learning_rate = 1e-5
-        optimizer = training_tools.optimizer_with_embedding_rate(model, arguments)
+        optimizer = trainer_tools.optimizer_with_embedding_rate(model, arguments)
         groups = {group["lr"]: group["params"] for group in optimizer.param_groups}
         assert set(groups) == {1e-4, 1e-5}
         assert [p.shape for p in groups[1e-5]] == [model.get_input_embeddings().weight.shape]

@@ -17,7 +17,8 @@ from inference_tools import longest_reply
 from model_tools import add_lora, load_model
 from run_settings import parse_settings
 from scan_tools import Scan, generate_samples, prompts_of_training, rows_to_scan, sampler, scan_prompts
-from training_tools import PromptRows, StageRun, load_data, lora_options
+from trainer_tools import PromptRows
+from training_tools import StageRun, load_data, lora_options
 
 SMALL = (
     "--engine", "transformers", "--sizes", 2, "--perm", False, "--max_seq_length", 160, "--holdout_examples", 9,
@@ -58,9 +59,8 @@ def test_a_choice_of_rows_is_seeded_and_grows_by_its_end():
 
 
 def test_as_many_prompts_are_scanned_as_the_steps_take():
-    shape = {"max_steps": 250, "num_generations": 8}
-    settings = SimpleNamespace(
-        **shape, per_device_train_batch_size=16, gradient_accumulation_steps=2, scan_prompts=None
+    settings = train_grpo.Settings(
+        max_steps=250, num_generations=8, per_device_train_batch_size=16, gradient_accumulation_steps=2
     )
     assert prompts_of_training(settings) == 1000
     settings.scan_prompts = 10

@@ -10,9 +10,9 @@ import pytest
 import base_finetune
 import base_finetune_final
 import train_grpo
-import training_tools
+import trainer_tools
 from run_settings import find_problems, parse_settings
-from training_tools import EpochSampler
+from trainer_tools import EpochSampler
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -138,7 +138,7 @@ def test_a_training_has_rows_for_every_epoch_that_it_enters():
     for steps, epochs, rows in ((-1, 1.0, 20), (-1, 2.5, 40), (1, 1.0, 20), (50, 1.0, 410)):
         settings = base_finetune.Settings(max_steps=steps, num_train_epochs=epochs)
         run = SimpleNamespace(settings=settings)
-        assert training_tools.planned_rows(run, data, rows_per_step=8) == rows
+        assert trainer_tools.planned_rows(run, data, rows_per_step=8) == rows
 
 
 def test_order_of_rows_depends_on_seed_and_epoch_alone():
