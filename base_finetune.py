@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from artifact_tools import Stage
 from model_tools import InputMaskingDataCollator, add_lora, load_model
-from run_settings import RunSettings, parse_settings, setting, user_errors
+from run_settings import SupervisedSettings, parse_settings, setting, user_errors
 from trainer_tools import heldout_measure, sft_trainer, watch
 from training_tools import StageRun, load_data, lora_options, report_masks
 
@@ -23,8 +23,8 @@ STAGE = Stage("Base", parent="prepared", script="base_finetune.py", parent_scrip
 
 
 @dataclass
-class Settings(RunSettings):
-    """The published recipe; what is not decided here stands in run_settings.RunSettings."""
+class Settings(SupervisedSettings):
+    """The published recipe; what is not decided here stands in run_settings.RunSettings and SupervisedSettings."""
 
     base_model: str | None = setting("meta-llama/Llama-3.2-1B-Instruct", "folder or hub name of the 16-bit base model")
     num_train_epochs: float = setting(1.0, "epochs; one holds every base puzzle in each of its 8 symmetries")
@@ -46,6 +46,7 @@ def main() -> None:
         with run.machine_errors("loading the model"):
             model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
             model = add_lora(model, run.precision, **lora_options(settings))
+        with run.machine_errors("training"):
             trainer = sft_trainer(model, run, data, collator)
             watch(trainer, run, heldout_measure(model, run, data))
         run.train(trainer, data)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from artifact_tools import Stage
 from model_tools import InputMaskingDataCollator, add_lora, load_model
-from run_settings import RunSettings, failed_checks, parse_settings, setting, user_errors
+from run_settings import SupervisedSettings, failed_checks, parse_settings, setting, user_errors
 from trainer_tools import heldout_measure, sft_trainer, watch
 from training_tools import StageRun, load_data, lora_options, report_masks
 
@@ -22,8 +22,8 @@ STAGE = Stage("Final", parent="Base", script="base_finetune_final.py", parent_sc
 
 
 @dataclass
-class Settings(RunSettings):
-    """The published recipe; what is not decided here stands in run_settings.RunSettings."""
+class Settings(SupervisedSettings):
+    """The published recipe; what is not decided here stands in run_settings.RunSettings and SupervisedSettings."""
 
     seed: int = setting(43, "seed of order and augmentation: other views than stage 1's")
     num_train_epochs: float = setting(1.0, "epochs; one holds every base puzzle in each of its 8 symmetries")
@@ -53,6 +53,7 @@ def main() -> None:
         with run.machine_errors("loading the model"):
             model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
             model = add_lora(model, run.precision, **lora_options(settings))
+        with run.machine_errors("training"):
             trainer = sft_trainer(model, run, data, collator)
             watch(trainer, run, heldout_measure(model, run, data))
         run.train(trainer, data)

@@ -1063,7 +1063,9 @@ _PASSED_ON = {
 def _end_with_parent() -> None:
     # Whoever started this process holds the other end of its standard input: when that closes, nobody waits any more.
     def wait() -> None:
-        sys.stdin.buffer.read()
+        # Not sys.stdin: its lock, held here, would keep the interpreter from ending in order.
+        while os.read(0, 1024):
+            pass
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -700,6 +700,25 @@ def _match_embedding_dtypes(model: Any, dtype: torch.dtype) -> None:
     getattr(head, "modules_to_save", {"default": head})["default"].register_forward_pre_hook(widen)
 
 
+def set_gradient_checkpointing(model: Any, engine: str, on: bool) -> None:
+    """Have a model in training recompute activations in the backward pass, which saves memory, or keep them.
+
+    Args:
+        model: a peft model.
+        engine: "unsloth" or "transformers".
+        on: recompute.
+    """
+    if engine == "unsloth":
+        from unsloth import FastLanguageModel
+
+        model._unsloth_gradient_checkpointing = on  # what it goes back to after decoding
+        FastLanguageModel.for_training(model, use_gradient_checkpointing=on)
+    elif on:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+
+
 @contextlib.contextmanager
 def decoding(model: Any, engine: str) -> Iterator[Any]:
     """Switch a model in training to decoding and back: evaluation mode, key-value cache, no checkpointing."""

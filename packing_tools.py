@@ -6,7 +6,8 @@ batch in the form that either engine reads, `use_packed_attention` gives a trans
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,12 +68,41 @@ def check_full_attention(config: Any) -> None:
         raise ValueError(f"{config.model_type} models do not see their whole context: only full attention is supported")
 
 
-def use_packed_attention(model: Any) -> None:
-    """Give a transformers model an attention that keeps packed documents apart; other batches it treats as before.
+def can_pack(model: Any, dtype: torch.dtype) -> bool:
+    """Whether rows without padding are fast for a model where it is: on a GPU that has the kernel, in its 16 bits.
+
+    Args:
+        model: any.
+        dtype: of its arithmetic.
+    """
+    import torch
+
+    if not torch.cuda.is_available() or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    try:
+        check_full_attention(model.config)
+    except ValueError:
+        return False
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+def use_packed_attention(model: Any, engine: str = "transformers") -> None:
+    """Give a model an attention that keeps packed documents apart; other batches it treats as before.
+
+    Args:
+        model: of either engine.
+        engine: "transformers" or "unsloth", which keeps them apart by itself, one after the other where its own kernel
+            for all at once is missing; it gets one.
 
     Raises:
         ValueError: a model whose attention is not full, or cannot be chosen.
     """
+    if engine == "unsloth":
+        check_full_attention(model.config)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("unsloth.models.") and hasattr(module, "run_attention"):
+                module.run_attention = unsloth_attention(module.run_attention)
+        return
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -90,6 +120,86 @@ def use_packed_attention(model: Any) -> None:
     model.set_attn_implementation(ATTENTION)
     if config._attn_implementation != ATTENTION:
         raise ValueError(f"{config.model_type} models do not let their attention be chosen: rows cannot be packed")
+
+
+def unsloth_attention(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Unsloth's attention, with one kernel for all documents of a packed row where PyTorch's can be used.
+
+    Args:
+        plain: Unsloth's `run_attention`, for all else.
+
+    Returns:
+        What takes its place: of `config`, `context`, and `Q`, `K` and `V` (rows, heads, tokens, size), which gives
+        (rows, tokens, heads, size).
+    """
+    if getattr(plain, "knows_documents", False):
+        return plain
+
+    def attention(*, config: Any, context: Any, Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:  # noqa: N803
+        documents = context.seq_info
+        if (
+            documents is None
+            or context.prefix_seg_info is not None
+            or context.attention_mask is not None
+            or context.sliding_window is not None
+            or not context.is_causal
+            or not has_document_kernel(Q)
+            or Q.shape[0] != 1
+            or Q.shape[2] != K.shape[2]
+        ):
+            return plain(config=config, context=context, Q=Q, K=K, V=V)
+        _, bounds, longest = documents
+        return attend_documents(Q, K, V, bounds, longest)
+
+    attention.knows_documents = True
+    return attention
+
+
+def has_document_kernel(query: torch.Tensor) -> bool:
+    """Whether PyTorch's flash attention takes a query, of a GPU that has it."""
+    import torch
+
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or query.shape[-1] > 256:
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def attend_documents(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int,
+    scaling: float | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Causal attention within each document of one row, in one kernel on a GPU that has it.
+
+    Args:
+        query: (1, query heads, tokens, size).
+        key, value: (1, heads, tokens, size).
+        bounds: where documents begin, and the end, int32 (documents + 1,).
+        longest: tokens of the longest document, or more.
+        scaling: of the scores; default: 1 / sqrt(size).
+
+    Returns:
+        (1, tokens, query heads, size).
+    """
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    if has_document_kernel(query):
+        # The kernel that scaled_dot_product_attention takes too; by its own name it is told where documents end.
+        found = torch.ops.aten._flash_attention_forward(
+            query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), bounds, bounds, longest,
+            longest, 0.0, True, False, scale=scaling,
+        )[0]  # fmt: skip
+        return found[None]
+    parts = []
+    for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        document = (slice(None), slice(None), slice(begin, end))
+        parts.append(
+            scaled_dot_product_attention(
+                query[document], key[document], value[document], is_causal=True, scale=scaling,
+                enable_gqa=query.shape[1] > key.shape[1],
+            )
+        )  # fmt: skip
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
 
 
 def packed_attention(
@@ -119,28 +229,10 @@ def packed_attention(
     Returns:
         (rows, tokens, query heads, size), and None for the weights.
     """
-    import torch
-    from torch.nn.functional import scaled_dot_product_attention
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        # The kernel that scaled_dot_product_attention takes too; by its own name it is told where documents end.
-        found = torch.ops.aten._flash_attention_forward(
-            query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), cu_seq_lens_q, cu_seq_lens_q,
-            max_length_q, max_length_q, 0.0, True, False, scale=scaling,
-        )[0]  # fmt: skip
-        return found[None], None
-    parts = []
-    for begin, end in zip(cu_seq_lens_q[:-1].tolist(), cu_seq_lens_q[1:].tolist(), strict=True):
-        document = (slice(None), slice(None), slice(begin, end))
-        parts.append(
-            scaled_dot_product_attention(
-                query[document], key[document], value[document], is_causal=True, scale=scaling,
-                enable_gqa=query.shape[1] > key.shape[1],
-            )
-        )  # fmt: skip
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    return attend_documents(query, key, value, cu_seq_lens_q, max_length_q, scaling), None

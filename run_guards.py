@@ -408,7 +408,7 @@ def explain(
     """
     if isinstance(error, NonFiniteError):
         return _explain_numbers(error, doing, settings)
-    if _is_memory(error):
+    if is_out_of_memory(error):
         return _explain_memory(error, doing, settings, _was_inside(error, measuring))
     if isinstance(error, RuntimeError) and WORKER_ENDED.search(str(error)):
         workers = settings.get("dataloader_num_workers", "more than 0")
@@ -430,7 +430,8 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _is_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, in the words of any allocator."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     # torch.OutOfMemoryError is a RuntimeError, and its message says so; torch need not be imported to know it.
@@ -484,7 +485,10 @@ def _explain_memory(error: BaseException, doing: str, settings: Mapping[str, Any
 def _memory_advice(settings: Mapping[str, Any]) -> list[str]:
     size, accumulation = settings.get("per_device_train_batch_size", 1), settings.get("gradient_accumulation_steps", 1)
     advice = []
-    if size > 1:
+    if (micro := settings.get("micro_batch_size")) is not None:
+        if micro > 1:
+            advice.append(f"--micro_batch_size (now {micro}), to a divisor of it: the same result")
+    elif size > 1:
         factor = 2 if size % 2 == 0 else size
         advice.append(
             f"--per_device_train_batch_size (now {size}): {size // factor} with --gradient_accumulation_steps "
@@ -636,7 +640,7 @@ def count_weights(config: Any, *, target_modules: Sequence[str], r: int, vocabul
     )
 
 
-def _optimizer_bytes(counts: WeightCounts, optim: str) -> int:
+def optimizer_bytes(counts: WeightCounts, optim: str) -> int:
     """Bytes of an optimizer's state; an embedding's stays in 32 bits in the 8-bit ones, see bitsandbytes."""
     states = 1 if "lion" in optim else 2 if "adam" in optim or "ademamix" in optim else 0
     if "8bit" in optim or "bnb" in optim:
@@ -675,7 +679,7 @@ def disk_needs(
     more = max(1, checkpoints + 1 - checkpoints_there) if checkpoints and adapter else 0
     parts = {
         "prepared base": model if prepared else 0,
-        f"{more} checkpoint{'s' if more != 1 else ''}": more * (one + _optimizer_bytes(counts, optim)),
+        f"{more} checkpoint{'s' if more != 1 else ''}": more * (one + optimizer_bytes(counts, optim)),
         "best adapters": best * 4 * counts.trained if checkpoints and adapter else 0,
         "adapter": one if adapter else 0,
         "merged model": model if merged else 0,
@@ -722,7 +726,7 @@ def memory_needs(
             "their gradients": 4 * counts.trained,
             "what processes exchange": 4 * counts.trained if processes > 1 else 0,  # a copy of the gradients
             # A paged optimizer's state may be in main memory.
-            "optimizer": 0 if "paged" in optim else _optimizer_bytes(counts, optim),
+            "optimizer": 0 if "paged" in optim else optimizer_bytes(counts, optim),
         }
         remedies = [] if load_in_4bit else ["--load_in_4bit true"]
         if "8bit" not in optim:

@@ -21,9 +21,9 @@ from model_tools import EMBEDDING_MODULES, LINEAR_MODULES
 # Settings that say where and how a run is done and watched, not what comes out of it.
 NOT_THE_COURSE = (
     "base_model", "dataset_dir", "output_dir", "artifact_prefix", "engine", "dtype", "load_in_4bit", "dry_run",
-    "overwrite", "merge_base", "gradient_checkpointing", "padding_free", "compile_layers", "logging_steps",
-    "eval_steps", "eval_puzzles", "per_device_eval_batch_size", "save_steps", "save_total_limit", "report_to",
-    "dataloader_num_workers",
+    "overwrite", "merge_base", "micro_batch_size", "padding_free", "compile_layers", "gradient_checkpointing",
+    "logging_steps", "eval_steps", "eval_puzzles", "per_device_eval_batch_size", "save_steps", "save_total_limit",
+    "report_to", "dataloader_num_workers",
 )  # fmt: skip
 
 # Settings with few values; written in any case, kept in lower case.
@@ -107,8 +107,8 @@ class RunSettings(DataSettings):
     target_modules: list[str] = setting(LINEAR_MODULES + EMBEDDING_MODULES, "layers that LoRA is added to")
     random_state: int = setting(42, "seed of LoRA's initial values")
     # Training
-    per_device_train_batch_size: int = setting(4, "samples of one forward pass")
-    gradient_accumulation_steps: int = setting(2, "forward passes of one step")
+    per_device_train_batch_size: int = setting(4, "times gradient_accumulation_steps: samples of one step")
+    gradient_accumulation_steps: int = setting(2, "see per_device_train_batch_size; --micro_batch_size divides a step")
     num_train_epochs: float = setting(1.0, "epochs; an epoch holds every base puzzle in each of its enumerated views")
     max_steps: int = setting(-1, "stop after this many steps; -1: when the epochs are done")
     learning_rate: float = setting(1e-4, "highest rate of the LoRA matrices")
@@ -118,11 +118,15 @@ class RunSettings(DataSettings):
     optim: str = setting("adamw_8bit", "an optimizer of transformers")
     weight_decay: float = setting(0.0, "decoupled weight decay")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
-    padding_free: bool = setting(
-        False, "samples of a batch in one row without padding, each blind to the others; the same training"
+    # How a step is computed, which makes no difference to what is learned (batch_planning)
+    micro_batch_size: int | None = setting(
+        None,
+        "samples of one forward pass on each GPU, a divisor of a step's; default: as many as fit its memory, on a CPU "
+        "per_device_train_batch_size",
     )
-    compile_layers: bool = setting(False, "compile the layers (engine transformers): slow to start, then faster")
-    gradient_checkpointing: bool = setting(True, "recompute activations to save memory; false is faster where they fit")
+    gradient_checkpointing: bool | None = setting(
+        None, "recompute activations, slower and with less memory; default: where there is no room without, and on CPUs"
+    )
     # Watching
     logging_steps: int = setting(10, "steps between log lines")
     eval_steps: int = setting(500, "steps between measurements on the held-out puzzles; 0: never")
@@ -139,6 +143,19 @@ class RunSettings(DataSettings):
     def samples_per_step(self) -> int:
         """Samples of one optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+
+@dataclass
+class SupervisedSettings(RunSettings):
+    """What stages 1 and 2 share besides: more of how a step is computed."""
+
+    padding_free: bool | None = setting(
+        None,
+        "samples of a forward pass in one row without padding, each blind to the others; default: on GPUs that can",
+    )
+    compile_layers: bool | None = setting(
+        None, "compile the layers (engine transformers), which takes a minute; default: where it pays on a GPU"
+    )
 
 
 def course_settings(values: dict[str, Any]) -> dict[str, Any]:
@@ -332,6 +349,9 @@ def _run_checks(settings: RunSettings) -> dict[str, tuple[bool, str]]:
         check(name, is_seed(getattr(settings, name)), SEED)
     check("save_steps", settings.save_steps is None or settings.save_steps >= 0, WHOLE_FROM_0)
     check("max_steps", settings.max_steps == -1 or settings.max_steps >= 1, f"{WHOLE_FROM_1}, or -1 for no limit")
+    own = settings.samples_per_step
+    micro = settings.micro_batch_size
+    check("micro_batch_size", micro is None or (micro >= 1 and own % micro == 0), f"a divisor of the {own} of a step")
     check("max_seq_length", settings.max_seq_length >= 16, "a whole number from 16")
     check("weight_decay", math.isfinite(settings.weight_decay) and settings.weight_decay >= 0, "a number from 0")
     check("warmup_ratio", 0 <= settings.warmup_ratio < 1, "a share from 0 to below 1")

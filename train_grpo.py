@@ -34,8 +34,14 @@ class Settings(RunSettings):
     # The embeddings stay as stage 2 left them: a few hundred policy steps have nothing new to say about 79 tokens.
     target_modules: list[str] = setting(LINEAR_MODULES, "layers that LoRA is added to")
     num_generations: int = setting(8, "completions sampled for each prompt: a group")
-    per_device_train_batch_size: int = setting(16, "completions of one forward pass")
-    gradient_accumulation_steps: int = setting(2, "forward passes of one step")
+    per_device_train_batch_size: int = setting(16, "times gradient_accumulation_steps: completions of one step")
+    gradient_accumulation_steps: int = setting(2, "see per_device_train_batch_size; --micro_batch_size divides a step")
+    micro_batch_size: int | None = setting(
+        None, "completions of one forward pass on each GPU, a divisor of a step's; default: per_device_train_batch_size"
+    )
+    gradient_checkpointing: bool | None = setting(
+        None, "recompute activations, slower and with less memory; default: true"
+    )
     max_steps: int = setting(250, "optimizer steps")
     learning_rate: float = setting(5e-6, "highest rate of the LoRA matrices")
     warmup_ratio: float = setting(0.05, "share of the steps in which the rate rises")

@@ -14,14 +14,16 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from arc_samples import TrainingSamples
+from batch_planning import let_run_ahead, optimizer_seconds, plan_batches
 from distributed_tools import divide_batch, gather, is_main, process_count, share
 from model_tools import EMBEDDING_MODULES, InputMaskingDataCollator, train_in_float32
-from packing_tools import use_packed_attention
+from packing_tools import can_pack, use_packed_attention
 from report_tools import read_metrics
 from rollout_tools import make_rollouts
 
@@ -122,11 +124,21 @@ def planned_rows(run: StageRun, data: StageData, rows_per_step: int) -> int:
 def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaskingDataCollator) -> Any:
     """The trainer of a supervised stage: UnslothTrainer on the Unsloth engine, transformers' Trainer otherwise.
 
-    Both have the same parameter groups (`embedding_learning_rate` for embed_tokens and lm_head), order and views.
+    Both have the same parameter groups (`embedding_learning_rate` for embed_tokens and lm_head), order and views. How a
+    step is computed is decided here (see `batch_planning.plan_batches`), printed, and kept as `run.plan`.
     """
+    import torch
+
     settings, precision = run.settings, run.precision
     heldout = data.heldout_rows(settings.max_seq_length)
     measured = settings.eval_steps > 0 and len(heldout) > 0
+    padded = copy.copy(collator)  # a measured loss is a mean over batches: they stay as they were
+    packed = settings.padding_free if settings.padding_free is not None else can_pack(model, precision.torch_dtype)
+    if packed:
+        collator.packed_for = precision.engine
+        use_packed_attention(model, precision.engine)
+    order = list(EpochSampler(len(data.samples), settings.seed))
+    run.plan = plan_batches(model, run, data, collator, order=order, steps=steps_ahead(run, data), kept=run.kept_plan())
     arguments = {
         **common_arguments(run),
         "per_device_eval_batch_size": settings.per_device_eval_batch_size,
@@ -160,18 +172,18 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
         train = lazy_dataset(samples, planned_rows(run, data, settings.samples_per_step) + 1)
         evaluation = lazy_dataset(heldout, len(heldout))
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one GPU, however many it sees
+    cls, options = base.get_optimizer_cls_and_kwargs(arguments, model)
+    seconds = optimizer_seconds(model, cls, options, settings.max_grad_norm)
+    run.plan = replace(run.plan, seconds_per_step=run.plan.seconds_per_step + seconds)
+    print(run.plan.describe(steps_ahead(run, data)))
     from transformers import TrainerCallback
-
-    padded = copy.copy(collator)  # a measured loss is a mean over batches: they stay as they were
-    if settings.padding_free:
-        collator.packed_for = precision.engine
-        if precision.engine == "transformers":
-            use_packed_attention(model)
-    if settings.compile_layers:
-        compile_layers(model)
+    from transformers.trainer_callback import ExportableState
 
     class StageTrainer(base):
-        """The engine's trainer with this pipeline's order of rows and learning rates."""
+        """The engine's trainer with this pipeline's order and learning rates, and with fewer waits for the device."""
+
+        tokens_on_device: Any = 0
+        operations_per_token: int | None = None
 
         def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
             trained, self.data_collator = self.data_collator, padded
@@ -185,10 +197,34 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
 
         def create_optimizer(self, model: Any = None) -> Any:
             if precision.engine == "unsloth":  # its own has the same two groups
-                return super().create_optimizer() if model is None else super().create_optimizer(model)
-            if self.optimizer is None:
+                super().create_optimizer() if model is None else super().create_optimizer(model)
+            elif self.optimizer is None:
                 self.optimizer = optimizer_with_embedding_rate(self.model, self.args)
+            let_run_ahead(self.optimizer)
             return self.optimizer
+
+        def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+            if self.operations_per_token is None:  # counted once: it takes milliseconds
+                self.operations_per_token = 6 * self.model.num_parameters(exclude_embeddings=True)
+            return self.operations_per_token * inputs["input_ids"].numel()
+
+        def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+            mask = inputs.get("attention_mask")
+            self.tokens_on_device += inputs["input_ids"].numel() if mask is None else mask.sum()
+
+        def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+            # The device is asked for the count where it is waited for anyway, not in every pass.
+            if self.control.should_log or self.control.should_save or self.control.should_evaluate:
+                count = torch.as_tensor(self.tokens_on_device, device=self.args.device, dtype=torch.int64)
+                self.state.num_input_tokens_seen += self.accelerator.gather(count).sum().item()
+                self.tokens_on_device = 0
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    class Plan(TrainerCallback, ExportableState):
+        """Keeps how a step is computed in the checkpoints."""
+
+        def state(self) -> dict[str, Any]:
+            return {"args": {}, "attributes": asdict(run.plan)}
 
     class Continued(TrainerCallback):
         """Tells the order its epoch: the trainer's own word gets lost where several processes skip what was trained."""
@@ -197,7 +233,7 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
             sampler.set_epoch(state.global_step // math.ceil(sampler.rows / settings.samples_per_step))
 
     return StageTrainer(
-        callbacks=[Continued()],
+        callbacks=[Continued(), Plan()],
         model=model,
         args=arguments,
         train_dataset=train,
@@ -207,11 +243,13 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
     )
 
 
-def compile_layers(model: Any) -> None:
-    """Compile each of a model's layers, in place, for rows of any length; the first step takes a minute longer."""
-    for module in model.modules():
-        if hasattr(module, "self_attn") and hasattr(module, "mlp"):
-            module.compile(dynamic=True)
+def steps_ahead(run: StageRun, data: StageData) -> int:
+    """Optimizer steps that are still to be done."""
+    settings = run.settings
+    steps = settings.max_steps
+    if steps < 0:
+        steps = math.ceil(math.ceil(len(data.samples) / settings.samples_per_step) * settings.num_train_epochs)
+    return steps - run.steps_done()
 
 
 class PromptRows:
@@ -292,7 +330,16 @@ def grpo_trainer(
     rows = planned_rows(run, data, prompts_per_step)
     if chosen is not None:  # as many rounds as the steps take: trl leaves a last, short batch of prompts out
         rows = len(chosen) * math.ceil(settings.max_steps * prompts_per_step / len(chosen))
-    trainer = GRPOTrainer(
+
+    class StageTrainer(GRPOTrainer):
+        """trl's trainer, whose optimizer does not wait for the device."""
+
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            super().create_optimizer(*args, **kwargs)
+            let_run_ahead(self.optimizer)
+            return self.optimizer
+
+    trainer = StageTrainer(
         model=model,
         reward_funcs=reward_functions,
         rollout_func=rollouts,
@@ -344,8 +391,11 @@ def common_arguments(run: StageRun) -> dict[str, Any]:
     """Arguments that every trainer of the pipeline gets, in transformers' names."""
     import torch
 
-    settings, precision = run.settings, run.precision
-    size, accumulation = divide_batch(settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
+    settings, precision, plan = run.settings, run.precision, run.plan
+    size, accumulation = divide_step(settings)
+    checkpointing = settings.gradient_checkpointing is not False
+    if plan is not None:
+        size, accumulation, checkpointing = plan.micro_batch_size, plan.passes, plan.gradient_checkpointing
     arguments = {
         "output_dir": str(run.work),
         "per_device_train_batch_size": size,
@@ -362,7 +412,7 @@ def common_arguments(run: StageRun) -> dict[str, Any]:
         "seed": settings.seed,
         "bf16": precision.dtype == "bfloat16",
         "fp16": precision.dtype == "float16",
-        "gradient_checkpointing": settings.gradient_checkpointing,
+        "gradient_checkpointing": checkpointing,
         # By the clock unless a number of steps is given, and at the last step; run_guards.guard keeps the newest.
         "save_strategy": "steps" if settings.save_steps else "no",
         "save_steps": settings.save_steps or 500,
@@ -381,6 +431,21 @@ def common_arguments(run: StageRun) -> dict[str, Any]:
     return arguments
 
 
+def divide_step(settings: Any) -> tuple[int, int]:
+    """Samples of a forward pass and forward passes of a step, of each process, where nothing is tried.
+
+    Raises:
+        ValueError: a step's samples cannot be divided so.
+    """
+    size, passes = divide_batch(settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
+    own, micro = size * passes, settings.micro_batch_size
+    if micro is None:
+        return size, passes
+    if own % micro:
+        raise ValueError(f"--micro_batch_size {micro} does not divide the {own} samples of each process's step")
+    return micro, own // micro
+
+
 def check_arguments(run: StageRun) -> None:
     """Let transformers check what it knows best (schedules, optimizers, reporters), before a model is loaded.
 
@@ -392,8 +457,8 @@ def check_arguments(run: StageRun) -> None:
     from transformers.trainer_utils import SchedulerType
     from transformers.training_args import OptimizerNames
 
-    divide_batch(run.settings.per_device_train_batch_size, run.settings.gradient_accumulation_steps)
-    if run.settings.compile_layers and run.precision.engine == "unsloth":
+    divide_step(run.settings)
+    if getattr(run.settings, "compile_layers", None) and run.precision.engine == "unsloth":
         raise ValueError("--compile_layers is for --engine transformers: Unsloth has compiled parts of its own")
     for name, known, usual in (
         ("optim", OptimizerNames, ["adamw_8bit", "adamw_torch"]),

@@ -41,6 +41,7 @@ from artifact_tools import (
     stale_base,
     versions,
 )
+from batch_planning import BatchPlan
 from distributed_tools import (
     fail,
     is_main,
@@ -241,7 +242,7 @@ def heldout_puzzles(settings: RunSettings, tokenizer: Any) -> tuple[ArcDataset, 
 
 
 def report_masks(run: StageRun, data: StageData, collator: InputMaskingDataCollator) -> None:
-    """Print what is learned, how much there is, and about how long it will take."""
+    """Print what is learned and how much there is; in a dry run, which measures nothing, also a guess at the time."""
     settings = run.settings
     lengths = data.samples.lengths()
     steps_per_epoch = math.ceil(len(data.samples) / settings.samples_per_step)
@@ -249,7 +250,7 @@ def report_masks(run: StageRun, data: StageData, collator: InputMaskingDataColla
     tokens = float(lengths.mean()) * len(data.samples) * epochs
     seed_rows = np.random.default_rng(settings.seed).permutation(len(data.samples))[:32]
     rows = data.samples.__getitems__(seed_rows.tolist())
-    seconds = estimate_seconds(run, tokens) / process_count()
+    seconds = estimate_seconds(run, tokens) / process_count() if settings.dry_run else None
     print_mask_report(rows, collator, lengths=lengths, rows_per_epoch=len(data.samples), epochs=epochs, seconds=seconds)
     shortened = data.samples.shortened()
     if shortened:
@@ -315,6 +316,7 @@ class StageRun:
         to_move: what `begin` moves aside first (--overwrite).
         made_from: name and fingerprint of the parent as training found it.
         work: folder of checkpoints and logs.
+        plan: how a step is computed, once a trainer is made that decides it.
     """
 
     def __init__(self, stage: Stage, settings: RunSettings):
@@ -325,6 +327,7 @@ class StageRun:
         self.to_prepare: Path | None = None
         self.to_move: list[Path] = []
         self.made_from: dict[str, str] = {}
+        self.plan: BatchPlan | None = None
         self.lock = OutputLock(Path(settings.output_dir), stage.script)
         with user_errors():
             self.precision = resolve_precision(settings.engine, settings.dtype, settings.load_in_4bit)
@@ -582,15 +585,38 @@ class StageRun:
     def _last_checkpoint(self) -> Path | None:
         return next(iter(complete_checkpoints(self.work)), None)
 
+    def _last_state(self) -> dict[str, Any]:
+        # Of the trainer, in the newest checkpoint; empty where there is none.
+        there = complete_checkpoints(self.work, quiet=True)
+        return json.loads((there[0] / "trainer_state.json").read_text(encoding="utf-8")) if there else {}
+
+    def steps_done(self) -> int:
+        """Optimizer steps of the newest checkpoint, from which the training continues."""
+        return self._last_state().get("global_step", 0)
+
+    def kept_plan(self) -> BatchPlan | None:
+        """How a step was computed up to the newest checkpoint; None if that is not known."""
+        kept = self._last_state().get("stateful_callbacks", {}).get("Plan", {}).get("attributes")
+        try:
+            return BatchPlan(**kept) if kept else None
+        except TypeError:  # another version's
+            return None
+
     def machine_errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
         """Trouble of the machine in the block becomes one message that says what is safe; see run_guards."""
         return machine_errors(
             doing,
-            asdict(self.settings) | {"dtype": self.precision.dtype} if doing == "training" else {},
+            self._settings_in_use() if doing == "training" else {},
             folder=self.settings.output_dir,
             checkpoint=self._last_checkpoint,
             artifacts=[self.stage.default_parent(self.settings), self.lora, self.merged],
         )
+
+    def _settings_in_use(self) -> dict[str, Any]:
+        # With what was chosen where they leave it open.
+        names = ("micro_batch_size", "gradient_checkpointing", "padding_free", "compile_layers")
+        chosen = {name: getattr(self.plan, name) for name in names} if self.plan is not None else {}
+        return asdict(self.settings) | {"dtype": self.precision.dtype} | chosen
 
     def save(self, model: Any, data: StageData, **about: Any) -> None:
         """Write the adapter with its tokenizer, manifest, metrics, curves, and what the trained model answers.
@@ -608,6 +634,7 @@ class StageRun:
         made = {
             "data_fingerprint": data.split.train.content_hash(),
             "made_from": self.made_from,
+            "batches": asdict(self.plan) if self.plan is not None else None,
             **about,
         }
         manifest = provenance(self.stage.name, self.stage.script, self.settings, **made)
@@ -768,5 +795,5 @@ def lora_options(settings: RunSettings) -> dict[str, Any]:
         "use_rslora": settings.use_rslora,
         "random_state": settings.random_state,
         "max_seq_length": settings.max_seq_length,
-        "gradient_checkpointing": settings.gradient_checkpointing,
+        "gradient_checkpointing": settings.gradient_checkpointing is not False,  # until the plan decides
     }

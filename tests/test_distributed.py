@@ -192,7 +192,7 @@ def test_two_processes_train_as_one_does(tmp_path, trained):
 
 
 def test_stage_2_with_measurements_and_packed_rows(tmp_path, trained):
-    flags = (*trained[2], "--max_steps", 3, "--eval_steps", 3, "--padding_free")
+    flags = (*trained[2], "--max_steps", 3, "--eval_steps", 3, "--padding_free", True)
     one, two = tmp_path / "one", tmp_path / "two"
     for output in (one, two):
         shutil.copytree(artifact(trained[0], "Base-merged"), artifact(output, "Base-merged"))

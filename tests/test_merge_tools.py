@@ -588,6 +588,7 @@ def test_a_process_of_its_own_gives_the_same(tmp_path, untied_pair, capfd):
     assert load_file(out / "model.safetensors").keys() == load_file(untied_pair.right / "model.safetensors").keys()
     check = merge_tools.check_merge(lora, out)
     assert {**done["check"], "seconds": 0} == {**check, "seconds": 0}
+    assert "Fatal" not in capfd.readouterr().out  # the process ended in order
 
 
 def test_errors_of_a_process_of_its_own_are_passed_on(tmp_path, untied_pair, monkeypatch, capsys):

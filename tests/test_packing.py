@@ -118,7 +118,7 @@ def test_a_stage_trains_the_same_either_way(demo_base, demo_dataset, tmp_path):
         "--optim", "adamw_torch",
     ]  # fmt: skip
     losses, measured = [], []
-    for name, which in (("padded", []), ("packed", ["--padding_free"])):
+    for name, which in (("padded", []), ("packed", ["--padding_free", True])):
         code, printed = call("base_finetune", *flags, *which, "--output_dir", tmp_path / name)
         assert code == 0, printed[-2000:]
         path = tmp_path / name / "Llama-3.2-1B-Base-lora" / "metrics.jsonl"

@@ -1,0 +1,406 @@
+"""How a step is computed on this machine: samples of a forward pass, checkpointing, packing, compiling; and how long.
+
+What a step trains on is decided by the settings alone: so many samples, in an order, with a loss that is a sum over
+their tokens. Into how many forward passes they are divided makes no difference to what is learned and much to the time:
+small passes of a 1B model keep a large GPU waiting for its host. `plan_batches` tries passes of the model that will be
+trained, takes the largest that fit the free memory, and times them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distributed_tools import agree, divide_batch, process_count
+from model_tools import InputMaskingDataCollator, format_duration, set_gradient_checkpointing
+from run_guards import count_weights, is_out_of_memory, optimizer_bytes
+
+if TYPE_CHECKING:
+    from run_settings import RunSettings
+    from training_tools import StageData, StageRun
+
+FILLED = 0.92  # of the GPU's free memory, at most: what is left is for fragments and for other libraries
+COMPILE_FROM = 600.0  # seconds of training from which compiling pays: it takes a minute, and saves a third of the time
+TIMED_BATCHES = 3  # of samples as they are trained on, after one that is not timed
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a step is computed.
+
+    Args:
+        micro_batch_size: samples of a forward pass, of each process.
+        passes: forward passes of a step, of each process.
+        gradient_checkpointing: activations are recomputed in the backward pass.
+        padding_free: the samples of a pass stand in one row, see packing_tools.
+        compile_layers: each layer is compiled.
+        peak_bytes: GPU memory of the longest pass with what training will add to it; None: not tried.
+        seconds_per_step: of all passes and the optimizer; None: not timed.
+    """
+
+    micro_batch_size: int
+    passes: int
+    gradient_checkpointing: bool
+    padding_free: bool
+    compile_layers: bool = False
+    peak_bytes: int | None = None
+    seconds_per_step: float | None = None
+
+    def describe(self, steps: int) -> str:
+        """One line about the plan, and about how long that many steps take."""
+        size = self.micro_batch_size
+        parts = [
+            f"a step: {self.passes} forward {'passes' if self.passes > 1 else 'pass'} of {size} "
+            f"{'samples' if size > 1 else 'sample'}",
+            "without padding" if self.padding_free else "padded",
+            f"{'with' if self.gradient_checkpointing else 'without'} gradient checkpointing",
+        ]
+        if self.compile_layers:
+            parts.append("layers compiled")
+        if process_count() > 1:
+            parts.append(f"in each of {process_count()} processes")
+        text = ", ".join(parts)
+        if self.peak_bytes is not None:
+            text += f"; at most {self.peak_bytes / 2**30:.1f} GiB of GPU memory"
+        if self.seconds_per_step is not None:
+            seconds = self.seconds_per_step
+            text += f"; {seconds:.3g} s a step, estimated time of {steps:,} steps: {format_duration(seconds * steps)}"
+        return text
+
+
+def plan_batches(
+    model: Any,
+    run: StageRun,
+    data: StageData,
+    collator: InputMaskingDataCollator,
+    *,
+    order: Sequence[int],
+    steps: int,
+    kept: BatchPlan | None = None,
+) -> BatchPlan:
+    """Decide how a step is computed, by trying passes of the model; the model is left as the plan says.
+
+    On CUDA the largest division of a step that fits the free memory is taken, without checkpointing where it fits so;
+    where it does not, the faster of the two. Settings that say how are obeyed. On a CPU nothing is tried but the time:
+    a step is divided as the settings say. All processes of a run decide alike.
+
+    Args:
+        model: with its adapters, before an optimizer is made; passes leave no gradient and no other trace.
+        run: settings and precision.
+        data: samples.
+        collator: makes batches, padded or packed.
+        order: row numbers of samples, as they are trained on: the first are timed.
+        steps: of the training that is ahead, for whether compiling pays.
+        kept: the plan of the checkpoint that the training continues from: kept to if it fits and no setting says
+            otherwise.
+
+    Raises:
+        torch.OutOfMemoryError: not even one sample fits.
+    """
+    import torch
+
+    settings, engine = run.settings, run.precision.engine
+    trial = _Trial(model, run, data, collator, order)
+    own = settings.samples_per_step // process_count()
+    cuda, compiled = torch.cuda.is_available(), bool(settings.compile_layers)
+    if compiled:
+        compile_layers(model)
+
+    def fits(size: int, on: bool, must: bool) -> tuple[int | None, bool]:
+        set_gradient_checkpointing(model, engine, on)
+        return trial.fits(size, must)
+
+    sizes, checkpointing = choices(settings, own, cuda, kept)
+    found = divisions_that_fit(sizes, checkpointing, own, fits) if cuda else [(sizes[0], checkpointing[0], None)]
+    plans = []
+    for size, on, peak in found:
+        set_gradient_checkpointing(model, engine, on)
+        plan = BatchPlan(size, own // size, on, collator.packed_for is not None, compiled, peak)
+        plans.append(replace(plan, seconds_per_step=_slowest(trial.seconds_per_step(plan))))
+    best = min(plans, key=lambda plan: plan.seconds_per_step)
+    set_gradient_checkpointing(model, engine, best.gradient_checkpointing)
+    may_compile = cuda and engine == "transformers" and settings.compile_layers is None
+    if may_compile and steps * best.seconds_per_step > COMPILE_FROM and not best.gradient_checkpointing:
+        best = _compiled_if_faster(model, trial, best)
+    trial.release()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()  # what is told of the training's memory is the training's
+    return best
+
+
+def choices(
+    settings: RunSettings, own: int, cuda: bool, kept: BatchPlan | None = None
+) -> tuple[Sequence[int], Sequence[bool]]:
+    """Samples of a forward pass, and whether to use checkpointing, that may be chosen among, the best first.
+
+    Args:
+        settings: which may say so.
+        own: samples of a step, of each process.
+        cuda: whether there is a GPU, whose memory can be tried.
+        kept: the plan so far, in a run that continues.
+    """
+    if settings.micro_batch_size is not None:
+        sizes = [settings.micro_batch_size]
+    elif not cuda:
+        sizes = [divide_batch(settings.per_device_train_batch_size, settings.gradient_accumulation_steps)[0]]
+    elif kept is not None and own % kept.micro_batch_size == 0:
+        sizes = [size for size in divisors(own) if size <= kept.micro_batch_size]
+    else:
+        sizes = divisors(own)
+    if settings.gradient_checkpointing is not None:
+        return sizes, [settings.gradient_checkpointing]
+    if not cuda:
+        return sizes, [True]  # as published: main memory cannot be tried without risk to the whole machine
+    return sizes, [True] if kept is not None and kept.gradient_checkpointing else [False, True]
+
+
+def divisions_that_fit(
+    sizes: Sequence[int],
+    checkpointing: Sequence[bool],
+    own: int,
+    fits: Callable[[int, bool, bool], tuple[int | None, bool]],
+) -> list[tuple[int, bool, int | None]]:
+    """The largest size that fits, for each way of checkpointing of which it is not clear that it is the slower one.
+
+    Args:
+        sizes: samples of a forward pass, the largest first.
+        checkpointing: False, True or both, in the order in which they are tried.
+        own: samples of a step.
+        fits: of a size, whether to use checkpointing, and whether it is the last choice, which has to be taken: gives
+            the memory in bytes and whether there is as much.
+
+    Returns:
+        For each: size, checkpointing and memory.
+    """
+    found: list[tuple[int, bool, int | None]] = []
+    for on in checkpointing:
+        for size in sizes:
+            must = not found and (size, on) == (sizes[-1], checkpointing[-1])
+            peak, good = fits(size, on, must)
+            if good:
+                found.append((size, on, peak))
+                break
+        if found and found[-1][0] == own:
+            break  # nothing is faster than all at once without recomputing
+    return found
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors of a number, the largest first."""
+    return [size for size in range(number, 0, -1) if number % size == 0]
+
+
+def _compiled_if_faster(model: Any, trial: _Trial, plan: BatchPlan) -> BatchPlan:
+    begin = time.perf_counter()
+    compile_layers(model)
+    try:
+        seconds = trial.seconds_per_step(plan)
+    except Exception as error:  # noqa: BLE001 - no compiler on the machine, or one that cannot cope: not needed
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        print(f"note: the layers cannot be compiled here ({reason}); training goes on without")
+        seconds = 1e6  # all processes do without then
+    seconds = _slowest(seconds)
+    if seconds > plan.seconds_per_step:
+        compile_layers(model, undo=True)
+        return plan
+    print(f"compiled the layers in {format_duration(time.perf_counter() - begin)}")
+    return replace(plan, compile_layers=True, seconds_per_step=seconds)
+
+
+def _slowest(seconds: float) -> float:
+    # Of all processes: they wait for each other.
+    return agree(round(1e6 * seconds))[0] / 1e6
+
+
+def compile_layers(model: Any, undo: bool = False) -> None:
+    """Compile each of a model's layers, in place, for rows of any length; the first step takes a minute longer.
+
+    Args:
+        model: any of transformers with decoder layers.
+        undo: be as before.
+    """
+    for module in model.modules():
+        if hasattr(module, "self_attn") and hasattr(module, "mlp"):
+            if undo:
+                module._compiled_call_impl = None  # what nn.Module.compile sets
+            else:
+                module.compile(dynamic=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Passes that are tried
+
+
+class _Trial:
+    """Forward and backward passes of a model that is about to be trained; they leave no trace."""
+
+    def __init__(
+        self, model: Any, run: StageRun, data: StageData, collator: InputMaskingDataCollator, order: Sequence[int]
+    ):
+        self.model, self.run, self.samples, self.collator, self.order = model, run, data.samples, collator, order
+        self.device = next(model.parameters()).device
+        counts = count_weights(
+            model.config, target_modules=run.settings.target_modules, r=run.settings.lora_r, vocabulary=None
+        )
+        # What training adds to a pass: the optimizer's state, and what processes exchange.
+        self.more = 0 if "paged" in run.settings.optim else optimizer_bytes(counts, run.settings.optim)
+        self.more += 4 * counts.trained if process_count() > 1 else 0
+
+    def fits(self, size: int, must: bool = False) -> tuple[int | None, bool]:
+        """GPU memory in bytes that a pass of so many of the longest rows takes, and whether all processes have it.
+
+        Args:
+            size: rows.
+            must: raise what one without the memory gets.
+        """
+        import torch
+
+        tokens = min(self.run.settings.max_seq_length, int(self.samples.lengths().max()))
+        row = uniform_row(tokens, self.collator.mask_first_n_examples, self.model.config.vocab_size)
+        self.release()
+        torch.cuda.reset_peak_memory_stats()
+        room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        peak: int | None = None
+        try:
+            self.passes([self.collator([row] * size)])
+            peak = torch.cuda.max_memory_allocated() + self.more
+        except RuntimeError as error:
+            if not is_out_of_memory(error) or must:
+                raise
+        self.release()
+        good = must or (peak is not None and peak <= FILLED * room)
+        return peak, not agree(int(not good))[0]
+
+    def seconds_per_step(self, plan: BatchPlan) -> float:
+        """Seconds of all passes of a step in this process, without the optimizer."""
+        if self.device.type == "cuda":
+            size = plan.micro_batch_size
+            parts = [self.order[at * size : (at + 1) * size] for at in range(1 + TIMED_BATCHES)]
+            batches = [self._batch(rows) for rows in parts if len(rows) == size] or [self._batch(self.order[:1])]
+            self.passes(batches[:1])
+            timed = batches[1:] or batches
+        else:
+            timed = [self._batch(self.order[:1])]  # a CPU is as long at each token, however many there are
+        seconds = self.passes(timed)
+        if self.device.type != "cuda" and seconds < 1:  # the first pass of a process takes longer
+            seconds = min(seconds, self.passes(timed))
+        self.release()
+        tokens_per_step = float(self.samples.lengths().mean()) * plan.micro_batch_size * plan.passes
+        return seconds * tokens_per_step / sum(_count_tokens(batch) for batch in timed)
+
+    def _batch(self, rows: Sequence[int]) -> Batch:
+        return self.collator(self.samples.__getitems__(list(rows)))
+
+    def passes(self, batches: Sequence[Batch]) -> float:
+        """Seconds of forward and backward passes of batches; gradients add up, random numbers are put back."""
+        import torch
+
+        precision = self.run.precision
+        self.model.train()
+        autocast: Callable[[], Any] = nullcontext
+        if precision.dtype != "float32" and self.device.type == "cuda":
+
+            def autocast() -> Any:
+                return torch.autocast("cuda", precision.torch_dtype)
+
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            begin = synchronised_time()
+            for batch in batches:
+                moved = {n: v.to(self.device) if torch.is_tensor(v) else v for n, v in batch.items()}
+                with autocast():
+                    loss = self.model(**{**moved, "use_cache": False}).loss
+                loss.backward()
+            return synchronised_time() - begin
+
+    def release(self) -> None:
+        """Give back the gradients, and on CUDA what the allocator keeps."""
+        import torch
+
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def synchronised_time() -> float:
+    """The time, in seconds, once the device has done what it was given."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def uniform_row(tokens: int, masked_replies: int, vocabulary: int) -> dict[str, Any]:
+    """A row of random tokens, all of which are learned that can be; for the memory that rows of a length take."""
+    bounds = np.arange(masked_replies + 1)
+    spans = np.stack([bounds, np.append(bounds[1:], tokens)], axis=1)
+    return {"input_ids": np.random.default_rng(0).integers(0, vocabulary, tokens), "reply_spans": spans}
+
+
+def _count_tokens(batch: Batch) -> int:
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+
+
+def optimizer_seconds(model: Any, cls: type, options: dict[str, Any], max_norm: float) -> float:
+    """Seconds of a step's optimizer, measured on copies of some of the trained weights; the weights stay as they are.
+
+    Args:
+        model: with its trainable weights.
+        cls, options: of the optimizer.
+        max_norm: gradients are clipped to it.
+    """
+    import torch
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    chosen = trained[:: max(1, len(trained) // 8)]
+    copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in chosen]
+    optimizer = cls([{"params": copies}], **options)
+    let_run_ahead(optimizer)
+    seconds = 0.0
+    for _ in range(2):  # the first makes the state
+        for copy in copies:
+            copy.grad = torch.zeros_like(copy)
+        begin = synchronised_time()
+        torch.nn.utils.clip_grad_norm_(copies, max_norm)
+        optimizer.step()
+        seconds = synchronised_time() - begin
+    return seconds * sum(p.numel() for p in trained) / sum(p.numel() for p in copies)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What keeps the host from waiting
+
+
+def let_run_ahead(optimizer: Any) -> None:
+    """Keep an optimizer of bitsandbytes from waiting for the device after each of its tensors, in place.
+
+    Its kernels run in the order in which they are started, as all of a stream's do: the waits change no number. Paged
+    optimizers, whose state moves between memories, are left as they are, and so are those of other libraries.
+    """
+    import sys
+    import types
+
+    module = sys.modules.get("bitsandbytes.optim.optimizer")
+    if module is None or not isinstance(optimizer, module.Optimizer8bit) or optimizer.is_paged:
+        return
+    if "step" in vars(optimizer):  # done already
+        return
+    step = optimizer.step
+
+    def run_ahead(self: Any, closure: Any = None) -> Any:
+        wait, module.sync_gpu = module.sync_gpu, lambda tensor: None
+        try:
+            return step(closure)
+        finally:
+            module.sync_gpu = wait
+
+    optimizer.step = types.MethodType(run_ahead, optimizer)  # a method: schedulers of torch look into it
