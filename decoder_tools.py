@@ -82,7 +82,6 @@ def decode_rows(
     choose: Callable[[torch.Tensor, Sequence[Any]], tuple[np.ndarray, ...]],
     finish: Callable[[Any], None],
     work: Work | None,
-    graphs: bool = False,
 ) -> None:
     """Advance rows until none is open.
 
@@ -92,8 +91,6 @@ def decode_rows(
         choose: makes arrays (rows, fed, ...) of logits (rows, fed, vocabulary) and those rows, log probabilities last;
             each row takes its own.
         finish: called with each row that has closed.
-        graphs: capture passes of one token a row as CUDA graphs, so that the host has one launch to make instead of
-            hundreds; needs a CUDA device.
 
     Raises:
         ValueError: a model or engine that this cannot decode, or one that answers with NaN.
@@ -116,7 +113,7 @@ def decode_rows(
         live.clear()
         # The longest first: what does not fit shows at once, and the cache seldom has to grow.
         waiting.sort(key=lambda row: -_length(row))
-        decoder = _Decoder(model, min(size, len(waiting)), work or Work(), graphs)
+        decoder = _Decoder(model, min(size, len(waiting)), work or Work())
         while waiting or live:
             while waiting and (not live or size - len(live) >= max(1, size // 8)):  # not one by one
                 decoder.admit(waiting, live, size - len(live))
@@ -141,11 +138,10 @@ def _length(row: Row) -> int:
 class _Decoder:
     """A model and its cache, whose first rows are those that are decoded."""
 
-    def __init__(self, model: Any, rows: int, work: Work, graphs: bool = False):
+    def __init__(self, model: Any, rows: int, work: Work):
         self.model, self.work = model, work
         self.device = model.get_input_embeddings().weight.device
         self.cache = RowCache(rows)
-        self.graphs = _Graphs(self) if graphs else None
 
     def admit(self, waiting: list[Row], live: list[Row], count: int) -> None:
         """Move up to `count` rows from waiting to live, with all but their last token computed; equal ones once."""
@@ -210,11 +206,6 @@ class _Decoder:
         for row, at in enumerate(part):
             ids[row, : len(feeds[at])] = feeds[at]
         columns = begins[:, None] + np.arange(fed)
-        if self.graphs is not None and fed == 1 and list(part) == list(range(len(live))):
-            self.work.passes += 1
-            self.work.reply_tokens += len(part)
-            self.work.seen_tokens += int(begins.sum()) + len(part)
-            return self.graphs.step(ids, columns)
         places = torch.from_numpy(columns).to(self.device)
         width = round_up(int(columns.max()) + 1, MASK_STEP)
         self.cache.begin_step(list(part), places, width)
@@ -242,73 +233,6 @@ class _Decoder:
     def copy(self, source: int, target: int, length: int) -> None:
         """Make row `target` of the cache hold the first `length` tokens of row `source`."""
         self.cache.copy(source, target, length)
-
-
-GRAPH_STEP = 256  # columns by which a graph sees more of the cache than the one before it
-
-
-class _Graphs:
-    """Passes of one token for each row of the cache, as CUDA graphs: one for each width of what they see.
-
-    All rows of the cache take part; those that decode nothing write into a column that the next prompt there fills.
-    """
-
-    def __init__(self, decoder: _Decoder):
-        import torch
-
-        self.decoder = decoder
-        self.rows = decoder.cache.rows
-        self.ids = torch.zeros((self.rows, 1), dtype=torch.int64, device=decoder.device)
-        self.places = torch.zeros_like(self.ids)
-        # By width: the graph, its logits, and the numbers of rows that it reads, which nothing else keeps alive.
-        self.captured: dict[int, tuple[Any, torch.Tensor, torch.Tensor]] = {}
-        self.memory: tuple[int, torch.Size] | None = None  # where the cache stood when they were captured
-
-    def step(self, ids: np.ndarray, columns: np.ndarray) -> torch.Tensor:
-        """Logits (rows fed, 1, vocabulary) of ids (rows fed, 1) at columns (rows fed, 1)."""
-        import torch
-
-        count = len(ids)
-        self.ids.zero_()
-        self.places.zero_()
-        self.ids[:count] = torch.from_numpy(ids).to(self.ids.device)
-        self.places[:count] = torch.from_numpy(columns).to(self.ids.device)
-        width = round_up(int(columns.max()) + 1, GRAPH_STEP)
-        cache = self.decoder.cache
-        cache.reserve(width)
-        keys = cache.layers[0][0]
-        stands = keys.data_ptr(), keys.shape
-        if stands != self.memory:  # it has grown, into other memory
-            self.captured.clear()
-            self.memory = stands
-        if width not in self.captured:
-            self.captured[width] = self._capture(width)
-        graph, logits, _ = self.captured[width]
-        graph.replay()
-        return logits[:count]
-
-    def _capture(self, width: int) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        import torch
-
-        def forward() -> torch.Tensor:
-            mask = torch.arange(width, device=self.places.device) <= self.places[:, None, :, None]
-            return self.decoder.model(
-                input_ids=self.ids, position_ids=self.places, attention_mask=mask, past_key_values=cache,
-                use_cache=True, logits_to_keep=0,
-            ).logits  # fmt: skip
-
-        cache = self.decoder.cache
-        cache.begin_step(list(range(self.rows)), self.places, width)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(2):  # what libraries set up when they are first called is no part of a graph
-                forward()
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = forward()
-        return graph, logits, cache._slots
 
 
 # ---------------------------------------------------------------------------------------------------------------------

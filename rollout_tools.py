@@ -1,7 +1,7 @@
 """Completions for reinforcement learning: sampled from a plain copy of the model in training, many at a time.
 
 A model in training is slow to sample from: its 4-bit layers are dequantised and its adapters multiplied anew for every
-token. `RolloutModel` adds them up once a step into plain 16-bit layers, which search_tools.sample_replies decodes.
+token. `RolloutModel` adds them up once a step into plain 16-bit layers, which sampling_tools.DeviceSampler decodes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from distributed_tools import process_count, process_index
 from model_tools import EMBEDDING_MODULES, Precision
-from search_tools import sample_replies
+from sampling_tools import DeviceSampler
 
 if TYPE_CHECKING:
     import torch
@@ -155,7 +155,7 @@ def make_rollouts(
 ) -> Callable[[list[str], Any], dict[str, Any]]:
     """What trl's GRPOTrainer calls for completions (its `rollout_func`), sampled from a copy that follows the training.
 
-    Prompts that a group shares are computed once, rows that end make room for others, and each completion's random
+    Prompts that a group shares are computed once, rows that have ended are left out, and each completion's random
     numbers depend on the seed, the step and its number alone: a continued run samples what an uninterrupted one does.
 
     Args:
@@ -171,24 +171,29 @@ def make_rollouts(
         the completions' ids, and None for the sampling's log probabilities: trl computes those of the model itself.
     """
     rollout: list[RolloutModel] = []
+    samplers: list[DeviceSampler] = []
     done = {"step": -1, "calls": 0}  # calls of the present step: each has random numbers of its own
 
     def roll(prompts: list[str], trainer: Any) -> dict[str, Any]:
         step = trainer.state.global_step
         if not rollout:
             rollout.append(RolloutModel(trained, dtype))
+            samplers.append(
+                DeviceSampler(
+                    rollout[0].model, tokenizer.eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature
+                )
+            )
         elif step != done["step"]:
             rollout[0].update()
         done.update(step=step, calls=done["calls"] + 1 if step == done["step"] else 0)
         prompt_ids = tokenizer(prompts)["input_ids"]
         # The numbers of all processes' completions follow each other, as one process would have them.
         number = len(prompts) * (process_count() * (step * CALLS + done["calls"]) + process_index())
-        replies = sample_replies(
-            rollout[0].model, "transformers", tokenizer, [np.array(ids) for ids in prompt_ids],
-            max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-            seeds=range(number, number + len(prompts)), batch_size=len(prompts),
+        replies = samplers[0].sample(
+            [np.array(ids) for ids in prompt_ids], seed=seed, seeds=range(number, number + len(prompts)),
+            batch_size=len(prompts),
         )  # fmt: skip
-        completions = [reply.tokens.tolist() for [reply] in replies]
+        completions = [reply.tokens.tolist() for reply in replies]
         return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
 
     return roll

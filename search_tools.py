@@ -244,7 +244,6 @@ def sample_replies(
     hopeless: Callable[[list[int]], bool] | None = None,
     done: Callable[[int, list[Reply]], None] | None = None,
     work: Work | None = None,
-    graphs: bool = False,
 ) -> list[list[Reply]]:
     """Sampled replies, or greedy ones; samples of one prompt share its computation.
 
@@ -265,7 +264,6 @@ def sample_replies(
         draft_tokens: most tokens of a guess that are verified in one pass, after the first.
         hopeless: called with a reply's tokens now and then; where it says True, that reply ends there, without an end
             token.
-        graphs: see `decoder_tools.decode_rows`; for samples without guesses.
 
     Returns:
         For each prompt its samples, in order. Log probabilities are the model's, at temperature 1.
@@ -290,7 +288,7 @@ def sample_replies(
     rows = [
         _Sample(
             i, prompt, guess, tokenizer.eos_token_id,
-            np.random.default_rng([seed, numbers[i], k]).random(max_new_tokens), draft_tokens, hopeless,
+            random_draws(seed, [numbers[i]], max_new_tokens, k)[0], draft_tokens, hopeless,
         )
         for i, (prompt, guess) in enumerate(zip(prompts, guesses, strict=True))
         for k in range(samples)
@@ -298,21 +296,13 @@ def sample_replies(
     remaining = [samples] * len(prompts)
 
     def choose(logits: torch.Tensor, rows: Sequence[Any]) -> tuple[np.ndarray, ...]:
-        logits = logits.double()  # (rows, fed, vocabulary)
+        draws = np.zeros((len(rows), logits.shape[1], 1))
         if temperature:
-            draws = np.zeros((len(rows), logits.shape[1], 1))
             for at, row in enumerate(rows):
                 part = row.draws[len(row.path) :][: logits.shape[1]]
                 draws[at, : len(part), 0] = part
-            reached = torch.softmax(logits / temperature, -1).cumsum(-1)
-            # Scaled by the sum, which rounding keeps from being 1; a draw is below 1, so that some token is reached,
-            # and `right` passes over tokens of probability 0.
-            draws = torch.from_numpy(draws).to(logits.device) * reached[..., -1:]
-            tokens = torch.searchsorted(reached, draws, right=True).clamp(max=logits.shape[-1] - 1)
-        else:
-            tokens = logits.argmax(-1, keepdim=True)
-        log_probs = torch.log_softmax(logits, -1).gather(-1, tokens)
-        return tokens[..., 0].cpu().numpy(), log_probs[..., 0].cpu().numpy()
+        tokens, log_probs = draw_tokens(logits, torch.from_numpy(draws).to(logits.device), temperature)
+        return tokens.cpu().numpy(), log_probs.cpu().numpy()
 
     def finish(row: _Sample) -> None:
         remaining[row.number] -= 1
@@ -323,8 +313,45 @@ def sample_replies(
         chosen = rows[number * samples : (number + 1) * samples]
         return [Reply(np.array(row.path, dtype=np.int64), row.log_prob) for row in chosen]
 
-    decode_rows(model, engine, rows, batch_size, choose, finish, work, graphs)
+    decode_rows(model, engine, rows, batch_size, choose, finish, work)
     return [replies_of(number) for number in range(len(prompts))]
+
+
+def random_draws(seed: int, numbers: Sequence[int], length: int, sample: int = 0) -> np.ndarray:
+    """The random numbers of samples, one for each token: float64 from 0 to below 1, (numbers, length).
+
+    Args:
+        seed: from 0.
+        numbers: one from 0 for each prompt.
+        length: tokens.
+        sample: which of the samples of a prompt.
+    """
+    return np.stack([np.random.default_rng([seed, number, sample]).random(length) for number in numbers])
+
+
+def draw_tokens(logits: torch.Tensor, draws: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that random numbers choose, and their log probabilities at temperature 1.
+
+    Args:
+        logits: (rows, fed, vocabulary).
+        draws: float64 from 0 to below 1, (rows, fed, 1); not used for temperature 0.
+        temperature: logits are divided by it; 0: the most probable token.
+
+    Returns:
+        Tokens, int64, and log probabilities, float64, each (rows, fed).
+    """
+    import torch
+
+    logits = logits.double()
+    if temperature:
+        reached = torch.softmax(logits / temperature, -1).cumsum(-1)
+        # Scaled by the sum, which rounding keeps from being 1; a draw is below 1, so that some token is reached, and
+        # `right` passes over tokens of probability 0.
+        tokens = torch.searchsorted(reached, draws * reached[..., -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    else:
+        tokens = logits.argmax(-1, keepdim=True)
+    log_probs = torch.log_softmax(logits, -1).gather(-1, tokens)
+    return tokens[..., 0], log_probs[..., 0]
 
 
 LOOK = 32  # tokens of a reply between two questions whether it is hopeless

@@ -5,7 +5,7 @@
 Rows, each a process of its own:
 
     generate   transformers' `generate` alone, --prompts x --generations rows at once, on the 16-bit model
-    rollouts   the decoder of stage 3 alone, on the same prompts; and with its passes captured as CUDA graphs
+    rollouts   the sampler of stage 3 alone, on the same prompts; and the decoder of the evaluation, for comparison
     stock      Unsloth as its own examples use it: 4 bits, trl's GRPOTrainer as Unsloth patches it, 2 prompts a step
     ours       stage 3 with --fast_rollouts, all prompts in one step
 
@@ -91,11 +91,10 @@ def prompts_of(args: argparse.Namespace, tokenizer: Any, count: int) -> list[np.
 
 
 def run_rollouts(args: argparse.Namespace, ours: bool) -> list[dict[str, Any]]:
-    """Sampling alone: transformers' generate, or the decoder of stage 3 without and with graphs."""
-    import torch
-
+    """Sampling alone: transformers' generate, or the sampler of stage 3 and the decoder of the evaluation."""
     from inference_tools import generate_replies
     from model_tools import load_model, resolve_precision
+    from sampling_tools import DeviceSampler
     from search_tools import sample_replies
 
     precision = resolve_precision("transformers", load_in_4bit=False)
@@ -107,18 +106,18 @@ def run_rollouts(args: argparse.Namespace, ours: bool) -> list[dict[str, Any]]:
         found = generate_replies(model, "transformers", tokenizer, prompts, args.tokens, batch_size=len(prompts))
         return sum(map(len, found))
 
-    def sample(graphs: bool) -> int:
+    sampler = DeviceSampler(model, tokenizer.eos_token_id, max_new_tokens=args.tokens)
+
+    def sample() -> int:
+        return sum(len(reply.tokens) for reply in sampler.sample(prompts, batch_size=len(prompts)))
+
+    def decode() -> int:
         found = sample_replies(
-            model, "transformers", tokenizer, prompts, max_new_tokens=args.tokens, batch_size=len(prompts),
-            graphs=graphs,
-        )  # fmt: skip
+            model, "transformers", tokenizer, prompts, max_new_tokens=args.tokens, batch_size=len(prompts)
+        )
         return sum(len(reply.tokens) for [reply] in found)
 
-    ways = {"generate": generate}
-    if ours:
-        ways = {"rollouts": lambda: sample(False)}
-        if torch.cuda.is_available():
-            ways["rollouts, graphs"] = lambda: sample(True)
+    ways = {"rollouts": sample, "decoder": decode} if ours else {"generate": generate}
     rows = []
     for name, way in ways.items():
         way()

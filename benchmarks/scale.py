@@ -133,8 +133,7 @@ def make_model(folder: Path, shape: dict[str, int]) -> None:
 
 def run_row(row: Configuration, args: argparse.Namespace) -> dict[str, Any]:
     """Train some steps of stage 1 and measure them; of several processes each does, and gets the figures of all."""
-    from distributed_tools import gather, process_count
-    from training_tools import estimate_seconds
+    from distributed_tools import gather
 
     size, passes = batch_of(row.tokens, args)
     side = side_of(row.tokens)
@@ -144,13 +143,11 @@ def run_row(row: Configuration, args: argparse.Namespace) -> dict[str, Any]:
         "base_model": model, "dataset_dir": args.output_dir / f"mirror-{side}",
         "output_dir": args.output_dir / f"stage-{Path(row.model).name}", "max_steps": args.steps, "eval_steps": 0,
         "save_steps": 0, "lora_r": row.lora_r, "max_seq_length": row.tokens, "sizes": pairs - 1, "holdout_examples": 4,
-        "per_device_train_batch_size": size, "gradient_accumulation_steps": passes,
+        "per_device_train_batch_size": size, "gradient_accumulation_steps": passes, "micro_batch_size": size,
     }  # fmt: skip
     given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     run, data, trainer = make_stage_1([*given, *shlex.split(args.flags)])
     mean = float(data.samples.lengths().mean())
-    # As the stage says it before the training.
-    estimated = estimate_seconds(run, mean * args.steps * size * passes) / process_count()
     clock = Clock()
     watch_steps(trainer, clock)
     trainer.train()
@@ -166,7 +163,7 @@ def run_row(row: Configuration, args: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_s": round(sum(part["tokens_per_s"] for part in parts), 1),
         "step_ms": step,
         "peak_gib": max(peaks, default=None),
-        "estimated_s": round(estimated, 2),
+        "estimated_s": round(run.plan.seconds_per_step * args.steps, 2),  # as the stage says it before
         "took_s": round(step * args.steps / 1000, 2),
         "samples_per_step": size * passes,
     }

@@ -6,8 +6,9 @@ Each row is a process of its own, one after the other:
 
     stock         Unsloth as its own examples use it: 4 bits, 4 x 2 samples a step, its checkpointing, its trainer and
                   collator, rows tokenised before
-    unsloth       stage 1 on the Unsloth engine, 4 bits
-    transformers  stage 1 on the transformers engine, 16 bits
+    unsloth       stage 1 with its defaults: Unsloth, 4 bits
+    transformers  stage 1 on the transformers engine, 16 bits; its layers compiled, as by default in a run of 10 minutes
+    unsloth16     stage 1 on the Unsloth engine in 16 bits; only where --rows names it
     bare          no trainer and no data: compiled layers on fixed full rows, the same LoRA and optimizer: what the
                   machine can do in practice
 
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 ROWS = ("stock", "unsloth", "transformers", "bare")
-WHOLE = ["--padding_free", "--gradient_checkpointing", "false"]
 FLAGS = {
-    "unsloth": ["--engine", "unsloth", *WHOLE],
-    "transformers": ["--engine", "transformers", "--load_in_4bit", "false", "--compile_layers", *WHOLE],
+    "unsloth": ["--engine", "unsloth"],
+    "transformers": ["--engine", "transformers", "--load_in_4bit", "false", "--compile_layers", "true"],
+    "unsloth16": ["--engine", "unsloth", "--load_in_4bit", "false"],
 }
 
 
@@ -139,7 +141,7 @@ def common_flags(args: argparse.Namespace) -> list[str]:
         "base_model": args.base_model, "dataset_dir": args.dataset_dir, "output_dir": args.output_dir,
         "max_steps": args.steps, "logging_steps": 1, "eval_steps": 0, "save_steps": 0, "lora_r": args.lora_r,
         "max_seq_length": args.max_seq_length, "sizes": args.size, "holdout_examples": args.holdout_examples,
-        "per_device_train_batch_size": args.samples_per_step, "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": args.samples_per_step // 2, "gradient_accumulation_steps": 2,
     }  # fmt: skip
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
 
@@ -164,12 +166,13 @@ def make_stage_1(flags: list[str]) -> tuple[Any, Any, Any]:
 
 def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Stage 1 up to the end of its training."""
-    _, _, trainer = make_stage_1([*common_flags(args), *FLAGS[name], *shlex.split(args.ours)])
+    run, _, trainer = make_stage_1([*common_flags(args), *FLAGS[name], *shlex.split(args.ours)])
     clock = Clock()
     watch_steps(trainer, clock)
     with profiled(trainer, args.warm_up, args.profile):
         trainer.train()
-    return clock.result(name, args.warm_up)
+    estimated = round(1000 * run.plan.seconds_per_step, 2)
+    return clock.result(name, args.warm_up) | {"estimated_step_ms": estimated, "batches": asdict(run.plan)}
 
 
 def planned_samples(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -233,8 +236,9 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import TrainingArguments
 
+    from batch_planning import compile_layers, let_run_ahead
     from model_tools import add_lora, load_model, resolve_precision
-    from trainer_tools import compile_layers, optimizer_with_embedding_rate
+    from trainer_tools import optimizer_with_embedding_rate
 
     planned_samples(args)  # prepares the base where it is not there
     cuda = torch.cuda.is_available()
@@ -249,6 +253,7 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
     )
     arguments.embedding_learning_rate = 1e-5
     optimizer = optimizer_with_embedding_rate(model, arguments)
+    let_run_ahead(optimizer)
     width = min(1024, args.max_seq_length)
     ids = torch.from_numpy(np.random.default_rng(0).integers(0, 60, (args.samples_per_step, width)))
     ids = ids.to("cuda" if cuda else "cpu")
@@ -321,10 +326,10 @@ def main() -> None:
     parser.add_argument("--base_model", required=True)
     parser.add_argument("--dataset_dir", required=True)
     parser.add_argument("--output_dir", default="output-train")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, "unsloth16"], default=list(ROWS))
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--warm_up", type=int, default=20, help="steps that are not timed")
-    parser.add_argument("--samples_per_step", type=int, default=8)
+    parser.add_argument("--samples_per_step", type=int, default=8, help="an even number")
     parser.add_argument("--lora_r", type=int, default=512)
     parser.add_argument("--max_seq_length", type=int, default=1536)
     parser.add_argument("--size", type=int, default=6, help="demonstrations of a puzzle")
@@ -332,7 +337,7 @@ def main() -> None:
     parser.add_argument("--ours", default="", help="further flags of both rows of ours, as one string")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "train.json")
-    parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)  # in the process of one row
+    parser.add_argument("--row", choices=[*ROWS, "unsloth16"], help=argparse.SUPPRESS)  # in the process of one row
     args = parser.parse_args()
     if not 1 <= args.warm_up < args.steps:
         parser.error("--warm_up has to be from 1 to below --steps")

@@ -182,7 +182,14 @@ def test_two_processes_train_as_one_does(tmp_path, trained):
     assert_same_training(trained[0], tmp_path)
     assert len([r for r in records(tmp_path) if "loss" in r]) == 12
     # One of them prints and writes.
-    for words in ("2 processes", "preparing ", "One sample", "estimated time", "trained 12 steps", "merge proven"):
+    for words in (
+        "float32, 2 processes)",
+        "preparing ",
+        "One sample",
+        "estimated time",
+        "trained 12 steps",
+        "merge proven",
+    ):
         assert printed.count(words) == 1, f"{words}\n{printed}"
     files = {path.name for path in complete_checkpoints(artifact(tmp_path, "Base-checkpoints"))[0].iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "complete.json"} <= files

@@ -549,19 +549,6 @@ def test_guesses_change_no_sample_and_save_passes(looking_back, temperature, kin
         sample(guesses=[None])
 
 
-@pytest.mark.gpu
-def test_graphs_give_the_same_samples():
-    model = tiny_model(sharpness=3).cuda()
-    prompts = [np.tile(prompt, 40 + 20 * i) for i, prompt in enumerate(tiny_prompts())]
-    for temperature in (0, 0.8):
-        options = {"max_new_tokens": 300, "temperature": temperature, "samples": 2, "batch_size": 5}
-        plain = sample_replies(model, "transformers", TOKENIZER, prompts, **options)
-        graphed = sample_replies(model, "transformers", TOKENIZER, prompts, **options, graphs=True)
-        for one, other in zip(plain, graphed, strict=True):
-            assert [reply.tokens.tolist() for reply in one] == [reply.tokens.tolist() for reply in other]
-            assert [reply.log_prob for reply in one] == pytest.approx([r.log_prob for r in other], abs=1e-3)
-
-
 def test_a_hopeless_reply_is_given_up():
     model = counting_model()
     asked = []
