@@ -483,17 +483,11 @@ def _explain_memory(error: BaseException, doing: str, settings: Mapping[str, Any
 
 
 def _memory_advice(settings: Mapping[str, Any]) -> list[str]:
-    size, accumulation = settings.get("per_device_train_batch_size", 1), settings.get("gradient_accumulation_steps", 1)
+    size = settings.get("micro_batch_size") or settings.get("per_device_train_batch_size", 1)
     advice = []
-    if (micro := settings.get("micro_batch_size")) is not None:
-        if micro > 1:
-            advice.append(f"--micro_batch_size (now {micro}), to a divisor of it: the same result")
-    elif size > 1:
-        factor = 2 if size % 2 == 0 else size
-        advice.append(
-            f"--per_device_train_batch_size (now {size}): {size // factor} with --gradient_accumulation_steps "
-            f"{accumulation * factor} (now {accumulation}) gives the same result"
-        )
+    if size > 1:
+        lower = next(part for part in range(size // 2, 0, -1) if size % part == 0)
+        advice.append(f"--micro_batch_size {lower} (now {size}): the same result")
     if settings.get("gradient_checkpointing") is False:
         advice.append("--gradient_checkpointing true (now false): the same result, slower")
     for name in ("max_seq_length", "num_generations", "lora_r"):

@@ -520,17 +520,19 @@ def test_out_of_memory_names_what_to_lower_in_order_with_the_present_values(tmp_
     errors["cublas"] = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
     measuring = explain(errors.pop("measuring"), "training", SETTINGS, tmp_path)
     assert "while measuring held-out puzzles" in measuring and "--per_device_eval_batch_size (now 8)" in measuring
-    assert "per_device_train" not in measuring
+    assert "micro_batch" not in measuring
     for error in errors.values():
         text = explain(error, "training", {**SETTINGS, "num_generations": 8}, tmp_path)
         assert text.startswith("out of memory while training")
         expected = (
-            "--per_device_train_batch_size (now 4): 2 with --gradient_accumulation_steps 4 (now 2)",
+            "--micro_batch_size 2 (now 4): the same result",
             "--gradient_checkpointing true (now false)", "--max_seq_length (now 1536)", "--num_generations (now 8)",
             "--lora_r (now 512)",
         )  # fmt: skip
         places = [text.index(words) for words in expected]
         assert places == sorted(places)
+    chosen = explain(errors["cuda"], "training", {**SETTINGS, "micro_batch_size": 3}, tmp_path)
+    assert "--micro_batch_size 1 (now 3)" in chosen
     little = explain(
         errors["cuda"], "training", {"per_device_train_batch_size": 1, "gradient_checkpointing": True}, tmp_path
     )
