@@ -288,7 +288,7 @@ class _Trial:
         else:
             timed = [self._batch(self.order[:1])]  # a CPU is as long at each token, however many there are
         seconds = self.passes(timed)
-        if self.device.type != "cuda" and seconds < 1:  # the first pass of a process takes longer
+        if self.device.type != "cuda":  # the first pass of a process takes longer
             seconds = min(seconds, self.passes(timed))
         self.release()
         tokens_per_step = float(self.samples.lengths().mean()) * plan.micro_batch_size * plan.passes
@@ -300,6 +300,7 @@ class _Trial:
     def passes(self, batches: Sequence[Batch]) -> float:
         """Seconds of forward and backward passes of batches; gradients add up, random numbers are put back."""
         import torch
+        from accelerate.utils import send_to_device
 
         precision = self.run.precision
         self.model.train()
@@ -313,7 +314,7 @@ class _Trial:
         with torch.random.fork_rng(devices):
             begin = synchronised_time()
             for batch in batches:
-                moved = {n: v.to(self.device) if torch.is_tensor(v) else v for n, v in batch.items()}
+                moved = send_to_device(batch, self.device)
                 with autocast():
                     loss = self.model(**{**moved, "use_cache": False}).loss
                 loss.backward()

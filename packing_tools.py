@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ATTENTION = "packed_documents"  # the name under which transformers knows `packed_attention`
 IGNORE_INDEX = -100
+DOCUMENTS = "packed_documents"  # in a batch for Unsloth: bounds and longest, see `pack_rows`
 LENGTH_STEP = 256  # the longest document's length is given in such steps, so that compiled code seldom sees a new one
 
 
@@ -33,7 +34,7 @@ def pack_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], engine: str) -> dic
     Returns:
         `input_ids`, `labels` and `position_ids`, int64 (1, all tokens), and `use_cache` False; for transformers
         `cu_seq_lens_q` and `cu_seq_lens_k`, int32 (documents + 1,), `max_length_q` and `max_length_k`; for Unsloth
-        `packed_seq_lengths`, int32 (documents,).
+        `packed_seq_lengths`, int32 (documents,), and the same as DOCUMENTS, for the hook of `use_packed_attention`.
     """
     import torch
 
@@ -49,10 +50,10 @@ def pack_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], engine: str) -> dic
         "position_ids": torch.from_numpy(positions.astype(np.int64))[None],
         "use_cache": False,
     }
-    if engine == "unsloth":
-        return batch | {"packed_seq_lengths": torch.from_numpy(lengths)}
     longest = -(-int(lengths.max()) // LENGTH_STEP) * LENGTH_STEP
     ends = torch.from_numpy(bounds)
+    if engine == "unsloth":
+        return batch | {"packed_seq_lengths": torch.from_numpy(lengths), DOCUMENTS: (ends, longest)}
     return batch | {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
@@ -102,6 +103,7 @@ def use_packed_attention(model: Any, engine: str = "transformers") -> None:
         for name, module in list(sys.modules.items()):
             if name.startswith("unsloth.models.") and hasattr(module, "run_attention"):
                 module.run_attention = unsloth_attention(module.run_attention)
+        model.register_forward_pre_hook(_tell_unsloth, with_kwargs=True)
         return
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -120,6 +122,27 @@ def use_packed_attention(model: Any, engine: str = "transformers") -> None:
     model.set_attn_implementation(ATTENTION)
     if config._attn_implementation != ATTENTION:
         raise ValueError(f"{config.model_type} models do not let their attention be chosen: rows cannot be packed")
+    model.register_forward_pre_hook(_keep_from_searching, with_kwargs=True)
+
+
+def _keep_from_searching(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    # Without a mask transformers looks for packed documents in the positions, and waits for the device to know. A mask
+    # that is four-dimensional already it takes as it is; `packed_attention` does not look at it.
+    if kwargs.get("cu_seq_lens_q") is not None and kwargs.get("attention_mask") is None:
+        kwargs["attention_mask"] = kwargs["position_ids"].new_zeros((1, 1, 1, 1))
+    return args, kwargs
+
+
+def _tell_unsloth(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    # Unsloth asks the device for the lengths, and waits for all that it was given before. It keeps the answer for the
+    # other layers: here it finds it there.
+    bounds, longest = kwargs.pop(DOCUMENTS, (None, None))
+    answers = getattr(sys.modules.get("unsloth.utils.packing"), "_PACKED_INFO_CACHE", None)
+    lengths = kwargs.get("packed_seq_lengths")
+    if bounds is not None and answers is not None and bounds.device == lengths.device:
+        result = lengths, bounds, longest
+        answers[lengths.device] = {"seq_lengths": lengths, "result": result, "inference": False}
+    return args, kwargs
 
 
 def unsloth_attention(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

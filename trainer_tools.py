@@ -419,6 +419,7 @@ def common_arguments(run: StageRun) -> dict[str, Any]:
         "remove_unused_columns": False,  # the collator reads reply_spans and key, the reward reads key
         "dataloader_num_workers": settings.dataloader_num_workers,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "accelerator_config": {"non_blocking": torch.cuda.is_available()},  # else each batch waits for the last step
         "logging_steps": settings.logging_steps,
         "logging_first_step": True,
         "run_name": run.lora.name,  # what W&B and others call the run

@@ -220,3 +220,23 @@ def test_what_fits_a_gpu_is_found_and_said(stage_flags, tmp_path):
     assert (batches["micro_batch_size"], batches["gradient_checkpointing"], batches["padding_free"]) == (8, False, True)
     assert 0 < batches["peak_bytes"] < torch.cuda.get_device_properties(0).total_memory
     assert "GiB of GPU memory" in printed
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_an_optimizer_that_does_not_wait_makes_the_same_steps():
+    import bitsandbytes
+
+    found = []
+    for ahead in (False, True):
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(512, 512, device="cuda")) for _ in range(20)]
+        optimizer = bitsandbytes.optim.AdamW8bit(weights, lr=0.1)
+        if ahead:
+            batch_planning.let_run_ahead(optimizer)
+        for _ in range(3):
+            sum((weight @ weight).square().mean() for weight in weights).backward()
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(torch.stack([weight.detach() for weight in weights]))
+    assert torch.equal(*found)

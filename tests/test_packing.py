@@ -1,6 +1,11 @@
 """Documents in one row: each blind to the others, and the same training as with rows of their own."""
 
+import importlib.util
 import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +15,16 @@ from conftest import call
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model_tools import InputMaskingDataCollator
-from packing_tools import pack_rows, use_packed_attention
+from packing_tools import (
+    DOCUMENTS,
+    attend_documents,
+    has_document_kernel,
+    pack_rows,
+    unsloth_attention,
+    use_packed_attention,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
 
 LENGTHS = (7, 13, 1, 5)
 
@@ -54,6 +68,8 @@ def test_a_batch_by_hand():
     assert batch["use_cache"] is False
     batch = pack_rows(rows, "unsloth")
     assert batch["packed_seq_lengths"].tolist() == [3, 2, 1] and "cu_seq_lens_q" not in batch
+    bounds, longest = batch[DOCUMENTS]
+    assert bounds.tolist() == [0, 3, 5, 6] and longest == 256
     assert rows[1][1].tolist() == [True, True]  # what was given is left alone
 
 
@@ -67,6 +83,19 @@ def test_packed_rows_give_the_logits_of_separate_ones(packed, documents):
         packed.set_attn_implementation("eager")
         alone = torch.cat([packed(torch.from_numpy(ids)[None]).logits[0] for ids, _ in documents])
     assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_documents_are_not_searched_for_in_the_positions(packed, documents, monkeypatch):
+    import transformers.masking_utils
+
+    def search(position_ids):
+        raise AssertionError("the device was asked")
+
+    monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", search)
+    with torch.no_grad():
+        packed(**inputs(documents))
+    with pytest.raises(AssertionError, match="was asked"):
+        packed(input_ids=torch.zeros((1, 4), dtype=torch.int64), position_ids=torch.arange(4)[None], use_cache=False)
 
 
 def test_nothing_is_learned_across_a_border(packed, documents):
@@ -130,3 +159,96 @@ def test_a_stage_trains_the_same_either_way(demo_base, demo_dataset, tmp_path):
     # steps do not depend on a factor of the gradient, it is the same.
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
     assert measured[0] == pytest.approx(measured[1], rel=0.01)
+
+
+def documents_in_one_row(device, dtype, heads=4, shared=2, size=64, lengths=(130, 1, 77, 300)):
+    """Queries, keys and values of documents in one row, (1, heads, tokens, size), and where documents begin and end."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(lengths)
+    parts = [torch.randn(1, n, tokens, size, generator=generator) for n in (heads, shared, shared)]
+    parts = [part.to(device, dtype).requires_grad_() for part in parts]
+    bounds = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device)
+    return parts, bounds, max(lengths)
+
+
+@pytest.mark.gpu
+def test_the_kernel_for_all_documents_is_attention_within_each():
+    plain, bounds, longest = documents_in_one_row("cpu", torch.float32)
+    expected = attend_documents(*plain, bounds, longest)
+    expected.square().sum().backward()
+    parts, bounds, longest = documents_in_one_row("cuda", torch.bfloat16)
+    found = attend_documents(*parts, bounds, longest)
+    found.float().square().sum().backward()
+    assert has_document_kernel(parts[0]) and found.shape == expected.shape
+    assert torch.allclose(found.float().cpu(), expected, atol=0.03)
+    for one, other in zip(parts, plain, strict=True):
+        difference = (one.grad.float().cpu() - other.grad).norm() / other.grad.norm()
+        assert difference < 0.03
+
+
+def test_unsloths_attention_is_asked_for_all_but_documents():
+    asked = []
+
+    def plain(*, config, context, Q, K, V):  # noqa: N803
+        asked.append(context)
+        return Q.transpose(1, 2)
+
+    attention = unsloth_attention(plain)
+    assert unsloth_attention(attention) is attention  # once is enough
+    (query, key, value), bounds, longest = documents_in_one_row("cpu", torch.float32)
+    documents = (bounds.diff(), bounds, longest)
+    context = {"attention_mask": None, "sliding_window": None, "prefix_seg_info": None, "is_causal": True}
+    for info in (None, documents):  # on a CPU there is no kernel: Unsloth's own way
+        attention(config=None, context=SimpleNamespace(seq_info=info, **context), Q=query, K=key, V=value)
+    assert len(asked) == 2
+
+
+UNSLOTH = """
+import os, sys
+os.environ["UNSLOTH_RETURN_LOGITS"] = "1"
+import unsloth, numpy as np, torch
+sys.path.insert(0, sys.argv[1])
+from model_tools import Precision, add_lora, load_model
+from packing_tools import DOCUMENTS, pack_rows, use_packed_attention
+precision = Precision("unsloth", "bfloat16", True)
+model, tokenizer = load_model(sys.argv[2], precision, 512)
+model = add_lora(model, precision, r=8, gradient_checkpointing=False)
+rng = np.random.default_rng(0)
+rows = [(rng.integers(0, len(tokenizer), n), np.ones(n, dtype=bool)) for n in (130, 40, 77, 300)]
+def logits(ids, **more):
+    ids = torch.as_tensor(ids)[None].cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        return model(input_ids=ids, use_cache=False, **more).logits[0].float()
+model.train()
+from accelerate.utils import send_to_device
+alone = torch.cat([logits(ids) for ids, _ in rows])
+batch = {n: v for n, v in send_to_device(pack_rows(rows, "unsloth"), "cuda").items() if n != "labels"}
+asked = torch.Tensor.tolist
+found = []
+for own in (False, True):
+    if own:
+        use_packed_attention(model, "unsloth")
+        torch.Tensor.tolist = None  # nothing asks the device for lengths
+    with torch.autocast("cuda", torch.bfloat16):
+        found.append(model(**{n: v for n, v in batch.items() if own or n != DOCUMENTS}).logits[0].float())
+torch.Tensor.tolist = asked
+wrong = torch.cat([alone[:130], torch.roll(alone[130:], 1, 0)])
+scale = (alone - wrong).abs().mean()
+for together in found:
+    print("difference", float((together - alone).abs().mean() / scale), float((together - alone).abs().max()))
+    assert (together - alone).abs().mean() < 0.02 * scale
+print("the same")
+"""
+
+
+@pytest.mark.gpu
+def test_packed_rows_give_the_logits_of_separate_ones_with_unsloth(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("Unsloth is not installed")
+    base = tiny_models.prepared_base(tmp_path)
+    # In a process of its own: Unsloth changes transformers for all that comes after.
+    done = subprocess.run(
+        [sys.executable, "-c", UNSLOTH, str(ROOT), str(base)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "the same" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
