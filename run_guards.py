@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -171,6 +172,7 @@ def guard(
     from transformers import TrainerCallback
 
     trainer.args.logging_nan_inf_filter = False
+    _spare_workers(trainer)
     saves = save_seconds is not None or trainer.args.save_strategy != "no"
     signals.saves = saves
 
@@ -224,6 +226,27 @@ def guard(
                 _delete_older(Path(args.output_dir), keep)
 
     trainer.add_callback(Guard())
+
+
+def _spare_workers(trainer: Any) -> None:
+    # Processes that make batches: a signal to the whole group is for the one that trains, which ends them in order.
+    make = trainer.get_train_dataloader
+
+    def get_train_dataloader() -> Any:
+        loader = make()
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's wraps PyTorch's
+        if inner.num_workers:
+            inner.worker_init_fn = partial(_begin_worker, inner.worker_init_fn)
+        return loader
+
+    trainer.get_train_dataloader = get_train_dataloader
+
+
+def _begin_worker(begin: Callable[[int], Any] | None, number: int) -> None:
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+    if begin is not None:
+        begin(number)
 
 
 def checkpoint_folder(arguments: Any, state: Any) -> Path:

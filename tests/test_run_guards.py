@@ -259,10 +259,10 @@ def wait_for(process, line):
 def test_sigterm_stops_with_a_checkpoint_and_the_run_goes_on_to_the_same_end(tmp_path, uninterrupted):
     with started(tmp_path, multiple=4, options="dataloader_num_workers=1") as process:
         wait_for(process, "step 2")
-        # Twice in a row, as `timeout` does it, and an interrupt to the whole group, as a terminal does.
-        process.send_signal(signal.SIGTERM)
+        # Twice in a row, as `timeout` does it, to the whole group; and an interrupt to it, as a terminal does.
+        os.killpg(process.pid, signal.SIGTERM)
         time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
         os.killpg(process.pid, signal.SIGINT)
         printed, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, errors
