@@ -115,7 +115,7 @@ class Job:
     def shown(self) -> str:
         """The command as a user types it."""
         script, *flags = self.command
-        return shlex.join(["python", Path(script).resolve().relative_to(ROOT).as_posix(), *flags])
+        return shlex.join(["python", Path(os.path.relpath(script, ROOT)).as_posix(), *flags])
 
 
 class Chain:
@@ -241,11 +241,11 @@ class Chain:
         if not models:
             raise FileNotFoundError(f"{name}: no model in {self.output} to evaluate: run the pieces before it")
         config, folder = self.config(f"evaluate_{kind}"), self.output / "evaluation"
-        for which, heldout in SETS.items():
+        for which in self.args.sets:
             output = folder / f"{name}-{which}"
             command = [
                 str(ROOT / "evaluate_arc.py"), "--config", str(config), "--dataset_dir", str(self.args.dataset_dir),
-                "--heldout", heldout, "--models", *map(str, models.values()), "--model_names", *models,
+                "--heldout", SETS[which], "--models", *map(str, models.values()), "--model_names", *models,
                 "--output_dir", str(output), "--cache_dir", str(folder / "cache"), *flags,
             ]  # fmt: skip
             manifests = [self.manifest(model) for model in models.values()]
@@ -337,7 +337,7 @@ def run_job(job: Job, chain: Chain, deadline: float) -> int:
     with log.open("rb") as file:
         file.seek(begin_of_log)
         lines = file.read().decode("utf-8", "replace").splitlines()
-    lines = [line for line in lines if line.strip() and "\r" not in line]
+    lines = [line for line in lines if line.strip() and "it/s]" not in line]  # no bars of progress
     for line in lines[-(30 if code and not stopped else 8) :]:
         print(f"    {line[:300]}")
     print(f"{job.name}: {'done' if done else f'ended with {code}'} after {seconds:.0f} s", flush=True)
@@ -736,6 +736,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output_dir", default="learn/output", help="folder of models, evaluations and logs")
     parser.add_argument("--configs", type=Path, default=ROOT / "learn", help="folder of the settings")
     parser.add_argument("--pieces", nargs="+", choices=PIECES, default=list(MAIN_PIECES), help="what is run")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="what is evaluated")
     parser.add_argument("--seeds", type=int, default=3, help="of stage 3, its own included")
     parser.add_argument("--ablations", nargs="+", choices=ABLATIONS, default=list(ABLATIONS))
     parser.add_argument("--time_limit", type=float, default=np.inf, help="seconds after which it stops, to go on later")
