@@ -150,6 +150,8 @@ class Chain:
     def note(self, job: Job, seconds: float, done: bool) -> None:
         """Keep how long a start of the job took and whether it came to its end."""
         kept, identity = self.state.get(job.name, {}), job.identity()
+        if kept.get("done") and not done and job.result.exists():
+            return  # refused, such as with other settings: what there is was made as it was noted before
         before = kept.get("seconds", []) if kept.get("identity") == identity else []
         self.state[job.name] = {
             "identity": identity, "command": job.shown(), "seconds": [*before, round(seconds, 1)], "done": done,
@@ -504,10 +506,13 @@ def score_rows(chain: Chain) -> list[dict[str, Any]]:
             found = _table_row(greedy, model)
             if found:
                 solved = right(greedy, model)
+                # Small grids repeat: some held-out pairs stand in a training puzzle too.
+                new = [solved[key] for key, entry in greedy["puzzles"].items() if not entry["seen_test"]]
                 interval = mean_interval(list(map(float, solved.values())), [by_task(key) for key in solved])
                 row |= {
                     "n": found["n"], "tasks": len(set(map(by_task, solved))), "exact_1": found["exact_1"],
-                    "ci_1": found["exact_1_interval"], "ci_1_tasks": interval, "decodable": found["decodable"],
+                    "ci_1": found["exact_1_interval"], "ci_1_tasks": interval, "n_new": len(new),
+                    "exact_1_new": sum(new) / len(new) if new else None, "decodable": found["decodable"],
                     "cell_accuracy": found["cell_accuracy"], "seconds_1": found["seconds"],
                 }  # fmt: skip
             found = _table_row(search, model)
@@ -660,6 +665,7 @@ def write_record(chain: Chain, split: Mapping[str, Any]) -> None:
             "exact_2": "two guesses from several views (evaluate_search.yaml)",
             "ci_1, ci_2": "95%, Wilson's, of puzzles",
             "ci_1_tasks": "95%, tasks resampled",
+            "exact_1_new": "exact_1 of those n_new test inputs whose pair stands in no training puzzle",
             "grpo_gain": "stage 3 minus stage 2, one greedy guess, points, mean over seeds; 95%, puzzles resampled",
         },
         "settings": {config.stem: read_yaml(config) for config in sorted(chain.configs.glob("*.yaml"))},
@@ -750,9 +756,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the pieces that are not done, write what has been measured; return the exit code."""
     args = parse_flags(argv)
     deadline = time.monotonic() + args.time_limit
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the script that runs is told to stop too
     chain = Chain(args)
     code = 0
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the script that runs is told to stop too
     try:
         split = check_split(chain)
         for job in chain.jobs(args.pieces):
@@ -767,6 +773,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
     write_record(chain, split)
     print_rows(score_rows(chain))
     print(args.results)

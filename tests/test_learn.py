@@ -29,7 +29,7 @@ TRAINING = {
 }  # fmt: skip
 CONFIGS = {
     "base": {"size": "tiny", "pretrain_steps": 2, "pretrain_batch": 512, "pretrain_compile": False},
-    "stage1": TRAINING | {"max_steps": 150},
+    "stage1": TRAINING | {"max_steps": 150, "save_steps": 150},
     "stage2": TRAINING | {"max_steps": 20},
     "ablation": TRAINING | {"max_steps": 2},
     "stage3": TRAINING | {
@@ -129,6 +129,8 @@ def test_every_figure_is_one_of_the_evaluations(learned):
         assert row["ci_1"] == pytest.approx(wilson_interval(sum(right), len(right)))
         assert greedy["settings"]["decoding"] == "greedy" and greedy["settings"]["views"] == 1
         solved += sum(right)
+        new = [right[i] for i, entry in enumerate(greedy["puzzles"].values()) if not entry["seen_test"]]
+        assert row["n_new"] == len(new) and row["exact_1_new"] == (sum(new) / len(new) if new else None)
         if row["set"] == "unseen":  # not measured yet
             assert row["exact_2"] is None and row["ci_2"] is None
             continue
@@ -170,11 +172,14 @@ def test_what_is_done_is_not_done_again_unless_its_settings_change(learned, caps
     path = inputs / "configs" / "stage2.yaml"
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace("max_steps: 20", "max_steps: 21"), encoding="utf-8")
+    jobs = (inputs / "output" / "jobs.json").read_text(encoding="utf-8")
     try:
         assert learn.main(flags_of(inputs)) == 2  # the stage's own word: it was trained with other settings
         printed = capsys.readouterr().out
         assert "trained with other settings: max_steps" in printed and "stage1: done already" in printed
-        assert json.loads((inputs / "learn.json").read_text(encoding="utf-8"))["rows"] == before["rows"]
+        now = json.loads((inputs / "learn.json").read_text(encoding="utf-8"))
+        assert [now[part] for part in ("rows", "stages")] == [before[part] for part in ("rows", "stages")]
+        assert (inputs / "output" / "jobs.json").read_text(encoding="utf-8") == jobs
     finally:
         path.write_text(text, encoding="utf-8")
 
