@@ -2,7 +2,7 @@
 # make lint      ruff
 # make test      env, lint and all tests that need no CUDA
 # make demo      env, then the three stages on generated data and a tiny model, and their evaluation
-# make learn     env, then whether the pipeline teaches: a small Llama through all stages, measured; one large GPU, 15 minutes
+# make learn     env, then whether the pipeline teaches: a small Llama through all of it (LEARN_DATASET=folder; one large GPU, 15 minutes)
 # make torture   env, then the three stages on a tiny model, killed at 100 random moments (about 10 minutes on 2 cores)
 # make fuzz      env, then 100,000 random inputs for the loader and the decoder (about 4 minutes)
 # make clean     caches of tools only: no environment, no data, no models

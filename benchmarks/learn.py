@@ -688,7 +688,8 @@ def plot_stages(chain: Chain, out: Path) -> None:
 
     from report_tools import draw_curves, find_curves, read_metrics
 
-    panels = ("loss", "share of puzzles solved", "tokens per second")
+    panels = dict.fromkeys(STAGES, ("loss", "share of puzzles solved", "tokens per second"))
+    panels["stage3"] = ("reward", *panels["stage3"][1:])  # its loss is about 0 whatever is learned
     found = {}
     for name in STAGES:
         metrics = adapter_of(chain, name) / "metrics.jsonl"
@@ -696,10 +697,10 @@ def plot_stages(chain: Chain, out: Path) -> None:
             found[name] = find_curves(read_metrics(metrics))
     if not found:
         return
-    figure = Figure(figsize=(4.5 * len(panels), 3.2 * len(found)), layout="constrained")
-    axes = figure.subplots(len(found), len(panels), squeeze=False)
+    figure = Figure(figsize=(13.5, 3.2 * len(found)), layout="constrained")
+    axes = figure.subplots(len(found), 3, squeeze=False)
     for row, (name, curves) in zip(axes, found.items(), strict=True):
-        for axis, title in zip(row, panels, strict=True):
+        for axis, title in zip(row, panels[name], strict=True):
             if title in curves:
                 draw_curves(axis, f"{name}: {title}", curves[title])
             else:
