@@ -2,6 +2,7 @@
 # make lint      ruff
 # make test      env, lint and all tests that need no CUDA
 # make demo      env, then the three stages on generated data and a tiny model, and their evaluation
+# make learn     env, then whether the pipeline teaches: a small Llama through all of it (LEARN_DATASET=folder; one large GPU, 15 minutes)
 # make torture   env, then the three stages on a tiny model, killed at 100 random moments (about 10 minutes on 2 cores)
 # make fuzz      env, then 100,000 random inputs for the loader and the decoder (about 4 minutes)
 # make clean     caches of tools only: no environment, no data, no models
@@ -37,7 +38,7 @@ DEMO_EVALUATION ?= demo/evaluation
 DEMO_FLAGS ?= --dataset_dir $(DEMO_DATASET) --output_dir $(DEMO_OUTPUT)
 
 .DEFAULT_GOAL := help
-.PHONY: help env lint test demo torture fuzz clean
+.PHONY: help env lint test demo learn torture fuzz clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -72,6 +73,17 @@ demo: env
 	$(BIN)/python train_grpo.py --config demo/demo_grpo.yaml $(DEMO_FLAGS)
 	$(BIN)/python evaluate_arc.py --config demo/demo_evaluate.yaml --dataset_dir $(DEMO_DATASET) --output_dir $(DEMO_EVALUATION) \
 	  --models $(DEMO_OUTPUT)/Llama-3.2-1B-prepared $(foreach stage,Base Final Final-RL,$(DEMO_OUTPUT)/Llama-3.2-1B-$(stage)-merged)
+
+LEARN_DATASET ?=
+LEARN_OUTPUT ?= learn/output
+LEARN_PIECES ?= base stage1 stage2 stage3 greedy search
+LEARN_FLAGS ?=
+learn: env
+	@test -d '$(LEARN_DATASET)' || { \
+	  echo "error: make learn needs a folder of task files: make learn LEARN_DATASET=dataset; to make one:" >&2; \
+	  echo "  python demo/make_dataset.py --from_rearc re_arc --out dataset --max_side 10" >&2; \
+	  exit 2; }
+	$(BIN)/python benchmarks/learn.py --dataset_dir $(LEARN_DATASET) --output_dir $(LEARN_OUTPUT) --pieces $(LEARN_PIECES) $(LEARN_FLAGS)
 
 KILLS ?= 100
 SEED ?= 0

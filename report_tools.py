@@ -68,12 +68,7 @@ def plot_metrics(metrics: str | Path, out: str | Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    records = read_metrics(metrics)
-    curves = {}
-    for title, names in PANELS:
-        found = {n: [(r["step"], r[n]) for r in records if isinstance(r.get(n), (int, float))] for n in names}
-        if any(found.values()):
-            curves[title] = {n: points for n, points in found.items() if points}
+    curves = find_curves(read_metrics(metrics))
     columns = min(COLUMNS, max(1, len(curves)))
     rows = max(1, math.ceil(len(curves) / columns))
     figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
@@ -81,15 +76,30 @@ def plot_metrics(metrics: str | Path, out: str | Path) -> None:
     for axis in axes[len(curves) :]:
         axis.set_axis_off()
     for axis, (title, lines) in zip(axes, curves.items(), strict=False):
-        for name, points in lines.items():
-            steps, values = zip(*points, strict=True)
-            axis.plot(steps, values, label=LABELS[name], marker="." if len(points) < 30 else None, linewidth=1.2)
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+        draw_curves(axis, title, lines)
     figure.savefig(out, dpi=120)
+
+
+def find_curves(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """What there is to draw of a metrics.jsonl's records: title of PANELS -> name -> points (step, value)."""
+    curves = {}
+    for title, names in PANELS:
+        found = {n: [(r["step"], r[n]) for r in records if isinstance(r.get(n), (int, float))] for n in names}
+        if any(found.values()):
+            curves[title] = {n: points for n, points in found.items() if points}
+    return curves
+
+
+def draw_curves(axis: Any, title: str, lines: dict[str, list[tuple[int, float]]]) -> None:
+    """Draw one panel: the lines of a title of `find_curves` into matplotlib's axis."""
+    for name, points in lines.items():
+        steps, values = zip(*points, strict=True)
+        axis.plot(steps, values, label=LABELS[name], marker="." if len(points) < 30 else None, linewidth=1.2)
+    axis.set_title(title)
+    axis.set_xlabel("step")
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ from run_guards import flush
 from search_tools import sample_replies
 from training_tools import StageData, StageRun
 
-CHUNK = 64  # prompts between two writes of the file: what a killed scan has to repeat
-ROWS = 128  # replies sampled at once; halved where memory does not suffice
+CHUNK = 256  # prompts between two writes of the file: what a killed scan has to repeat
+ROWS = 512  # replies sampled at once; halved where memory does not suffice
 
 
 @dataclass(frozen=True)

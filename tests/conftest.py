@@ -70,7 +70,15 @@ def call(script, *flags):
 
 
 # The files that take longest, longest first: begun last, one of them would keep a single process busy at the end.
-SLOW_FILES = ("test_stages", "test_survival", "test_distributed", "test_bad_input", "test_reruns", "test_evaluate")
+SLOW_FILES = (
+    "test_stages",
+    "test_survival",
+    "test_distributed",
+    "test_learn",
+    "test_bad_input",
+    "test_reruns",
+    "test_evaluate",
+)
 
 
 def pytest_collection_modifyitems(items):

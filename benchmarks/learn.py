@@ -1,0 +1,788 @@
+"""Does it learn? A small Llama through all three stages and their evaluation, on any dataset folder: `make learn`.
+
+    python benchmarks/learn.py --dataset_dir dataset --output_dir learn/output
+    python benchmarks/learn.py --dataset_dir dataset --output_dir learn/output --pieces seeds ablations
+
+Runs the same scripts as everybody does, each as a process of its own, with the settings of --configs (learn/*.yaml):
+
+    base        demo/make_base.py: a small Llama, pretrained on generated puzzles (base.yaml)
+    stage1      base_finetune.py (stage1.yaml)
+    stage2      base_finetune_final.py (stage2.yaml)
+    stage3      train_grpo.py (stage3.yaml)
+    greedy      evaluate_arc.py: one greedy guess of each model (evaluate_greedy.yaml)
+    search      evaluate_arc.py: two guesses from 16 views (evaluate_search.yaml)
+    seeds       stage 3 again from the same merge, with the seeds after its own, and their greedy guesses
+    ablations   short second rounds from stage 1's merge, one thing changed in each (ablation.yaml)
+
+Held out are puzzles of the tasks that are trained on (`seen`) and whole tasks (`unseen`), the same in all; which tasks
+is written down in split.json. What is done already is not done again, and an interrupted piece goes on: with
+--time_limit, calls of a few minutes each can be chained (exit code 3: run the same command again).
+
+Writes --results after each evaluation, every number from a results.json of evaluate_arc.py, and curves beside it.
+"rows" of each model and set: exact_1 (n test inputs, one greedy guess), exact_2 (n_2 of them, two guesses from 16
+views), with 95% intervals ci_1 and ci_2; ci_1_tasks, where tasks are resampled. "grpo_gain": stage 3 minus stage 2,
+paired, in points, mean over the seeds; puzzles that stage 3 chose its adapter by are left out. Logs: OUTPUT/logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from scoring_tools import mean_interval  # noqa: E402
+
+PIECES = ("base", "stage1", "stage2", "stage3", "greedy", "search", "seeds", "ablations")
+MAIN_PIECES = PIECES[:6]
+PREFIX = "Llama-3.2-1B"
+# Each stage: its script, the name of what it writes, the stage that it starts from.
+STAGES = {
+    "stage1": ("base_finetune.py", "Base", None),
+    "stage2": ("base_finetune_final.py", "Final", "Base"),
+    "stage3": ("train_grpo.py", "Final-RL", "Final"),
+}
+MODELS = {
+    "base": f"{PREFIX}-prepared", "stage1": f"{PREFIX}-Base-merged", "stage2": f"{PREFIX}-Final-merged",
+    "stage3": f"{PREFIX}-Final-RL-merged",
+}  # fmt: skip
+SETS = {"seen": "examples", "unseen": "tasks"}  # and what evaluate_arc.py calls them
+SPLIT = ("sizes", "grid_sizes", "dataset_seed", "holdout_examples", "holdout_tasks", "holdout_seed")
+# What is changed in each ablation, the flags that change it, and whether it is stage 2's script or stage 1's.
+ABLATIONS: dict[str, tuple[str, list[str], str]] = {
+    "masked": ("nothing: stage 2, shortened", [], "stage2"),
+    "all-tokens": ("all tokens are learned again, as in stage 1", [], "stage1"),
+    "embedding-1e-5": ("embedding_learning_rate 1e-5", ["--embedding_learning_rate", "1e-5"], "stage2"),
+    "r-64": ("lora_r 64", ["--lora_r", "64"], "stage2"),
+    "4bit-quantised": (
+        "4-bit base, merged onto it as quantised", ["--load_in_4bit", "true", "--merge_base", "quantised"], "stage2",
+    ),
+    "4bit-original": (
+        "4-bit base, merged onto its 16-bit weights", ["--load_in_4bit", "true", "--merge_base", "original"], "stage2",
+    ),
+}  # fmt: skip
+NOT_DONE = 3  # exit code: the time limit came first
+GRACE = 60.0  # seconds for a script to save what it has after it was told to stop
+LEAST = 20.0  # seconds without which nothing is begun
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command.
+
+    Args:
+        name: of the job, and of its log.
+        command: the script and its flags.
+        inputs: files that decide what comes out of it: its settings, and manifests of models that it starts from.
+        result: a file that is there when it is done.
+        whole: seconds that it needs at one go; 0: it goes on where it was stopped.
+        prepare: called before the command.
+    """
+
+    name: str
+    command: list[str]
+    inputs: list[Path]
+    result: Path
+    whole: float = 0.0
+    prepare: Callable[[], None] | None = None
+
+    def identity(self) -> str:
+        """A hash of the command and of what it reads."""
+        parts = [json.dumps(self.command)]
+        parts += [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.inputs]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def shown(self) -> str:
+        """The command as a user types it."""
+        script, *flags = self.command
+        return shlex.join(["python", Path(os.path.relpath(script, ROOT)).as_posix(), *flags])
+
+
+class Chain:
+    """The jobs of a run, and what is known of those that were begun.
+
+    Args:
+        args: the command's flags.
+
+    Attributes:
+        state: of each job by its name {"identity", "command", "seconds": of each start, "done"}; kept in jobs.json of
+            the output folder.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        """See the class."""
+        self.args = args
+        self.output, self.configs = Path(args.output_dir), Path(args.configs)
+        self.path = self.output / "jobs.json"
+        self.state: dict[str, dict[str, Any]] = {}
+        if self.path.is_file():
+            self.state = json.loads(self.path.read_text(encoding="utf-8"))
+
+    def config(self, name: str) -> Path:
+        """A file of settings."""
+        return self.configs / f"{name}.yaml"
+
+    def is_done(self, job: Job) -> bool:
+        """Whether the job's result is there and was made by this command from what is there now."""
+        kept = self.state.get(job.name, {})
+        return bool(kept.get("done")) and job.result.exists() and kept["identity"] == job.identity()
+
+    def note(self, job: Job, seconds: float, done: bool) -> None:
+        """Keep how long a start of the job took and whether it came to its end."""
+        kept, identity = self.state.get(job.name, {}), job.identity()
+        if kept.get("done") and not done and job.result.exists():
+            return  # refused, such as with other settings: what there is was made as it was noted before
+        before = kept.get("seconds", []) if kept.get("identity") == identity else []
+        self.state[job.name] = {
+            "identity": identity, "command": job.shown(), "seconds": [*before, round(seconds, 1)], "done": done,
+        }  # fmt: skip
+        write_json(self.path, self.state)
+
+    # -- the jobs
+
+    def jobs(self, pieces: Sequence[str]) -> Iterator[Job]:
+        """The jobs of some pieces in order; each is made when those before it are done."""
+        for piece in PIECES:
+            if piece not in pieces:
+                continue
+            if piece == "base":
+                yield self.base()
+            elif piece in STAGES:
+                yield self.stage(piece)
+            elif piece in ("greedy", "search"):
+                yield from self.evaluations(piece, piece, self.models())
+            elif piece == "seeds":
+                yield from self.seeds()
+            else:
+                yield from self.ablations()
+
+    def base(self) -> Job:
+        """The base model."""
+        config, flags = self.config("base"), []
+        values = read_yaml(config)
+        for name, value in values.items():
+            if value is not False:
+                flags.append(f"--{name}")
+                flags += [] if value is True else [str(v) for v in (value if isinstance(value, list) else [value])]
+        folder = self.output / "base"
+        command = [str(ROOT / "demo" / "make_base.py"), "--out", str(folder), *flags]
+        # A pretraining that is stopped begins anew.
+        whole = float(values.get("pretrain_seconds", 0))
+        return Job("base", command, [config], folder / "make_base.json", whole=1.2 * whole + 45 if whole else 0.0)
+
+    def stage(self, name: str) -> Job:
+        """A stage of the main run."""
+        script, artifact, parent = STAGES[name]
+        flags, needed = [], self.output / "base" / "make_base.json"
+        if parent is None:
+            flags = ["--base_model", str(self.output / "base")]
+        else:
+            needed = self.manifest(self.output / f"{PREFIX}-{parent}-merged")
+        return self.training(name, script, self.config(name), needed, self.output, artifact, flags)
+
+    def training(
+        self, name: str, script: str, config: Path, needed: Path, output: Path, artifact: str, flags: list[str]
+    ) -> Job:
+        """A run of a stage's script; `needed` is the manifest of what it starts from."""
+        if not needed.is_file():
+            raise FileNotFoundError(f"{name} starts from {needed.parent}, which is not there: run the piece before it")
+        fixed = ["--config", str(config), "--dataset_dir", str(self.args.dataset_dir), "--output_dir", str(output)]
+        result = self.manifest(output / f"{PREFIX}-{artifact}-merged")
+        return Job(name, [str(ROOT / script), *fixed, *flags], [config, needed], result)
+
+    def models(self) -> dict[str, Path]:
+        """The models of the main run that are there, by their names."""
+        found = {name: self.output / folder for name, folder in MODELS.items()}
+        return {name: folder for name, folder in found.items() if self.manifest(folder).is_file()}
+
+    def seed_models(self) -> dict[str, Path]:
+        """Stage 2, stage 3, and stage 3 with the other seeds, those that are there."""
+        first = self.first_seed()
+        found = {name: folder for name, folder in self.models().items() if name in ("stage2", "stage3")}
+        for seed in range(first + 1, first + self.args.seeds):
+            folder = self.output / f"seed{seed}" / MODELS["stage3"]
+            if self.manifest(folder).is_file():
+                found[f"stage3-seed{seed}"] = folder
+        return found
+
+    def ablation_models(self) -> dict[str, Path]:
+        """Stage 1, which the ablations start from, and what has been made of it."""
+        found = {name: folder for name, folder in self.models().items() if name == "stage1"}
+        for name, (_, _, like) in ABLATIONS.items():
+            folder = self.output / "ablations" / name / MODELS[like]
+            if self.manifest(folder).is_file():
+                found[name] = folder
+        return found
+
+    def first_seed(self) -> int:
+        """Stage 3's own seed."""
+        return int(settings_of("stage3", self.config("stage3"), self.args.dataset_dir).seed)
+
+    def evaluations(self, name: str, kind: str, models: Mapping[str, Path], flags: Sequence[str] = ()) -> Iterator[Job]:
+        """One evaluation of several models on each set; replies are shared by all evaluations."""
+        if not models:
+            raise FileNotFoundError(f"{name}: no model in {self.output} to evaluate: run the pieces before it")
+        config, folder = self.config(f"evaluate_{kind}"), self.output / "evaluation"
+        for which in self.args.sets:
+            output = folder / f"{name}-{which}"
+            command = [
+                str(ROOT / "evaluate_arc.py"), "--config", str(config), "--dataset_dir", str(self.args.dataset_dir),
+                "--heldout", SETS[which], "--models", *map(str, models.values()), "--model_names", *models,
+                "--output_dir", str(output), "--cache_dir", str(folder / "cache"), *flags,
+            ]  # fmt: skip
+            manifests = [self.manifest(model) for model in models.values()]
+            yield Job(f"{name}-{which}", command, [config, *manifests], output / "results.json")
+
+    def seeds(self) -> Iterator[Job]:
+        """Stage 3 with other seeds from the same merge, then all of them on the same puzzles."""
+        script, artifact, parent = STAGES["stage3"]
+        merged, first = self.output / f"{PREFIX}-{parent}-merged", self.first_seed()
+        for seed in range(first + 1, first + self.args.seeds):
+            yield self.training(
+                f"seed{seed}", script, self.config("stage3"), self.manifest(merged), self.output / f"seed{seed}",
+                artifact, ["--base_model", str(merged), "--seed", str(seed)],
+            )  # fmt: skip
+        yield from self.evaluations("seeds", "greedy", self.seed_models())
+
+    def ablations(self) -> Iterator[Job]:
+        """Short second rounds from stage 1's merge, then all of them on the same puzzles."""
+        merged, folder = self.output / MODELS["stage1"], self.output / "ablations"
+        for name in self.args.ablations:
+            _, flags, like = ABLATIONS[name]
+            script, artifact, _ = STAGES[like]
+            job = self.training(
+                f"ablation-{name}", script, self.config("ablation"), self.manifest(merged), folder / name, artifact,
+                ["--base_model", str(merged), *flags],
+            )  # fmt: skip
+            if name == "4bit-original":  # the same adapter, merged in another way
+                job = Job(**{**vars(job), "prepare": self.copy_the_quantised_adapter})
+            yield job
+        yield from self.evaluations("ablations", "greedy", self.ablation_models())
+        four_bit = {name: model for name, model in self.ablation_models().items() if name.startswith("4bit")}
+        if four_bit:  # as a next stage would load them
+            yield from self.evaluations("ablations-4bit", "greedy", four_bit, ["--load_in_4bit", "true"])
+
+    def copy_the_quantised_adapter(self) -> None:
+        """Give 4bit-original the adapter of 4bit-quantised, if that is there and it has none."""
+        folder = self.output / "ablations"
+        adapter = f"{PREFIX}-Final-lora"
+        there, to = folder / "4bit-quantised" / adapter, folder / "4bit-original" / adapter
+        if self.manifest(there).is_file() and not to.exists():
+            beside = to.with_name(f"{adapter}.incomplete")
+            shutil.rmtree(beside, ignore_errors=True)
+            shutil.copytree(there, beside)
+            beside.rename(to)
+
+    @staticmethod
+    def manifest(folder: Path) -> Path:
+        """The manifest of a model folder of the pipeline."""
+        return folder / "manifest.json"
+
+
+def run_job(job: Job, chain: Chain, deadline: float) -> int:
+    """Run a job until it is done or the time is over.
+
+    Args:
+        job: what to run.
+        chain: keeps what came of it.
+        deadline: on the monotonic clock; math.inf: none.
+
+    Returns:
+        Its exit code; NOT_DONE where the time limit came first.
+    """
+    left = deadline - time.monotonic()
+    if left < max(LEAST, job.whole):
+        print(f"{job.name}: not begun, {left:.0f} s are left of --time_limit", flush=True)
+        return NOT_DONE
+    if job.prepare:
+        job.prepare()
+    log = chain.output / "logs" / f"{job.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{job.name}: {job.shown()}", flush=True)
+    begin, begin_of_log = time.monotonic(), log.stat().st_size if log.exists() else 0
+    with log.open("ab") as file:
+        process = subprocess.Popen([sys.executable, *job.command], stdout=file, stderr=subprocess.STDOUT)
+        stopped = False
+        try:
+            process.wait(None if deadline == np.inf else max(1.0, deadline - begin))
+        except subprocess.TimeoutExpired:
+            stopped = True
+            print(f"{job.name}: the time is over, it is told to stop", flush=True)
+            stop(process)
+        except (KeyboardInterrupt, SystemExit):
+            stop(process)
+            chain.note(job, time.monotonic() - begin, done=False)
+            raise
+    seconds, code = time.monotonic() - begin, process.returncode
+    done = code == 0 and job.result.exists()
+    chain.note(job, seconds, done)
+    with log.open("rb") as file:
+        file.seek(begin_of_log)
+        lines = file.read().decode("utf-8", "replace").splitlines()
+    lines = [line for line in lines if line.strip() and "it/s]" not in line]  # no bars of progress
+    for line in lines[-(30 if code and not stopped else 8) :]:
+        print(f"    {line[:300]}")
+    print(f"{job.name}: {'done' if done else f'ended with {code}'} after {seconds:.0f} s", flush=True)
+    if done:
+        return 0
+    if stopped:
+        return NOT_DONE
+    return code if code > 0 else 1  # killed by a signal, or without its result
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Tell a script to save and end, and wait for it."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings and split
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Settings of a file by their names."""
+    import yaml
+
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+
+
+def settings_of(name: str, config: Path, dataset_dir: str | Path) -> Any:
+    """What a script makes of a file of settings.
+
+    Args:
+        name: a stage, or "evaluate".
+        config: the file.
+        dataset_dir: of the run.
+    """
+    import importlib
+
+    from run_settings import parse_settings
+
+    script = STAGES[name][0] if name in STAGES else "evaluate_arc.py"
+    argv = ["--config", str(config), "--dataset_dir", str(dataset_dir)]
+    if name == "evaluate":
+        argv += ["--models", "any"]
+    return parse_settings(importlib.import_module(Path(script).stem).Settings, argv)
+
+
+def check_split(chain: Chain) -> dict[str, Any]:
+    """Check that all scripts hold out the same puzzles, and the tasks that are written down.
+
+    Those of the data that split.json of --configs was made from are written there; those of other data in split.json of
+    the output folder, by the first run.
+
+    Args:
+        chain: gives configurations, dataset and folders.
+
+    Returns:
+        The split: settings of SPLIT, "dataset" (a hash of all puzzles), "tasks" (how many there are), "train", "seen"
+        and "unseen" (puzzles of each), "unseen_tasks" (names).
+
+    Raises:
+        ValueError: settings that do not agree, or another split than the one written down.
+    """
+    from training_tools import load_dataset
+
+    dataset_dir, found = chain.args.dataset_dir, {}
+    names = {**{name: name for name in STAGES}, "ablation": "stage2"}
+    names |= {"evaluate_greedy": "evaluate", "evaluate_search": "evaluate"}
+    for name, script in names.items():
+        settings = settings_of(script, chain.config(name), dataset_dir)
+        found[name] = {part: getattr(settings, part) for part in SPLIT}
+    different = [f"{name}.yaml" for name in found if found[name] != found["stage1"]]
+    if different:
+        raise ValueError(f"{', '.join(different)}: not the {', '.join(SPLIT)} of stage1.yaml: puzzles would leak")
+    settings = settings_of("stage1", chain.config("stage1"), dataset_dir)
+    data = load_dataset(settings)
+    split = data.holdout(settings.holdout_examples, settings.holdout_tasks, settings.holdout_seed)
+    unseen = sorted({data.task_of(puzzle) for puzzle in split.unseen.challenge})
+    present = {
+        **found["stage1"],
+        "dataset": data.content_hash(),
+        "tasks": len({data.task_of(puzzle) for puzzle in data.challenge}),
+        **{part: len(getattr(split, part).keys) for part in ("train", "seen", "unseen")},
+        "unseen_tasks": unseen,
+    }
+    written = chain.configs / "split.json"
+    if not written.is_file() or json.loads(written.read_text(encoding="utf-8"))["dataset"] != present["dataset"]:
+        written = chain.output / "split.json"
+        if not written.is_file():
+            write_json(written, present)
+    before = json.loads(written.read_text(encoding="utf-8"))
+    changed = sorted(part for part in present if before.get(part) != present[part])
+    if changed:
+        raise ValueError(f"{written}: another split was written down ({', '.join(changed)} differ): use its settings")
+    return present
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def task_of(puzzle: str) -> str:
+    """The task of a puzzle, `007bbfb7-000` or `007bbfb7`."""
+    return re.sub(r"-\d+$", "", puzzle)
+
+
+def right(results: Mapping[str, Any], model: str) -> dict[str, bool]:
+    """Test input -> whether a model's first guess is right, of a results.json."""
+    return {key: entry[model]["correct"][:1] == [True] for key, entry in results["puzzles"].items()}
+
+
+def paired_gain(
+    before: Mapping[str, bool], after: Sequence[Mapping[str, bool]], group: Callable[[str], str] = str
+) -> dict[str, Any]:
+    """How much more is solved afterwards, of the same test inputs, in points (hundredths).
+
+    Args:
+        before: test input -> solved.
+        after: the same for each seed.
+        group: test input -> what is resampled as one: puzzles, or tasks.
+
+    Returns:
+        points: the mean over test inputs and seeds of after - before; ci: its 95% interval by resampling groups, each
+        with its mean over the seeds; n: test inputs.
+    """
+    keys = [key for key in before if all(key in one for one in after)]
+    if not keys or not after:
+        return {"points": None, "ci": None, "n": 0}
+    changes = [float(np.mean([float(one[key]) - float(before[key]) for one in after])) for key in keys]
+    interval = mean_interval(changes, [group(key) for key in keys], least=-1.0)
+    return {
+        "points": round(100 * float(np.mean(changes)), 2),
+        "ci": [round(100 * bound, 2) for bound in interval],
+        "n": len(keys),
+    }
+
+
+def by_puzzle(key: str) -> str:
+    """The puzzle of a test input `PUZZLE_INDEX`."""
+    return key.rpartition("_")[0]
+
+
+def by_task(key: str) -> str:
+    """The task of a test input."""
+    return task_of(by_puzzle(key))
+
+
+def read_results(chain: Chain, name: str) -> dict[str, Any] | None:
+    """A results.json, None if it is not there."""
+    path = chain.output / "evaluation" / name / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def score_rows(chain: Chain) -> list[dict[str, Any]]:
+    """Of each model and set: one greedy guess, and two guesses from 16 views, as far as they have been measured."""
+    rows = []
+    for which in SETS:
+        greedy, search = (read_results(chain, f"{kind}-{which}") for kind in ("greedy", "search"))
+        for model in MODELS:
+            row: dict[str, Any] = {"model": model, "set": which}
+            found = _table_row(greedy, model)
+            if found:
+                solved = right(greedy, model)
+                # Small grids repeat: some held-out pairs stand in a training puzzle too.
+                new = [solved[key] for key, entry in greedy["puzzles"].items() if not entry["seen_test"]]
+                interval = mean_interval(list(map(float, solved.values())), [by_task(key) for key in solved])
+                row |= {
+                    "n": found["n"], "tasks": len(set(map(by_task, solved))), "exact_1": found["exact_1"],
+                    "ci_1": found["exact_1_interval"], "ci_1_tasks": interval, "n_new": len(new),
+                    "exact_1_new": sum(new) / len(new) if new else None, "decodable": found["decodable"],
+                    "cell_accuracy": found["cell_accuracy"], "seconds_1": found["seconds"],
+                }  # fmt: skip
+            found = _table_row(search, model)
+            if found:
+                row |= {
+                    "n_2": found["n"], "exact_2": found["exact_2"], "ci_2": found["exact_2_interval"],
+                    "exact_1_of_search": found["exact_1"], "found": found["found"], "seconds_2": found["seconds"],
+                }  # fmt: skip
+            if len(row) > 2:
+                rows.append({"n": None, "exact_1": None, "ci_1": None, "exact_2": None, "ci_2": None} | row)
+    return rows
+
+
+def _table_row(results: Mapping[str, Any] | None, model: str) -> dict[str, Any] | None:
+    return next((row for row in (results or {}).get("table", []) if row["model"] == model), None)
+
+
+def guards_puzzles(chain: Chain) -> set[str]:
+    """The held-out test inputs by which stage 3 chooses its adapter."""
+    from model_tools import load_tokenizer
+    from training_tools import heldout_puzzles
+
+    settings = settings_of("stage3", chain.config("stage3"), chain.args.dataset_dir)
+    if not (settings.collapse_guard and settings.eval_steps and settings.eval_puzzles):
+        return set()
+    dataset, _ = heldout_puzzles(settings, load_tokenizer(chain.output / MODELS["stage2"]))
+    return set(dataset.keys[: settings.eval_puzzles])
+
+
+def grpo_gain(chain: Chain) -> dict[str, Any] | None:
+    """Stage 3 minus stage 2 with one greedy guess, mean over the seeds; None before stage 3 has been evaluated."""
+    record: dict[str, Any] = {}
+    for which in SETS:
+        results = read_results(chain, f"seeds-{which}") or read_results(chain, f"greedy-{which}")
+        if not results or not {"stage2", "stage3"} <= set(results["models"]):
+            continue
+        models = [name for name in results["models"] if name.startswith("stage3")]
+        known = guards_puzzles(chain) if which == "seen" else set()
+        before, *after = (
+            {key: solved for key, solved in right(results, name).items() if key not in known}
+            for name in ("stage2", *models)
+        )
+        record[which] = {
+            **paired_gain(before, after, by_puzzle),
+            "ci_tasks": paired_gain(before, after, by_task)["ci"],
+            "left_out": sum(key in known for key in results["puzzles"]),
+            "seeds": {name: paired_gain(before, [one], by_puzzle) for name, one in zip(models, after, strict=True)},
+        }
+    if not record:
+        return None
+    seen = record.get("seen", {})
+    return {"points": seen.get("points"), "ci": seen.get("ci"), **record}
+
+
+def ablation_rows(chain: Chain) -> list[dict[str, Any]]:
+    """Of each ablation: what is solved with one greedy guess, and that minus the first one's, paired."""
+    rows = []
+    parts = {"": "ablations", " (loaded in 4 bits)": "ablations-4bit"}
+    for how, folder in parts.items():
+        results = {which: read_results(chain, f"{folder}-{which}") for which in SETS}
+        names = dict.fromkeys(name for found in results.values() if found for name in found["models"])
+        first = "masked" if how == "" else "4bit-quantised"
+        for name in names:
+            changed = "the model that all start from" if name == "stage1" else ABLATIONS[name][0]
+            row: dict[str, Any] = {"name": f"{name}{how}", "changed": changed}
+            for which, found in results.items():
+                one = _table_row(found, name)
+                if one is None:
+                    continue
+                row[which] = {"n": one["n"], "exact_1": one["exact_1"], "ci_1": one["exact_1_interval"]}
+                if name not in (first, "stage1") and first in found["models"]:
+                    row[which][f"to_{first}"] = paired_gain(right(found, first), [right(found, name)], by_puzzle)
+            rows.append(row)
+    return rows
+
+
+def training_figures(lora: Path) -> dict[str, Any]:
+    """Steps, tokens and seconds of a training, from its metrics.jsonl.
+
+    Returns:
+        tokens: all that the steps had; training_seconds: of the steps alone, without measuring, loading and merging.
+    """
+    from report_tools import read_metrics
+
+    path = lora / "metrics.jsonl"
+    if not path.is_file():
+        return {}
+    records = read_metrics(path)
+    losses = [record for record in records if isinstance(record.get("loss"), (int, float))]
+    tokens = seconds = 0.0
+    for record in losses:
+        now = record.get("num_input_tokens_seen", record.get("num_tokens"))
+        if now is not None and record.get("tokens_per_s"):
+            seconds += (now - tokens) / record["tokens_per_s"]
+            tokens = now
+    return {
+        "steps": max((record["step"] for record in losses), default=0),
+        "tokens": int(tokens),
+        "training_seconds": round(seconds, 1),
+        "last_loss": losses[-1]["loss"] if losses else None,
+    }
+
+
+def stage_rows(chain: Chain) -> list[dict[str, Any]]:
+    """Seconds and tokens of each stage, and which step's adapter stage 3 kept."""
+    rows = []
+    for name in ("base", *STAGES, *(job for job in chain.state if job.startswith(("seed", "ablation")))):
+        kept = chain.state.get(name)
+        if not kept or not kept["done"] or name.startswith(("seeds-", "ablations-")):
+            continue
+        row: dict[str, Any] = {"name": name, "seconds": round(sum(kept["seconds"]), 1), "starts": len(kept["seconds"])}
+        if name == "base":
+            made = json.loads((chain.output / "base" / "make_base.json").read_text(encoding="utf-8"))
+            done = made.get("pretraining", {})
+            row |= {n: done[n] for n in ("steps", "tokens", "loss_of_replies", "device") if n in done}
+            row |= {"training_seconds": done.get("seconds", 0.0), "trained_on": made["trained_on"]}
+        else:
+            lora = adapter_of(chain, name)
+            row |= training_figures(lora)
+            if (lora / "manifest.json").is_file():
+                manifest = json.loads((lora / "manifest.json").read_text(encoding="utf-8"))
+                row |= {part: manifest[part] for part in ("scan", "policy") if manifest.get(part)}
+        rows.append(row)
+    return rows
+
+
+def adapter_of(chain: Chain, name: str) -> Path:
+    """The -lora folder of a job."""
+    if name.startswith("ablation-"):
+        ablation = name.removeprefix("ablation-")
+        return chain.output / "ablations" / ablation / f"{PREFIX}-{STAGES[ABLATIONS[ablation][2]][1]}-lora"
+    if name.startswith("seed"):
+        return chain.output / name / f"{PREFIX}-Final-RL-lora"
+    return chain.output / f"{PREFIX}-{STAGES[name][1]}-lora"
+
+
+def write_record(chain: Chain, split: Mapping[str, Any]) -> None:
+    """Write --results with all that has been measured so far, and the curves beside it."""
+    from train import machine  # benchmarks/train.py
+
+    from artifact_tools import versions
+
+    path = Path(chain.args.results)
+    record = {
+        "machine": machine(),
+        "versions": versions(),
+        "commands": {name: kept["command"] for name, kept in chain.state.items()},
+        "figures": {
+            "exact_1": "one greedy guess (evaluate_greedy.yaml)",
+            "exact_2": "two guesses from several views (evaluate_search.yaml)",
+            "ci_1, ci_2": "95%, Wilson's, of puzzles",
+            "ci_1_tasks": "95%, tasks resampled",
+            "exact_1_new": "exact_1 of those n_new test inputs whose pair stands in no training puzzle",
+            "grpo_gain": "stage 3 minus stage 2, one greedy guess, points, mean over seeds; 95%, puzzles resampled",
+        },
+        "settings": {config.stem: read_yaml(config) for config in sorted(chain.configs.glob("*.yaml"))},
+        "split": split,
+        "stages": stage_rows(chain),
+        "rows": score_rows(chain),
+        "grpo_gain": grpo_gain(chain),
+        "ablations": ablation_rows(chain),
+    }
+    write_json(path, record)
+    try:
+        plot_stages(chain, path.with_suffix(".png"))
+    except ImportError as error:  # a machine for training need not have matplotlib
+        print(f"note: no picture of the curves ({error})")
+
+
+def plot_stages(chain: Chain, out: Path) -> None:
+    """Draw the curves of the stages, one row each; nothing, if none has been trained."""
+    from matplotlib.figure import Figure
+
+    from report_tools import draw_curves, find_curves, read_metrics
+
+    panels = dict.fromkeys(STAGES, ("loss", "share of puzzles solved", "tokens per second"))
+    panels["stage3"] = ("reward", *panels["stage3"][1:])  # its loss is about 0 whatever is learned
+    found = {}
+    for name in STAGES:
+        metrics = adapter_of(chain, name) / "metrics.jsonl"
+        if metrics.is_file():
+            found[name] = find_curves(read_metrics(metrics))
+    if not found:
+        return
+    figure = Figure(figsize=(13.5, 3.2 * len(found)), layout="constrained")
+    axes = figure.subplots(len(found), 3, squeeze=False)
+    for row, (name, curves) in zip(axes, found.items(), strict=True):
+        for axis, title in zip(row, panels[name], strict=True):
+            if title in curves:
+                draw_curves(axis, f"{name}: {title}", curves[title])
+            else:
+                axis.set_axis_off()
+    figure.savefig(out, dpi=100)
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table of what each model solves."""
+
+    def share(row: Mapping[str, Any], value: str, interval: str) -> str:
+        if row[value] is None:
+            return "-"
+        low, high = row[interval]
+        return f"{row[value]:.1%} ({100 * low:.0f} to {100 * high:.0f})"
+
+    print("\n| model | set | one greedy guess | two guesses, 16 views |\n| --- | --- | --- | --- |")
+    for row in rows:
+        print(f"| {row['model']} | {row['set']} | {share(row, 'exact_1', 'ci_1')} | {share(row, 'exact_2', 'ci_2')} |")
+    print()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write at once: a run that is killed leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.incomplete")
+    beside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--dataset_dir", required=True, help="folder of task files")
+    parser.add_argument("--output_dir", default="learn/output", help="folder of models, evaluations and logs")
+    parser.add_argument("--configs", type=Path, default=ROOT / "learn", help="folder of the settings")
+    parser.add_argument("--pieces", nargs="+", choices=PIECES, default=list(MAIN_PIECES), help="what is run")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="what is evaluated")
+    parser.add_argument("--seeds", type=int, default=3, help="of stage 3, its own included")
+    parser.add_argument("--ablations", nargs="+", choices=ABLATIONS, default=list(ABLATIONS))
+    parser.add_argument("--time_limit", type=float, default=np.inf, help="seconds after which it stops, to go on later")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "learn.json")
+    args = parser.parse_args(argv)
+    args.configs = Path(os.path.relpath(args.configs))
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the pieces that are not done, write what has been measured; return the exit code."""
+    args = parse_flags(argv)
+    deadline = time.monotonic() + args.time_limit
+    chain = Chain(args)
+    code = 0
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the script that runs is told to stop too
+    try:
+        split = check_split(chain)
+        for job in chain.jobs(args.pieces):
+            if chain.is_done(job):
+                print(f"{job.name}: done already")
+                continue
+            code = run_job(job, chain, deadline)
+            if code:
+                break
+            if job.result.name == "results.json":
+                write_record(chain, split)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    write_record(chain, split)
+    print_rows(score_rows(chain))
+    print(args.results)
+    if code == NOT_DONE:
+        print("not done yet: run the same command again")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,394 @@
+"""The run that shows whether the pipeline learns, on models and puzzles of no size: its chain, figures and split."""
+
+import contextlib
+import importlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from conftest import ROOT, SHARED
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import learn
+from demo import make_base
+from run_settings import parse_settings
+from scoring_tools import wilson_interval
+
+TASKS = {"coin": (1, 2), "more": (3, 4), "last": (5, 5)}
+SPLIT = {"sizes": [2], "holdout_examples": 8, "holdout_tasks": 1}
+TRAINING = {
+    **SPLIT, "engine": "transformers", "load_in_4bit": False, "perm": False, "tp": "false", "rt": "false", "lora_r": 8,
+    "max_seq_length": 200, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "eval_steps": 0,
+    "gradient_checkpointing": False, "max_steps": 120, "logging_steps": 5, "save_steps": 0,
+    "learning_rate": 5e-3, "embedding_learning_rate": 5e-3,
+}  # fmt: skip
+CONFIGS = {
+    "base": {"size": "tiny", "pretrain_steps": 2, "pretrain_batch": 512, "pretrain_compile": False},
+    "stage1": TRAINING | {"max_steps": 150, "save_steps": 150},
+    "stage2": TRAINING | {"max_steps": 20},
+    "ablation": TRAINING | {"max_steps": 2},
+    "stage3": TRAINING | {
+        "max_steps": 2, "learning_rate": 1e-2, "num_generations": 4, "scan_samples": 2, "eval_steps": 2,
+        "eval_puzzles": 3, "logging_steps": 1, "fast_rollouts": True,
+    },
+    "evaluate_greedy": SPLIT | {"views": 1, "decoding": "greedy", "max_new_tokens": 8},
+    "evaluate_search": SPLIT | {"views": 2, "puzzles": 5, "max_new_tokens": 8},
+}  # fmt: skip
+
+
+def write_configs(folder, **changed):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in CONFIGS.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values | changed.get(name, {})), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A dataset whose outputs are one cell of two colours at most, and settings for it."""
+    folder = tmp_path_factory.mktemp("learn")
+    (folder / "dataset").mkdir()
+    for number, (name, colours) in enumerate(TASKS.items()):
+        pairs = [{"input": [[9 - number]], "output": [[colours[i % 7 % 2]]]} for i in range(90)]
+        (folder / "dataset" / f"{name}.json").write_text(json.dumps(pairs), encoding="utf-8")
+    write_configs(folder / "configs")
+    return folder
+
+
+def flags_of(inputs, *more):
+    where = {"dataset_dir": "dataset", "output_dir": "output", "configs": "configs", "results": "learn.json"}
+    return [*(part for flag, name in where.items() for part in (f"--{flag}", str(inputs / name))), *more]
+
+
+def chain_of(inputs, *more):
+    return learn.Chain(learn.parse_flags(flags_of(inputs, *more)))
+
+
+def start(inputs, *more):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "benchmarks" / "learn.py"), *flags_of(inputs, *more)], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def learned(inputs):
+    """The main run: told to stop in the middle of stage 1, then started again; what both have printed."""
+    process = start(inputs)
+    metrics = inputs / "output" / f"{learn.PREFIX}-Base-checkpoints" / "metrics.jsonl"
+    while process.poll() is None and not metrics.is_file():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    printed = [process.communicate()[0]]
+    codes = [process.returncode]
+    for pieces in (["--pieces", *learn.PIECES[:5]], ["--pieces", "search", "--sets", "seen"]):
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):  # in this process: what it starts are processes of their own
+            codes.append(learn.main(flags_of(inputs, *pieces)))
+        printed.append(output.getvalue())
+    assert codes == [143, 0, 0], "\n".join(printed)[-6000:]
+    return inputs, printed
+
+
+def results(inputs, name):
+    return json.loads((inputs / "output" / "evaluation" / name / "results.json").read_text(encoding="utf-8"))
+
+
+def test_a_run_that_was_stopped_goes_on_and_ends(learned):
+    inputs, printed = learned
+    log = (inputs / "output" / "logs" / "stage1.log").read_text(encoding="utf-8")
+    assert "continuing from" in log and "steps to step 150" in log
+    assert "base: done after" in printed[0] and "base: done already" in printed[1]
+    record = json.loads((inputs / "learn.json").read_text(encoding="utf-8"))
+    stages = {row["name"]: row for row in record["stages"]}
+    assert list(stages) == ["base", "stage1", "stage2", "stage3"]
+    assert [row["starts"] for row in stages.values()] == [1, 2, 1, 1]
+    assert [stages[name]["steps"] for name in learn.STAGES] == [150, 20, 2]
+    for row in stages.values():
+        assert row["tokens"] > 0 and 0 < row["training_seconds"] < row["seconds"]
+    assert stages["stage3"]["scan"]["samples"] == 2 and stages["stage3"]["policy"]["heldout_puzzles"] == 3
+    assert record["versions"]["torch"] and record["machine"] and record["settings"]["stage1"]["max_steps"] == 150
+    assert record["commands"]["stage2"].startswith("python base_finetune_final.py --config ")
+    assert (inputs / "learn.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_figure_is_one_of_the_evaluations(learned):
+    inputs, _ = learned
+    record = json.loads((inputs / "learn.json").read_text(encoding="utf-8"))
+    assert [(row["set"], row["model"]) for row in record["rows"]] == [(s, m) for s in learn.SETS for m in learn.MODELS]
+    solved = 0
+    for row in record["rows"]:
+        greedy, search = results(inputs, f"greedy-{row['set']}"), results(inputs, "search-seen")
+        right = [entry[row["model"]]["correct"][:1] == [True] for entry in greedy["puzzles"].values()]
+        assert row["n"] == len(right) and row["exact_1"] == sum(right) / len(right)
+        assert row["ci_1"] == pytest.approx(wilson_interval(sum(right), len(right)))
+        assert greedy["settings"]["decoding"] == "greedy" and greedy["settings"]["views"] == 1
+        solved += sum(right)
+        new = [right[i] for i, entry in enumerate(greedy["puzzles"].values()) if not entry["seen_test"]]
+        assert row["n_new"] == len(new) and row["exact_1_new"] == (sum(new) / len(new) if new else None)
+        if row["set"] == "unseen":  # not measured yet
+            assert row["exact_2"] is None and row["ci_2"] is None
+            continue
+        [found] = [one for one in search["table"] if one["model"] == row["model"]]
+        assert (row["exact_2"], row["ci_2"], row["n_2"]) == (found["exact_2"], found["exact_2_interval"], 5)
+        assert search["settings"]["decoding"] == "search"
+        assert set(greedy["puzzles"]) >= set(search["puzzles"])
+    assert solved > 0, "a coin is guessed now and then"
+    # Neither set has a puzzle that was trained on, and the sets share none.
+    names = [{entry["puzzle"] for entry in results(inputs, f"greedy-{s}")["puzzles"].values()} for s in learn.SETS]
+    assert not names[0] & names[1] and {learn.task_of(name) for name in names[1]} == set(
+        record["split"]["unseen_tasks"]
+    )
+
+
+def test_the_gain_leaves_out_the_puzzles_that_chose_the_adapter(learned):
+    inputs, _ = learned
+    gain = json.loads((inputs / "learn.json").read_text(encoding="utf-8"))["grpo_gain"]
+    known = learn.guards_puzzles(chain_of(inputs))
+    puzzles = results(inputs, "greedy-seen")["puzzles"]
+    assert len(known) == 3 and known < set(puzzles)
+    changes = [
+        int(entry["stage3"]["correct"][:1] == [True]) - int(entry["stage2"]["correct"][:1] == [True])
+        for key, entry in puzzles.items()
+        if key not in known
+    ]
+    assert (gain["seen"]["n"], gain["seen"]["left_out"]) == (len(changes), 3) == (5, 3)
+    assert gain["points"] == gain["seen"]["points"] == pytest.approx(100 * sum(changes) / 5)
+    assert gain["ci"][0] <= gain["points"] <= gain["ci"][1] and gain["unseen"]["left_out"] == 0
+
+
+def test_what_is_done_is_not_done_again_unless_its_settings_change(learned, capsys):
+    inputs, _ = learned
+    before = json.loads((inputs / "learn.json").read_text(encoding="utf-8"))
+    assert learn.main(flags_of(inputs, "--sets", "seen")) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("done already") == 6 and "done after" not in printed
+    assert json.loads((inputs / "learn.json").read_text(encoding="utf-8")) == before
+    path = inputs / "configs" / "stage2.yaml"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("max_steps: 20", "max_steps: 21"), encoding="utf-8")
+    jobs = (inputs / "output" / "jobs.json").read_text(encoding="utf-8")
+    try:
+        assert learn.main(flags_of(inputs)) == 2  # the stage's own word: it was trained with other settings
+        printed = capsys.readouterr().out
+        assert "trained with other settings: max_steps" in printed and "stage1: done already" in printed
+        now = json.loads((inputs / "learn.json").read_text(encoding="utf-8"))
+        assert [now[part] for part in ("rows", "stages")] == [before[part] for part in ("rows", "stages")]
+        assert (inputs / "output" / "jobs.json").read_text(encoding="utf-8") == jobs
+    finally:
+        path.write_text(text, encoding="utf-8")
+
+
+def test_a_job_is_stopped_when_its_time_is_over_and_continued(tmp_path, monkeypatch):
+    script, saved, result = tmp_path / "slow.py", tmp_path / "saved", tmp_path / "result"
+    script.write_text(
+        "import pathlib, signal, sys, time\n"
+        f"saved, result = pathlib.Path({str(saved)!r}), pathlib.Path({str(result)!r})\n"
+        "def stop(*_):\n"
+        "    saved.touch()\n"
+        "    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "print('from the start' if not saved.exists() else 'continuing', flush=True)\n"
+        "time.sleep(0 if saved.exists() else 600)\n"
+        "result.touch()\n"
+    )
+    (tmp_path / "settings").write_text("1")
+    job = learn.Job("slow", [str(script)], [tmp_path / "settings"], result)
+    chain = learn.Chain(learn.parse_flags(["--dataset_dir", "any", "--output_dir", str(tmp_path / "output")]))
+    assert learn.run_job(job, chain, time.monotonic() + learn.LEAST - 1) == learn.NOT_DONE and not saved.exists()
+    assert chain.state == {}  # not even begun
+    monkeypatch.setattr(learn, "LEAST", 1.0)
+    assert learn.run_job(job, chain, time.monotonic() + 3) == learn.NOT_DONE and saved.exists()
+    assert not chain.is_done(job)
+    again = learn.Chain(chain.args)
+    assert learn.run_job(job, again, float("inf")) == 0 and again.is_done(job)
+    assert len(again.state["slow"]["seconds"]) == 2 and again.state["slow"]["seconds"][0] >= 2
+    assert learn.Chain(chain.args).is_done(job)
+    (tmp_path / "settings").write_text("2")
+    assert not again.is_done(job)
+    whole = learn.Job("whole", [str(script)], [], result, whole=100)  # goes on from nowhere: it is not begun in vain
+    assert learn.run_job(whole, again, time.monotonic() + 99) == learn.NOT_DONE and "whole" not in again.state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The split
+
+
+def test_scripts_that_hold_out_other_puzzles_are_refused(inputs, tmp_path, capsys):
+    write_configs(tmp_path / "configs", evaluate_search={"holdout_seed": 7})
+    flags = ["--configs", str(tmp_path / "configs"), "--output_dir", str(tmp_path / "output")]
+    assert learn.main(flags_of(inputs, *flags)) == 2
+    assert "evaluate_search.yaml: not the sizes" in capsys.readouterr().err
+    assert not (tmp_path / "output" / "base").exists()
+
+
+def test_the_split_is_written_down_and_kept_to(inputs, tmp_path, capsys):
+    configs = write_configs(tmp_path / "configs")
+    flags = ["--configs", str(configs), "--output_dir", str(tmp_path / "output")]
+    split = learn.check_split(chain_of(inputs, *flags))
+    assert split["unseen_tasks"] == [name for name in TASKS if name in split["unseen_tasks"]]
+    assert (split["tasks"], len(split["unseen_tasks"]), split["seen"]) == (3, 1, 8)
+    assert split["train"] + split["seen"] + split["unseen"] == 90
+    assert json.loads((tmp_path / "output" / "split.json").read_text(encoding="utf-8")) == split
+    assert learn.check_split(chain_of(inputs, *flags)) == split
+    # Written beside the settings, as that of the course's data is: other settings for the same data are refused.
+    learn.write_json(configs / "split.json", split | {"unseen_tasks": ["another"]})
+    assert learn.main(flags_of(inputs, *flags)) == 2
+    assert "another split was written down (unseen_tasks differ)" in capsys.readouterr().err
+
+
+def test_the_settings_of_make_learn_are_taken_and_agree():
+    configs = ROOT / "learn"
+    chain = learn.Chain(learn.parse_flags(["--dataset_dir", "dataset", "--output_dir", "output"]))
+    parsed = make_base.parse_flags(chain.base().command[1:])
+    assert parsed.size == "small" and parsed.pretrain_seconds > 0 and parsed.pretrain_compile
+    assert chain.base().whole > parsed.pretrain_seconds
+    split = json.loads((configs / "split.json").read_text(encoding="utf-8"))
+    for name, script in (("stage1", "stage1"), ("stage2", "stage2"), ("stage3", "stage3"), ("ablation", "stage1")):
+        settings = learn.settings_of(script, configs / f"{name}.yaml", "dataset")
+        assert {part: getattr(settings, part) for part in learn.SPLIT} == {part: split[part] for part in learn.SPLIT}
+        assert settings.engine == "transformers" and not settings.load_in_4bit
+    for name in ("greedy", "search"):
+        settings = learn.settings_of("evaluate", configs / f"evaluate_{name}.yaml", "dataset")
+        assert {part: getattr(settings, part) for part in learn.SPLIT} == {part: split[part] for part in learn.SPLIT}
+        assert (settings.decoding, settings.views) == (("greedy", 1) if name == "greedy" else ("search", 16))
+    assert len(split["unseen_tasks"]) == split["holdout_tasks"] == 40
+
+
+def test_the_split_written_down_is_that_of_the_course_data(tmp_path):
+    data = SHARED / "data" / "course_dataset"
+    if not data.is_dir():
+        pytest.skip("no course dataset beside this checkout")
+    args = learn.parse_flags(["--dataset_dir", str(data), "--output_dir", str(tmp_path)])
+    split = learn.check_split(learn.Chain(args))
+    assert split == json.loads((ROOT / "learn" / "split.json").read_text(encoding="utf-8"))
+    assert not (tmp_path / "split.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures, by hand
+
+
+def test_the_paired_gain_by_hand():
+    before = {"a-000_0": False, "a-001_0": False}
+    # Of two puzzles one is gained: resampled, the mean is 0, 0.5, 0.5 or 1 with equal chances.
+    half = learn.paired_gain(before, [{"a-000_0": True, "a-001_0": False}], learn.by_puzzle)
+    assert half == {"points": 50.0, "ci": [0.0, 100.0], "n": 2}
+    # All of one task: nothing varies, and of one trial Wilson's bound is z^2 / (1 + z^2) = 3.8415 / 4.8415.
+    whole = learn.paired_gain(before, [{"a-000_0": True, "a-001_0": False}], learn.by_task)
+    assert whole == {"points": 50.0, "ci": [pytest.approx(50 - 79.345, abs=0.01), 100.0], "n": 2}
+    # Two seeds, one of which gains both: each puzzle gains half, without spread: 3.8415 / (2 + 3.8415).
+    seeds = [dict.fromkeys(before, True), dict.fromkeys(before, False)]
+    both = learn.paired_gain(before, seeds, learn.by_puzzle)
+    assert both["points"] == 50 and both["ci"] == [pytest.approx(50 - 65.763, abs=0.01), 100.0]
+    assert learn.paired_gain({}, [{}], learn.by_puzzle) == {"points": None, "ci": None, "n": 0}
+
+
+def test_the_paired_gain_of_many_puzzles_is_near_the_normal_approximation():
+    # 10 of 100 gained, 4 lost: mean 6 points, standard error sqrt((0.14 - 0.06^2) / 100) = 3.693 points.
+    before = {f"t{i}-000_0": 10 <= i < 40 for i in range(100)}
+    after = {key: (i < 10 or 14 <= i < 40) for i, key in enumerate(before)}
+    gain = learn.paired_gain(before, [after], learn.by_puzzle)
+    assert gain["points"] == 6.0 and gain["ci"] == pytest.approx([6 - 7.24, 6 + 7.24], abs=1.0)
+    # The same change seen by three seeds is no surer; the same lost by one of them is less.
+    assert learn.paired_gain(before, [after] * 3, learn.by_puzzle)["ci"] == pytest.approx(gain["ci"], abs=0.01)
+    assert learn.paired_gain(before, [after, before, before], learn.by_puzzle)["points"] == 2.0
+    # A test input that a seed was not asked is left out.
+    assert learn.paired_gain(before, [after, {"t0-000_0": True}], learn.by_puzzle)["n"] == 1
+
+
+def test_names_of_puzzles_and_tasks():
+    assert learn.by_puzzle("007bbfb7-012_1") == "007bbfb7-012" and learn.by_task("007bbfb7-012_1") == "007bbfb7"
+    assert learn.by_task("keep-colour-1-000_0") == "keep-colour-1" and learn.by_task("007bbfb7_0") == "007bbfb7"
+
+
+def test_seconds_and_tokens_from_the_log_leave_measurements_out(tmp_path):
+    lines = [
+        {"step": 1, "loss": 4.0, "num_input_tokens_seen": 100, "tokens_per_s": 50},
+        {"step": 5, "loss": 2.0, "num_input_tokens_seen": 500, "tokens_per_s": 200},
+        {"step": 5, "eval_loss": 2.5, "eval_runtime": 99.0},
+        {"step": 6, "loss": 1.5, "num_input_tokens_seen": 600, "tokens_per_s": 100},
+        {"step": 6, "train_runtime": 200.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = learn.training_figures(tmp_path)
+    assert found == {"steps": 6, "tokens": 600, "training_seconds": 2 + 2 + 1, "last_loss": 1.5}
+    assert learn.training_figures(tmp_path / "none") == {}
+
+
+def test_ablations_change_what_they_say(inputs, tmp_path):
+    chain = chain_of(inputs, "--output_dir", str(tmp_path))
+    merged = tmp_path / learn.MODELS["stage1"]
+    merged.mkdir()
+    (merged / "manifest.json").write_text("{}")
+    jobs = {job.name.removeprefix("ablation-"): job for job in list(chain.jobs(["ablations"]))[: len(learn.ABLATIONS)]}
+    assert list(jobs) == list(learn.ABLATIONS)
+    for name, job in jobs.items():
+        script, *argv = job.command
+        module = importlib.import_module(os.path.basename(script)[:-3])
+        assert module.__name__ == ("base_finetune" if name == "all-tokens" else "base_finetune_final")
+        parsed = parse_settings(module.Settings, argv)
+        assert parsed.base_model == str(merged) and parsed.max_steps == 2
+        assert parsed.output_dir == str(tmp_path / "ablations" / name)
+        changed = {
+            "embedding-1e-5": parsed.embedding_learning_rate == 1e-5, "r-64": parsed.lora_r == 64,
+            "4bit-quantised": parsed.load_in_4bit and parsed.merge_base == "quantised",
+            "4bit-original": parsed.load_in_4bit and parsed.merge_base == "original",
+        }  # fmt: skip
+        assert all(value == (which == name) for which, value in changed.items())
+
+
+def test_the_table_of_ablations_by_hand(inputs, tmp_path):
+    def write(name, **models):
+        """A results.json of four test inputs, of which each model solves the first so many."""
+        keys = [f"a-00{i}_0" for i in range(4)]
+        table = [
+            {"model": model, "n": 4, "exact_1": count / 4, "exact_1_interval": [0, 1]}
+            for model, count in models.items()
+        ]
+        puzzles = {
+            key: {model: {"correct": [at < count]} for model, count in models.items()} for at, key in enumerate(keys)
+        }
+        learn.write_json(
+            tmp_path / "evaluation" / name / "results.json",
+            {"models": list(models), "table": table, "puzzles": puzzles},
+        )
+
+    chain = chain_of(inputs, "--output_dir", str(tmp_path))
+    assert learn.ablation_rows(chain) == []
+    write("ablations-seen", **{"stage1": 0, "masked": 2, "all-tokens": 1, "4bit-quantised": 3})
+    write("ablations-4bit-seen", **{"4bit-quantised": 1, "4bit-original": 3})
+    rows = {row["name"]: row["seen"] for row in learn.ablation_rows(chain)}
+    assert {name: row["exact_1"] for name, row in rows.items()} == {
+        "stage1": 0, "masked": 0.5, "all-tokens": 0.25, "4bit-quantised": 0.75,
+        "4bit-quantised (loaded in 4 bits)": 0.25, "4bit-original (loaded in 4 bits)": 0.75,
+    }  # fmt: skip
+    assert rows["all-tokens"]["to_masked"]["points"] == -25 and rows["4bit-quantised"]["to_masked"]["points"] == 25
+    assert rows["4bit-original (loaded in 4 bits)"]["to_4bit-quantised"]["points"] == 50
+    assert all("to_masked" not in rows[name] for name in ("stage1", "masked"))
+
+
+def test_the_gain_of_several_seeds_is_their_mean(learned, tmp_path):
+    inputs, _ = learned
+    chain = chain_of(inputs)
+    found = results(inputs, "greedy-unseen")
+    found = {"models": ["stage2", "stage3", "stage3-seed45"], "puzzles": found["puzzles"], "table": []}
+    right = [{"correct": [True]}, {"correct": [False]}]
+    for entry in found["puzzles"].values():
+        entry["stage2"], entry["stage3"], entry["stage3-seed45"] = right[1], right[0], right[1]
+    path = inputs / "output" / "evaluation" / "seeds-unseen" / "results.json"
+    learn.write_json(path, found)
+    try:
+        gain = learn.grpo_gain(chain)["unseen"]
+    finally:
+        path.unlink()
+    assert gain["points"] == 50 and gain["n"] == len(found["puzzles"])
+    assert {name: one["points"] for name, one in gain["seeds"].items()} == {"stage3": 100, "stage3-seed45": 0}
