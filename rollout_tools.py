@@ -193,7 +193,7 @@ def make_rollouts(
             [np.array(ids) for ids in prompt_ids], seed=seed, seeds=range(number, number + len(prompts)),
             batch_size=len(prompts),
         )  # fmt: skip
-        completions = [reply.tokens.tolist() for reply in replies]
+        completions = [reply.tokens.tolist() for [reply] in replies]
         return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
 
     return roll

@@ -15,6 +15,7 @@ import numpy as np
 from decoder_tools import (
     PREFILL_TOKENS,
     RowCache,
+    Work,
     check_numbers,
     check_tokens,
     halve_on_out_of_memory,
@@ -47,19 +48,30 @@ class DeviceSampler:
         self.model, self.end, self.length, self.temperature = model, end, max_new_tokens, temperature
         self.device = model.get_input_embeddings().weight.device
         self.on_cuda = self.device.type == "cuda"
+        self.work = Work()  # remembers the batch that fitted, where memory ran out
         self._forget()
 
     def sample(
-        self, prompts: Sequence[np.ndarray], *, seed: int = 0, seeds: Sequence[int] | None = None, batch_size: int = 128
-    ) -> list[Reply]:
-        """One reply to each prompt; prompts that are equal are computed once.
+        self,
+        prompts: Sequence[np.ndarray],
+        *,
+        samples: int = 1,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        batch_size: int = 128,
+    ) -> list[list[Reply]]:
+        """Replies to each prompt; prompts that are equal are computed once.
 
         Args:
             prompts: int64 (tokens,) each, not empty.
+            samples: replies of each prompt.
             seed: of the random numbers, from 0.
-            seeds: a number from 0 for each prompt, in place of 0, 1 and so on. Each reply's numbers depend on the seed
-                and this number alone, as in search_tools.sample_replies.
+            seeds: a number from 0 for each prompt, in place of 0, 1 and so on. Each reply's numbers depend on the seed,
+                this number and the sample's alone, as in search_tools.sample_replies.
             batch_size: replies decoded at once; where memory runs out, half as many.
+
+        Returns:
+            For each prompt its samples.
 
         Raises:
             ValueError: tokens that the model has not, or a model that answers with NaN.
@@ -67,22 +79,24 @@ class DeviceSampler:
         """
         check_tokens(self.model, "prompt", prompts)
         numbers = list(range(len(prompts)) if seeds is None else seeds)
-        draws = random_draws(seed, numbers, self.length)
+        draws = np.stack([random_draws(seed, numbers, self.length, k) for k in range(samples)], axis=1)
+        draws = draws.reshape(len(prompts) * samples, self.length)
+        rows = [prompt for prompt in prompts for _ in range(samples)]
         replies: list[Reply] = []
 
         def run(size: int) -> None:
             try:
-                while len(replies) < len(prompts):
+                while len(replies) < len(rows):
                     part = slice(len(replies), len(replies) + size)
-                    replies.extend(self._sample(prompts[part], draws[part]))
+                    replies.extend(self._sample(rows[part], draws[part]))
             except BaseException:
                 self._forget()  # memory that ran out is wanted for the next try
                 raise
 
         with decoding(self.model, "transformers"), row_attention(self.model):
-            halve_on_out_of_memory(run, min(batch_size, len(prompts)))
+            halve_on_out_of_memory(run, min(batch_size, self.work.batch_size or batch_size, len(rows)), self.work)
         self._give_back()
-        return replies
+        return [replies[at : at + samples] for at in range(0, len(rows), samples)]
 
     def _sample(self, prompts: Sequence[np.ndarray], draws: np.ndarray) -> list[Reply]:
         order, sources = shared_first(prompts)

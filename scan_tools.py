@@ -27,6 +27,7 @@ from decoder_tools import Work, halve_on_out_of_memory
 from inference_tools import can_become_grid, generate_replies
 from reward_tools import judge_components
 from run_guards import flush
+from sampling_tools import DeviceSampler
 from search_tools import sample_replies
 from training_tools import StageData, StageRun
 
@@ -184,9 +185,9 @@ def sampler(
 ) -> Callable[[Sequence[int]], list[int]]:
     """A function that samples replies to rows of the first epoch and counts the exact ones.
 
-    transformers' models are decoded by search_tools.sample_replies, in which each sample has random numbers of its own.
-    Unsloth's are sampled by their own generate, as in its training, unless --fast_rollouts has a plain copy of them
-    made, which is decoded like the former.
+    transformers' models are decoded by search_tools.sample_replies, in which each sample has random numbers of its own,
+    Unsloth's by their own generate, as in its training. With --fast_rollouts a plain copy of either is made, which
+    sampling_tools.DeviceSampler decodes, with the same random numbers as the former.
 
     Args:
         model, run, data, max_completion_length: see `scan_prompts`.
@@ -198,25 +199,34 @@ def sampler(
     settings, tokenizer = run.settings, data.tokenizer
     options = {name: data.format[name] for name in ("reply_end", "lines_sep")}
     seed = int(seeded_rng(settings.seed, "scan", "samples").integers(2**31))  # other draws than those of the training
-    engine, decoded, work = run.precision.engine, model, Work()
+    engine, work = run.precision.engine, Work()
     if settings.fast_rollouts:
         from rollout_tools import RolloutModel
 
-        engine, decoded = "transformers", RolloutModel(model, run.precision.torch_dtype).model
+        copy = RolloutModel(model, run.precision.torch_dtype).model
+        fast = DeviceSampler(
+            copy, tokenizer.eos_token_id, max_new_tokens=max_completion_length, temperature=settings.temperature
+        )
 
     def hopeless(tokens: list[int]) -> bool:
         return not can_become_grid(tokenizer.decode(tokens, skip_special_tokens=False), options["lines_sep"])
 
+    def answer(prompts: Sequence[np.ndarray], rows: Sequence[int]) -> list[list[np.ndarray]]:
+        samples = settings.scan_samples
+        if settings.fast_rollouts:
+            found = fast.sample(prompts, samples=samples, seed=seed, seeds=rows, batch_size=ROWS)
+            return [[reply.tokens for reply in of_prompt] for of_prompt in found]
+        how = {"samples": samples, "temperature": settings.temperature, "work": work}
+        how |= {"max_new_tokens": max_completion_length, "batch_size": work.batch_size or ROWS}
+        if engine == "unsloth":
+            return generate_samples(model, engine, tokenizer, prompts, seed=seed + int(rows[0]), **how)
+        found = sample_replies(model, engine, tokenizer, prompts, seed=seed, seeds=rows, hopeless=hopeless, **how)
+        return [[reply.tokens for reply in of_prompt] for of_prompt in found]
+
     def sample(rows: Sequence[int]) -> list[int]:
         keys = [row["key"] for row in data.samples.__getitems__(rows)]
         prompts = [row["input_ids"] for row in data.encoder.encode(data.split.train, keys, reply=False)]
-        how = {"samples": settings.scan_samples, "temperature": settings.temperature, "work": work}
-        how |= {"max_new_tokens": max_completion_length, "batch_size": work.batch_size or ROWS}
-        if engine == "transformers":
-            found = sample_replies(decoded, engine, tokenizer, prompts, seed=seed, seeds=rows, hopeless=hopeless, **how)
-            replies = [[reply.tokens for reply in of_prompt] for of_prompt in found]
-        else:
-            replies = generate_samples(decoded, engine, tokenizer, prompts, seed=seed + int(rows[0]), **how)
+        replies = answer(prompts, rows)
         solved = []
         for key, of_prompt in zip(keys, replies, strict=True):
             texts = tokenizer.batch_decode(of_prompt, skip_special_tokens=False)

@@ -109,7 +109,7 @@ def run_rollouts(args: argparse.Namespace, ours: bool) -> list[dict[str, Any]]:
     sampler = DeviceSampler(model, tokenizer.eos_token_id, max_new_tokens=args.tokens)
 
     def sample() -> int:
-        return sum(len(reply.tokens) for reply in sampler.sample(prompts, batch_size=len(prompts)))
+        return sum(len(reply.tokens) for [reply] in sampler.sample(prompts, batch_size=len(prompts)))
 
     def decode() -> int:
         found = sample_replies(

@@ -22,9 +22,13 @@ def on_host(model, prompts, length, temperature, seed=0, seeds=None):
     return [reply.tokens.tolist() for [reply] in found], [reply.log_prob for [reply] in found]
 
 
+def tokens_of(found):
+    return [[reply.tokens.tolist() for reply in of_prompt] for of_prompt in found]
+
+
 def check(found, expected, rel=1e-5):
-    assert [reply.tokens.tolist() for reply in found] == expected[0]
-    assert [reply.log_prob for reply in found] == pytest.approx(expected[1], rel=rel, abs=1e-5)
+    assert [reply.tokens.tolist() for [reply] in found] == expected[0]
+    assert [reply.log_prob for [reply] in found] == pytest.approx(expected[1], rel=rel, abs=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.3])
@@ -47,7 +51,7 @@ def test_samples_come_from_the_weights_as_they_are():
     with torch.no_grad():
         model.lm_head.weight.copy_(tiny_model(seed=1).lm_head.weight)
     after = sampler.sample(GROUPS)
-    assert [reply.tokens.tolist() for reply in after] != [reply.tokens.tolist() for reply in before]
+    assert tokens_of(after) != tokens_of(before)
     check(after, on_host(model, GROUPS, 20, 1.0))
 
 
@@ -57,9 +61,20 @@ def test_random_numbers_go_by_the_numbers_given():
     seeds = range(100, 100 + len(GROUPS))
     check(sampler.sample(GROUPS, seed=2, seeds=seeds), on_host(model, GROUPS, 20, 1.0, seed=2, seeds=seeds))
     part = sampler.sample(GROUPS[6:9], seed=2, seeds=seeds[6:9])
-    assert [r.tolist() for r in (reply.tokens for reply in part)] == [
-        reply.tokens.tolist() for reply in sampler.sample(GROUPS, seed=2, seeds=seeds)[6:9]
-    ]
+    assert tokens_of(part) == tokens_of(sampler.sample(GROUPS, seed=2, seeds=seeds))[6:9]
+
+
+def test_several_samples_of_a_prompt_are_those_of_the_host():
+    model = tiny_model()
+    options = {"samples": 5, "seed": 4, "seeds": range(3, 10)}
+    found = DeviceSampler(model, END, max_new_tokens=20, temperature=0.8).sample(
+        tiny_prompts(), **options, batch_size=9
+    )
+    expected = sample_replies(
+        model, "transformers", TOKENIZER, tiny_prompts(), max_new_tokens=20, temperature=0.8, **options
+    )
+    assert tokens_of(found) == tokens_of(expected)
+    assert len({tuple(tokens) for of_prompt in tokens_of(found) for tokens in of_prompt}) > 7
 
 
 def test_rows_that_have_ended_cost_no_further_passes(monkeypatch):
