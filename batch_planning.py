@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +51,11 @@ class BatchPlan:
     compile_layers: bool = False
     peak_bytes: int | None = None
     seconds_per_step: float | None = None
+
+    def choice(self) -> dict[str, Any]:
+        """What was chosen, without what was measured: for checkpoints and manifests, which a rerun makes alike."""
+        measured = ("peak_bytes", "seconds_per_step")
+        return {name: value for name, value in asdict(self).items() if name not in measured}
 
     def describe(self, steps: int) -> str:
         """One line about the plan, and about how long that many steps take."""

@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -224,7 +224,7 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
         """Keeps how a step is computed in the checkpoints."""
 
         def state(self) -> dict[str, Any]:
-            return {"args": {}, "attributes": asdict(run.plan)}
+            return {"args": {}, "attributes": run.plan.choice()}
 
     class Continued(TrainerCallback):
         """Tells the order its epoch: the trainer's own word gets lost where several processes skip what was trained."""

@@ -634,7 +634,7 @@ class StageRun:
         made = {
             "data_fingerprint": data.split.train.content_hash(),
             "made_from": self.made_from,
-            "batches": asdict(self.plan) if self.plan is not None else None,
+            "batches": self.plan.choice() if self.plan is not None else None,
             **about,
         }
         manifest = provenance(self.stage.name, self.stage.script, self.settings, **made)

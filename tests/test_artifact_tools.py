@@ -253,6 +253,6 @@ def test_settings_that_decide_the_weights_are_compared_and_others_are_not():
 
 
 def test_every_setting_is_either_of_the_course_or_not():
-    from run_settings import NOT_THE_COURSE, RunSettings
+    from run_settings import NOT_THE_COURSE, SupervisedSettings
 
-    assert set(NOT_THE_COURSE) <= {f.name for f in __import__("dataclasses").fields(RunSettings)}
+    assert set(NOT_THE_COURSE) <= {f.name for f in __import__("dataclasses").fields(SupervisedSettings)}
