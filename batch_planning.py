@@ -368,6 +368,8 @@ def optimizer_seconds(model: Any, cls: type, options: dict[str, Any], max_norm: 
     chosen = trained[:: max(1, len(trained) // 8)]
     copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in chosen]
     optimizer = cls([{"params": copies}], **options)
+    if hasattr(optimizer, "train"):  # schedule-free ones have two modes
+        optimizer.train()
     let_run_ahead(optimizer)
     seconds = 0.0
     for _ in range(2):  # the first makes the state
