@@ -253,7 +253,7 @@ class _Trial:
         self.more += 4 * counts.trained if process_count() > 1 else 0
 
     def fits(self, size: int, passes: int, must: bool = False) -> tuple[int | None, bool]:
-        """GPU memory in bytes that a step of passes of so many of the longest rows takes; whether all processes have it.
+        """GPU memory in bytes that passes of so many of the longest rows take, and whether all processes have it.
 
         Args:
             size: rows of a pass.
