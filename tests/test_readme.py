@@ -241,7 +241,7 @@ def test_the_readme_is_followed_word_by_word(tmp_path, monkeypatch):
             code, printed[command.line] = run_command(command, patch)
         print(f"{time.perf_counter() - begin:5.1f} s: {command.line}")  # shown if this fails
         assert code == 0, f"README: `{command.line}` ended with {code}:\n{printed[command.line][-4000:]}"
-    smaller = [text for line, text in printed.items() if "--gradient_accumulation_steps" in line]
+    smaller = [text for line, text in printed.items() if "--micro_batch_size" in line]
     assert smaller and all("training skipped" in text for text in smaller), "they are said to be the same training"
 
 
