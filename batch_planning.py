@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 FILLED = 0.92  # of the GPU's free memory, at most: what is left is for fragments and for other libraries
 COMPILE_FROM = 600.0  # seconds of training from which compiling pays: it takes a minute, and saves a third of the time
-TIMED_BATCHES = 3  # of samples as they are trained on, after one that is not timed
+TIMED_BATCHES = 3  # of samples as they are trained on, after a round that is not timed
 Batch = dict[str, Any]
 
 
@@ -119,7 +119,7 @@ def plan_batches(
 
     def fits(size: int, on: bool, must: bool) -> tuple[int | None, bool]:
         set_gradient_checkpointing(model, engine, on)
-        return trial.fits(size, must)
+        return trial.fits(size, own // size, must)
 
     sizes, checkpointing = choices(settings, own, cuda, kept)
     found = divisions_that_fit(sizes, checkpointing, own, fits) if cuda else [(sizes[0], checkpointing[0], None)]
@@ -257,11 +257,12 @@ class _Trial:
         self.more = 0 if "paged" in run.settings.optim else optimizer_bytes(counts, run.settings.optim)
         self.more += 4 * counts.trained if process_count() > 1 else 0
 
-    def fits(self, size: int, must: bool = False) -> tuple[int | None, bool]:
-        """GPU memory in bytes that a pass of so many of the longest rows takes, and whether all processes have it.
+    def fits(self, size: int, passes: int, must: bool = False) -> tuple[int | None, bool]:
+        """GPU memory in bytes that passes of so many of the longest rows take, and whether all processes have it.
 
         Args:
-            size: rows.
+            size: rows of a pass.
+            passes: of a step: from the second on, the gradients of those before stand beside the activations.
             must: raise what one without the memory gets.
         """
         import torch
@@ -273,7 +274,7 @@ class _Trial:
         room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
         peak: int | None = None
         try:
-            self.passes([self.collator([row] * size)])
+            self.passes([self.collator([row] * size)] * min(passes, 2))
             peak = torch.cuda.max_memory_allocated() + self.more
         except RuntimeError as error:
             if not is_out_of_memory(error) or must:
@@ -288,7 +289,7 @@ class _Trial:
             size = plan.micro_batch_size
             parts = [self.order[at * size : (at + 1) * size] for at in range(1 + TIMED_BATCHES)]
             batches = [self._batch(rows) for rows in parts if len(rows) == size] or [self._batch(self.order[:1])]
-            self.passes(batches[:1])
+            self.passes(batches)  # kernels are compiled for lengths as they come
             timed = batches[1:] or batches
         else:
             timed = [self._batch(self.order[:1])]  # a CPU is as long at each token, however many there are
@@ -327,10 +328,13 @@ class _Trial:
 
     def release(self) -> None:
         """Give back the gradients, and on CUDA what the allocator keeps."""
+        import gc
+
         import torch
 
         for parameter in self.model.parameters():
             parameter.grad = None
+        gc.collect()  # a pass that ran out of memory may leave cycles that hold activations
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -370,6 +374,8 @@ def optimizer_seconds(model: Any, cls: type, options: dict[str, Any], max_norm: 
     chosen = trained[:: max(1, len(trained) // 8)]
     copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in chosen]
     optimizer = cls([{"params": copies}], **options)
+    if hasattr(optimizer, "train"):  # schedule-free ones have two modes
+        optimizer.train()
     let_run_ahead(optimizer)
     seconds = 0.0
     for _ in range(2):  # the first makes the state

@@ -721,7 +721,7 @@ def set_gradient_checkpointing(model: Any, engine: str, on: bool) -> None:
 
 @contextlib.contextmanager
 def decoding(model: Any, engine: str) -> Iterator[Any]:
-    """Switch a model in training to decoding and back: evaluation mode, key-value cache, no checkpointing."""
+    """Switch a model in training to decoding and back: evaluation mode, no checkpointing, no compiled layers."""
     import torch
 
     was_training = model.training
@@ -734,10 +734,16 @@ def decoding(model: Any, engine: str) -> Iterator[Any]:
     checkpointed = engine == "transformers" and getattr(model, "is_gradient_checkpointing", False)
     if checkpointed:
         model.gradient_checkpointing_disable()
+    # Layers that were compiled for training would be compiled anew for every kind of pass over a cache.
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
+    for module in compiled:
+        module._compiled_call_impl = None
     try:
         with torch.no_grad():
             yield model
     finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
         if checkpointed:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if was_training:

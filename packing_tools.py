@@ -182,7 +182,9 @@ def has_document_kernel(query: torch.Tensor) -> bool:
     """Whether PyTorch's flash attention takes a query, of a GPU that has it."""
     import torch
 
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or query.shape[-1] > 256:
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if query.shape[-1] > 256 or query.shape[-1] % 8:  # scaled_dot_product_attention would pad it
         return False
     return torch.cuda.get_device_capability(query.device) >= (8, 0)
 

@@ -49,6 +49,7 @@ class DeviceSampler:
         self.device = model.get_input_embeddings().weight.device
         self.on_cuda = self.device.type == "cuda"
         self.work = Work()  # remembers the batch that fitted, where memory ran out
+        self.stream: torch.cuda.Stream | None = None  # on which graphs are captured
         self._forget()
 
     def sample(
@@ -210,14 +211,20 @@ class DeviceSampler:
         import torch
 
         before = self.state.copy()
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        if self.stream is None:
+            # One for all: each stream that multiplies matrices is given a workspace of its own, which it keeps.
+            self.stream = torch.cuda.Stream()
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             for _ in range(2):  # what libraries set up when they are first called is no part of a graph
                 run()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # One pool for all: graphs run one after the other, and nothing in it is read by another. Other threads may go
+        # on with what they do, such as pinning the memory of batches.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             run()
         self.state.restore(before)
         return graph, run
@@ -249,6 +256,7 @@ class DeviceSampler:
         self.width = 0
         # By rows and width: the graph, and what it reads and nothing else keeps alive.
         self.graphs: dict[tuple[int, int], tuple[Any, Callable[[], None]]] = {}
+        self.pool: Any = None  # of the graphs' memory
 
 
 class _State:

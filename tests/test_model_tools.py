@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Training
 
 import model_tools
 import trainer_tools
+from batch_planning import compile_layers
 from model_tools import Precision
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,3 +142,14 @@ def test_precision_of_a_machine_without_cuda(monkeypatch):
     assert model_tools.resolve_precision(load_in_4bit=True).load_in_4bit
     with pytest.raises(ValueError, match="--engine unsloth cannot run here: no CUDA device.*--engine transformers"):
         model_tools.resolve_precision("unsloth")
+
+
+def test_layers_that_were_compiled_for_training_decode_as_they_were(bases):
+    model, _ = model_tools.load_model(bases[True], Precision("transformers", "float32", False))
+    compile_layers(model.train())
+    compiled = [layer._compiled_call_impl for layer in model.model.layers]
+    with model_tools.decoding(model, "transformers"):
+        assert not any(layer._compiled_call_impl for layer in model.model.layers)
+    assert all(compiled) and [layer._compiled_call_impl for layer in model.model.layers] == compiled
+    compile_layers(model, undo=True)
+    assert not any(layer._compiled_call_impl for layer in model.model.layers)
