@@ -362,7 +362,7 @@ OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 # Allocators of CUDA, cuBLAS and the CPU say it in different words and types.
 NO_MEMORY = re.compile(
-    r"CUDA out of memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|[Cc]an't allocate memory"
+    r"CUDA\b.{0,16}out of memory|CUBLAS_STATUS_ALLOC_FAILED|[Cc]an't allocate memory"  # of torch, the driver, Triton
     r"|Cannot allocate memory"
 )
 # What torch.save makes of a write that failed: the zip file's writer, or C++'s stream under it.

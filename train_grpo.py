@@ -53,7 +53,10 @@ class Settings(RunSettings):
     beta: float = setting(0.0, "weight of the KL divergence to the start; 0: none, and no reference pass")
     epsilon: float = setting(0.2, "the policy ratio is clipped below 1 - epsilon")
     epsilon_high: float = setting(0.28, "and above 1 + epsilon_high (DAPO's higher upper bound)")
-    loss_type: str = setting("dapo", "how trl weighs tokens: dapo, grpo, dr_grpo, bnpo")
+    loss_type: str = setting(
+        "dapo",
+        "how trl weighs tokens: dapo, grpo, dr_grpo, or bnpo, whose mean is over a forward pass, not over a step",
+    )
     logging_steps: int = setting(1, "steps between log lines")
     eval_steps: int = setting(50, "steps between measurements on the held-out puzzles; 0: never")
     reward_exact: float = setting(1.0, "reward of the exact grid")

@@ -133,7 +133,7 @@ def make_model(folder: Path, shape: dict[str, int]) -> None:
 
 def run_row(row: Configuration, args: argparse.Namespace) -> dict[str, Any]:
     """Train some steps of stage 1 and measure them; of several processes each does, and gets the figures of all."""
-    from distributed_tools import gather
+    from distributed_tools import divide_batch, gather
 
     size, passes = batch_of(row.tokens, args)
     side = side_of(row.tokens)
@@ -143,13 +143,15 @@ def run_row(row: Configuration, args: argparse.Namespace) -> dict[str, Any]:
         "base_model": model, "dataset_dir": args.output_dir / f"mirror-{side}",
         "output_dir": args.output_dir / f"stage-{Path(row.model).name}", "max_steps": args.steps, "eval_steps": 0,
         "save_steps": 0, "lora_r": row.lora_r, "max_seq_length": row.tokens, "sizes": pairs - 1, "holdout_examples": 4,
-        "per_device_train_batch_size": size, "gradient_accumulation_steps": passes, "micro_batch_size": size,
+        "per_device_train_batch_size": size, "gradient_accumulation_steps": passes,
+        "micro_batch_size": divide_batch(size, passes, row.gpus)[0],
     }  # fmt: skip
     given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     run, data, trainer = make_stage_1([*given, *shlex.split(args.flags)])
     mean = float(data.samples.lengths().mean())
     clock = Clock()
     watch_steps(trainer, clock)
+    trainer.args.logging_nan_inf_filter = False  # as in a run of the stage, see run_guards.guard
     trainer.train()
     parts = gather(clock.result(row.name, args.warm_up))  # each counts its own tokens
     step = max(part["step_ms"] for part in parts)

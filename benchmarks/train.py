@@ -179,6 +179,7 @@ def make_stage_1(flags: list[str]) -> tuple[Any, Any, Any]:
 def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Stage 1 up to the end of its training."""
     run, _, trainer = make_stage_1([*common_flags(args), *FLAGS[name], *shlex.split(args.ours)])
+    trainer.args.logging_nan_inf_filter = False  # as in a run of the stage, see run_guards.guard: it waits twice a pass
     clock = Clock()
     watch_steps(trainer, clock)
     with profiled(trainer, args.warm_up, args.profile):
