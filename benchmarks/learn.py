@@ -611,7 +611,7 @@ def training_figures(lora: Path) -> dict[str, Any]:
     return {
         "steps": max((record["step"] for record in losses), default=0),
         "tokens": int(tokens),
-        "training_seconds": round(seconds, 1),
+        "training_seconds": round(seconds, 3),
         "last_loss": losses[-1]["loss"] if losses else None,
     }
 
