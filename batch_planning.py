@@ -21,12 +21,16 @@ from model_tools import InputMaskingDataCollator, format_duration, set_gradient_
 from run_guards import count_weights, is_out_of_memory, optimizer_bytes
 
 if TYPE_CHECKING:
+    import torch
+
+    from arc_samples import TrainingSamples
     from run_settings import RunSettings
-    from training_tools import StageData, StageRun
+    from training_tools import StageRun
 
 FILLED = 0.92  # of the GPU's free memory, at most: what is left is for fragments and for other libraries
 COMPILE_FROM = 600.0  # seconds of training from which compiling pays: it takes a minute, and saves a third of the time
 TIMED_BATCHES = 3  # of samples as they are trained on, after a round that is not timed
+TIMED_ROUNDS = 2  # the shortest counts
 Batch = dict[str, Any]
 
 
@@ -57,12 +61,17 @@ class BatchPlan:
         measured = ("peak_bytes", "seconds_per_step")
         return {name: value for name, value in asdict(self).items() if name not in measured}
 
-    def describe(self, steps: int) -> str:
-        """One line about the plan, and about how long that many steps take."""
+    def describe(self, steps: int, rows: str = "samples") -> str:
+        """One line about the plan, and about how long that many steps take.
+
+        Args:
+            steps: of the training.
+            rows: what a batch has, in the plural.
+        """
         size = self.micro_batch_size
         parts = [
             f"a step: {self.passes} forward {'passes' if self.passes > 1 else 'pass'} of {size} "
-            f"{'samples' if size > 1 else 'sample'}",
+            f"{rows if size > 1 else rows[:-1]}",
             "without padding" if self.padding_free else "padded",
             f"{'with' if self.gradient_checkpointing else 'without'} gradient checkpointing",
         ]
@@ -79,16 +88,7 @@ class BatchPlan:
         return text
 
 
-def plan_batches(
-    model: Any,
-    run: StageRun,
-    data: StageData,
-    collator: InputMaskingDataCollator,
-    *,
-    order: Sequence[int],
-    steps: int,
-    kept: BatchPlan | None = None,
-) -> BatchPlan:
+def plan_batches(trial: Trial, *, steps: int, kept: BatchPlan | None = None) -> BatchPlan:
     """Decide how a step is computed, by trying passes of the model; the model is left as the plan says.
 
     On CUDA the largest division of a step that fits the free memory is taken, without checkpointing where it fits so;
@@ -96,11 +96,7 @@ def plan_batches(
     a step is divided as the settings say. All processes of a run decide alike.
 
     Args:
-        model: with its adapters, before an optimizer is made; passes leave no gradient and no other trace.
-        run: settings and precision.
-        data: samples.
-        collator: makes batches, padded or packed.
-        order: row numbers of samples, as they are trained on: the first are timed.
+        trial: passes of the model that is about to be trained.
         steps: of the training that is ahead, for whether compiling pays.
         kept: the plan of the checkpoint that the training continues from: kept to if it fits and no setting says
             otherwise.
@@ -110,10 +106,10 @@ def plan_batches(
     """
     import torch
 
-    settings, engine = run.settings, run.precision.engine
-    trial = _Trial(model, run, data, collator, order)
+    model, settings, engine = trial.model, trial.run.settings, trial.run.precision.engine
     own = settings.samples_per_step // process_count()
-    cuda, compiled = torch.cuda.is_available(), bool(settings.compile_layers)
+    compile_setting = getattr(settings, "compile_layers", False)  # stage 3 has none
+    cuda, compiled = torch.cuda.is_available(), bool(compile_setting)
     if compiled:
         compile_layers(model)
 
@@ -126,11 +122,11 @@ def plan_batches(
     plans = []
     for size, on, peak in found:
         set_gradient_checkpointing(model, engine, on)
-        plan = BatchPlan(size, own // size, on, collator.packed_for is not None, compiled, peak)
+        plan = BatchPlan(size, own // size, on, trial.padding_free, compiled, peak)
         plans.append(replace(plan, seconds_per_step=_slowest(trial.seconds_per_step(plan))))
     best = min(plans, key=lambda plan: plan.seconds_per_step)
     set_gradient_checkpointing(model, engine, best.gradient_checkpointing)
-    may_compile = cuda and engine == "transformers" and settings.compile_layers is None
+    may_compile = cuda and engine == "transformers" and compile_setting is None
     if may_compile and steps * best.seconds_per_step > COMPILE_FROM and not best.gradient_checkpointing:
         best = _compiled_if_faster(model, trial, best)
     trial.release()
@@ -201,7 +197,7 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(number, 0, -1) if number % size == 0]
 
 
-def _compiled_if_faster(model: Any, trial: _Trial, plan: BatchPlan) -> BatchPlan:
+def _compiled_if_faster(model: Any, trial: Trial, plan: BatchPlan) -> BatchPlan:
     begin = time.perf_counter()
     compile_layers(model)
     try:
@@ -242,20 +238,49 @@ def compile_layers(model: Any, undo: bool = False) -> None:
 # Passes that are tried
 
 
-class _Trial:
-    """Forward and backward passes of a model that is about to be trained; they leave no trace."""
+class Trial:
+    """Forward and backward passes of a model that is about to be trained; they leave no trace.
 
-    def __init__(
-        self, model: Any, run: StageRun, data: StageData, collator: InputMaskingDataCollator, order: Sequence[int]
-    ):
-        self.model, self.run, self.samples, self.collator, self.order = model, run, data.samples, collator, order
+    What a pass is, subclasses say: `longest`, `typical`, `tokens`, `tokens_per_step` and `loss`.
+
+    Args:
+        model: with its adapters, before an optimizer is made.
+        run: settings and precision.
+        more: bytes of GPU memory that training takes besides the passes, the optimizer and what processes exchange.
+    """
+
+    padding_free = False
+
+    def __init__(self, model: Any, run: StageRun, more: int = 0):
+        """See the class."""
+        self.model, self.run = model, run
         self.device = next(model.parameters()).device
         counts = count_weights(
             model.config, target_modules=run.settings.target_modules, r=run.settings.lora_r, vocabulary=None
         )
         # What training adds to a pass: the optimizer's state, and what processes exchange.
-        self.more = 0 if "paged" in run.settings.optim else optimizer_bytes(counts, run.settings.optim)
+        self.more = more + (0 if "paged" in run.settings.optim else optimizer_bytes(counts, run.settings.optim))
         self.more += 4 * counts.trained if process_count() > 1 else 0
+
+    def longest(self, size: int) -> Any:
+        """What a pass of so many samples takes if all are as long as can be."""
+        raise NotImplementedError
+
+    def typical(self, size: int) -> list[Any]:
+        """What a few passes of so many samples take, as they are trained on."""
+        raise NotImplementedError
+
+    def tokens(self, batch: Any) -> int:
+        """Tokens of what a pass takes, to compare passes by."""
+        raise NotImplementedError
+
+    def tokens_per_step(self, plan: BatchPlan) -> float:
+        """Tokens of a step of this process."""
+        raise NotImplementedError
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """The forward pass."""
+        raise NotImplementedError
 
     def fits(self, size: int, passes: int, must: bool = False) -> tuple[int | None, bool]:
         """GPU memory in bytes that passes of so many of the longest rows take, and whether all processes have it.
@@ -267,14 +292,12 @@ class _Trial:
         """
         import torch
 
-        tokens = min(self.run.settings.max_seq_length, int(self.samples.lengths().max()))
-        row = uniform_row(tokens, self.collator.mask_first_n_examples, self.model.config.vocab_size)
         self.release()
         torch.cuda.reset_peak_memory_stats()
         room = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
         peak: int | None = None
         try:
-            self.passes([self.collator([row] * size)] * min(passes, 2))
+            self.passes([self.longest(size)] * min(passes, 2))
             peak = torch.cuda.max_memory_allocated() + self.more
         except RuntimeError as error:
             if not is_out_of_memory(error) or must:
@@ -286,27 +309,19 @@ class _Trial:
     def seconds_per_step(self, plan: BatchPlan) -> float:
         """Seconds of all passes of a step in this process, without the optimizer."""
         if self.device.type == "cuda":
-            size = plan.micro_batch_size
-            parts = [self.order[at * size : (at + 1) * size] for at in range(1 + TIMED_BATCHES)]
-            batches = [self._batch(rows) for rows in parts if len(rows) == size] or [self._batch(self.order[:1])]
+            batches = self.typical(plan.micro_batch_size)
             self.passes(batches)  # kernels are compiled for lengths as they come
             timed = batches[1:] or batches
         else:
-            timed = [self._batch(self.order[:1])]  # a CPU is as long at each token, however many there are
-        seconds = self.passes(timed)
-        if self.device.type != "cuda":  # the first pass of a process takes longer
-            seconds = min(seconds, self.passes(timed))
+            timed = self.typical(1)[:1]  # a CPU is as long at each token, however many there are
+        # The first passes of a process take longer, and of a GPU's again: until its memory is divided as it is needed.
+        seconds = min(self.passes(timed) for _ in range(TIMED_ROUNDS))
         self.release()
-        tokens_per_step = float(self.samples.lengths().mean()) * plan.micro_batch_size * plan.passes
-        return seconds * tokens_per_step / sum(_count_tokens(batch) for batch in timed)
+        return seconds * self.tokens_per_step(plan) / sum(map(self.tokens, timed))
 
-    def _batch(self, rows: Sequence[int]) -> Batch:
-        return self.collator(self.samples.__getitems__(list(rows)))
-
-    def passes(self, batches: Sequence[Batch]) -> float:
+    def passes(self, batches: Sequence[Any]) -> float:
         """Seconds of forward and backward passes of batches; gradients add up, random numbers are put back."""
         import torch
-        from accelerate.utils import send_to_device
 
         precision = self.run.precision
         self.model.train()
@@ -320,9 +335,8 @@ class _Trial:
         with torch.random.fork_rng(devices):
             begin = synchronised_time()
             for batch in batches:
-                moved = send_to_device(batch, self.device)
                 with autocast():
-                    loss = self.model(**{**moved, "use_cache": False}).loss
+                    loss = self.loss(batch)
                 loss.backward()
             return synchronised_time() - begin
 
@@ -337,6 +351,59 @@ class _Trial:
         gc.collect()  # a pass that ran out of memory may leave cycles that hold activations
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+class SupervisedTrial(Trial):
+    """Passes of a supervised stage.
+
+    Args:
+        model, run: see `Trial`.
+        samples: rows and their lengths.
+        collator: makes batches, padded or packed.
+        order: row numbers of samples, as they are trained on: the first are timed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        run: StageRun,
+        samples: TrainingSamples,
+        collator: InputMaskingDataCollator,
+        order: Sequence[int],
+    ):
+        """See the class."""
+        super().__init__(model, run)
+        self.samples, self.collator, self.order = samples, collator, order
+        self.padding_free = collator.packed_for is not None
+
+    def longest(self, size: int) -> Batch:
+        """A batch of the longest rows there are."""
+        tokens = min(self.run.settings.max_seq_length, int(self.samples.lengths().max()))
+        row = uniform_row(tokens, self.collator.mask_first_n_examples, self.model.config.vocab_size)
+        return self.collator([row] * size)
+
+    def typical(self, size: int) -> list[Batch]:
+        """The first batches."""
+        parts = [self.order[at * size : (at + 1) * size] for at in range(1 + TIMED_BATCHES)]
+        return [self._batch(rows) for rows in parts if len(rows) == size] or [self._batch(self.order[:1])]
+
+    def _batch(self, rows: Sequence[int]) -> Batch:
+        return self.collator(self.samples.__getitems__(list(rows)))
+
+    def tokens(self, batch: Batch) -> int:
+        """Without padding."""
+        mask = batch.get("attention_mask")
+        return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+
+    def tokens_per_step(self, plan: BatchPlan) -> float:
+        """On average."""
+        return float(self.samples.lengths().mean()) * plan.micro_batch_size * plan.passes
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """The model's own."""
+        from accelerate.utils import send_to_device
+
+        return self.model(**{**send_to_device(batch, self.device), "use_cache": False}).loss
 
 
 def synchronised_time() -> float:
@@ -355,11 +422,6 @@ def uniform_row(tokens: int, masked_replies: int, vocabulary: int) -> dict[str, 
     return {"input_ids": np.random.default_rng(0).integers(0, vocabulary, tokens), "reply_spans": spans}
 
 
-def _count_tokens(batch: Batch) -> int:
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
-
-
 def optimizer_seconds(model: Any, cls: type, options: dict[str, Any], max_norm: float) -> float:
     """Seconds of a step's optimizer, measured on copies of some of the trained weights; the weights stay as they are.
 
@@ -371,21 +433,22 @@ def optimizer_seconds(model: Any, cls: type, options: dict[str, Any], max_norm: 
     import torch
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    chosen = trained[:: max(1, len(trained) // 8)]
-    copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in chosen]
+    # An eighth that stand together: whole layers, in which large and small matrices are mixed as everywhere.
+    begin = len(trained) // 2
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in trained[begin : begin + max(1, len(trained) // 8)]]
     optimizer = cls([{"params": copies}], **options)
     if hasattr(optimizer, "train"):  # schedule-free ones have two modes
         optimizer.train()
     let_run_ahead(optimizer)
-    seconds = 0.0
-    for _ in range(2):  # the first makes the state
-        for copy in copies:
-            copy.grad = torch.zeros_like(copy)
-        begin = synchronised_time()
+    for copy in copies:
+        copy.grad = torch.zeros_like(copy)
+    seconds = []
+    for _ in range(1 + TIMED_ROUNDS):  # the first makes the state
+        begun = synchronised_time()
         torch.nn.utils.clip_grad_norm_(copies, max_norm)
         optimizer.step()
-        seconds = synchronised_time() - begin
-    return seconds * sum(p.numel() for p in trained) / sum(p.numel() for p in copies)
+        seconds.append(synchronised_time() - begun)
+    return min(seconds[1:]) * sum(p.numel() for p in trained) / sum(p.numel() for p in copies)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

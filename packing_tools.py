@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from prompt_sharing import SharedPrompts, attend_shared
+
 if TYPE_CHECKING:
     import torch
 
 ATTENTION = "packed_documents"  # the name under which transformers knows `packed_attention`
 IGNORE_INDEX = -100
-DOCUMENTS = "packed_documents"  # in a batch for Unsloth: bounds and longest, see `pack_rows`
+DOCUMENTS = "packed_documents"  # in a batch for Unsloth: bounds (or SharedPrompts) and longest, see `pack_rows`
 LENGTH_STEP = 256  # the longest document's length is given in such steps, so that compiled code seldom sees a new one
 
 
@@ -128,7 +130,8 @@ def use_packed_attention(model: Any, engine: str = "transformers") -> None:
 def _keep_from_searching(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     # Without a mask transformers looks for packed documents in the positions, and waits for the device to know. A mask
     # that is four-dimensional already it takes as it is; `packed_attention` does not look at it.
-    if kwargs.get("cu_seq_lens_q") is not None and kwargs.get("attention_mask") is None:
+    packed = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("shared_prompts") is not None
+    if packed and kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = kwargs["position_ids"].new_zeros((1, 1, 1, 1))
     return args, kwargs
 
@@ -139,8 +142,8 @@ def _tell_unsloth(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, 
     bounds, longest = kwargs.pop(DOCUMENTS, (None, None))
     answers = getattr(sys.modules.get("unsloth.utils.packing"), "_PACKED_INFO_CACHE", None)
     lengths = kwargs.get("packed_seq_lengths")
-    if bounds is not None and answers is not None and bounds.device == lengths.device:
-        result = lengths, bounds, longest
+    if bounds is not None and answers is not None and getattr(bounds, "device", lengths.device) == lengths.device:
+        result = lengths, bounds, longest  # bounds are read by `unsloth_attention` alone
         answers[lengths.device] = {"seq_lengths": lengths, "result": result, "inference": False}
     return args, kwargs
 
@@ -160,6 +163,8 @@ def unsloth_attention(plain: Callable[..., torch.Tensor]) -> Callable[..., torch
 
     def attention(*, config: Any, context: Any, Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:  # noqa: N803
         documents = context.seq_info
+        if documents is not None and isinstance(documents[1], SharedPrompts):
+            return attend_shared(Q, K, V, documents[1], kernel=has_document_kernel(Q))
         if (
             documents is None
             or context.prefix_seg_info is not None
@@ -237,6 +242,7 @@ def packed_attention(
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    shared_prompts: SharedPrompts | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of transformers' interface: within documents where their bounds are given, else causal or as masked.
@@ -250,12 +256,16 @@ def packed_attention(
         scaling: of the scores.
         cu_seq_lens_q: bounds of the documents, int32 (documents + 1,); None: each row is one.
         max_length_q: of the longest document, or more.
+        shared_prompts: where the parts of a row of prompt_sharing are.
 
     Returns:
         (rows, tokens, query heads, size), and None for the weights.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if shared_prompts is not None:
+        found = attend_shared(query, key, value, shared_prompts, scaling, kernel=has_document_kernel(query))
+        return found, None
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -6,6 +6,7 @@ token. `RolloutModel` adds them up once a step into plain 16-bit layers, which s
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -113,16 +114,23 @@ def plain_class(kind: type) -> type:
     Args:
         kind: the class, changed or not.
     """
-    if "unsloth" not in sys.modules:
-        return kind
-    module = sys.modules[kind.__module__]
-    name = f"{module.__name__}_plain"
-    if name not in sys.modules:
+    return kind if "unsloth" not in sys.modules else getattr(plain_module(kind.__module__), kind.__name__)
+
+
+def plain_module(name: str) -> Any:
+    """A module as its file has it, beside the one that Unsloth has changed.
+
+    Args:
+        name: of a module that can be imported.
+    """
+    plain = f"{name}_plain"
+    if plain not in sys.modules:
         # The file again, under another name, in the same package: its relative imports find what they look for.
-        spec = importlib.util.spec_from_file_location(name, module.__file__)
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return getattr(sys.modules[name], kind.__name__)
+        file = importlib.import_module(name).__file__
+        spec = importlib.util.spec_from_file_location(plain, file)
+        sys.modules[plain] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[plain])
+    return sys.modules[plain]
 
 
 def check_vllm(precision: Precision, target_modules: Sequence[str]) -> None:

@@ -90,7 +90,9 @@ class Scan:
         return text
 
 
-def scan_prompts(model: Any, run: StageRun, data: StageData, max_completion_length: int) -> Scan | None:
+def scan_prompts(
+    model: Any, run: StageRun, data: StageData, max_completion_length: int, from_copy: bool = False
+) -> Scan | None:
     """Sample replies to as many prompts as training needs, or take what an earlier run found; prints the counts.
 
     Which prompts are scanned is a seeded choice of the first epoch's views, all puzzles and symmetries alike: of
@@ -100,9 +102,10 @@ def scan_prompts(model: Any, run: StageRun, data: StageData, max_completion_leng
     Args:
         model: the peft model before its first training step: LoRA adds nothing yet, so that it answers as the stage's
             parent does. It is switched to decoding and back.
-        run: settings (scan_samples, scan_prompts, skip_scan, temperature, seed, fast_rollouts), precision and folders.
+        run: settings (scan_samples, scan_prompts, skip_scan, temperature, seed), precision and folders.
         data: the prompts.
         max_completion_length: tokens of the longest reply.
+        from_copy: sample from a plain copy of the model, as the training does then.
 
     Returns:
         What was found; None with --skip_scan.
@@ -114,7 +117,7 @@ def scan_prompts(model: Any, run: StageRun, data: StageData, max_completion_leng
         print("scan: skipped; all prompts are used")
         return None
     rows = rows_to_scan(len(data.samples), prompts_of_training(settings), settings.seed)
-    made_for = scan_identity(run, data, rows, max_completion_length)
+    made_for = scan_identity(run, data, rows, max_completion_length, from_copy)
     name = hashlib.sha256(json.dumps(made_for, sort_keys=True).encode()).hexdigest()
     path = run.work / f"scan-{name[:16]}.json"
     # Of several processes one scans and writes; the others wait for it and read.
@@ -123,7 +126,7 @@ def scan_prompts(model: Any, run: StageRun, data: StageData, max_completion_leng
         done = len(solved)
         if done < len(rows):
             model.train()  # so that decoding hands it back ready for training, whatever it was before
-            sample = sampler(model, run, data, max_completion_length)
+            sample = sampler(model, run, data, max_completion_length, from_copy)
             _scan_the_rest(rows, solved, sample, lambda: write_scan(path, made_for, rows, solved))
         seconds = time.perf_counter() - begin if done < len(rows) else 0.0
     scan = Scan(rows, np.array(solved, dtype=np.int64), settings.scan_samples, seconds)
@@ -144,14 +147,16 @@ def rows_to_scan(rows: int, count: int, seed: int) -> np.ndarray:
     return seeded_rng(seed, "scan").permutation(rows)[:count].astype(np.int64)
 
 
-def scan_identity(run: StageRun, data: StageData, rows: np.ndarray, max_completion_length: int) -> dict[str, Any]:
+def scan_identity(
+    run: StageRun, data: StageData, rows: np.ndarray, max_completion_length: int, from_copy: bool
+) -> dict[str, Any]:
     """All that a scan's result depends on, as JSON holds it."""
     settings = run.settings
     views = data.samples.views
     return {
         "model": fingerprint(run.parent),
         "precision": asdict(run.precision),
-        "fast_rollouts": settings.fast_rollouts,
+        "fast_rollouts": from_copy,
         "puzzles": data.split.train.content_hash(),
         "views": [views.seed, views.tp, views.rt, views.perm, views.keep_background, views.shfl_ex],
         "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
@@ -181,16 +186,16 @@ def _scan_the_rest(
 
 
 def sampler(
-    model: Any, run: StageRun, data: StageData, max_completion_length: int
+    model: Any, run: StageRun, data: StageData, max_completion_length: int, from_copy: bool = False
 ) -> Callable[[Sequence[int]], list[int]]:
     """A function that samples replies to rows of the first epoch and counts the exact ones.
 
     transformers' models are decoded by search_tools.sample_replies, in which each sample has random numbers of its own,
-    Unsloth's by their own generate, as in its training. With --fast_rollouts a plain copy of either is made, which
+    Unsloth's by their own generate, as in its training. Of either a plain copy may be made, which
     sampling_tools.DeviceSampler decodes, with the same random numbers as the former.
 
     Args:
-        model, run, data, max_completion_length: see `scan_prompts`.
+        model, run, data, max_completion_length, from_copy: see `scan_prompts`.
 
     Returns:
         Given numbers of rows, how many of `scan_samples` replies to each are exactly right. The result for a row does
@@ -200,7 +205,7 @@ def sampler(
     options = {name: data.format[name] for name in ("reply_end", "lines_sep")}
     seed = int(seeded_rng(settings.seed, "scan", "samples").integers(2**31))  # other draws than those of the training
     engine, work = run.precision.engine, Work()
-    if settings.fast_rollouts:
+    if from_copy:
         from rollout_tools import RolloutModel
 
         copy = RolloutModel(model, run.precision.torch_dtype).model
@@ -213,7 +218,7 @@ def sampler(
 
     def answer(prompts: Sequence[np.ndarray], rows: Sequence[int]) -> list[list[np.ndarray]]:
         samples = settings.scan_samples
-        if settings.fast_rollouts:
+        if from_copy:
             found = fast.sample(prompts, samples=samples, seed=seed, seeds=rows, batch_size=ROWS)
             return [[reply.tokens for reply in of_prompt] for of_prompt in found]
         how = {"samples": samples, "temperature": settings.temperature, "work": work}

@@ -16,11 +16,12 @@ from artifact_tools import Stage
 from inference_tools import longest_reply
 from model_tools import LINEAR_MODULES, add_lora, load_model
 from policy_guards import PolicyGuard
+from policy_trainer import check_sharing, grpo_trainer, samples_from_copy
 from reward_tools import component_weights, reward_functions
 from rollout_tools import check_vllm
 from run_settings import WHOLE_FROM_1, RunSettings, failed_checks, parse_settings, setting, user_errors
 from scan_tools import scan_prompts
-from trainer_tools import grpo_trainer, watch
+from trainer_tools import watch
 from training_tools import StageRun, load_data, lora_options, report_prompts
 
 STAGE = Stage("Final-RL", parent="Final", script="train_grpo.py", parent_script="base_finetune_final.py")
@@ -37,17 +38,28 @@ class Settings(RunSettings):
     per_device_train_batch_size: int = setting(16, "times gradient_accumulation_steps: completions of one step")
     gradient_accumulation_steps: int = setting(2, "see per_device_train_batch_size; --micro_batch_size divides a step")
     micro_batch_size: int | None = setting(
-        None, "completions of one forward pass on each GPU, a divisor of a step's; default: per_device_train_batch_size"
+        None,
+        "completions of one forward pass on each GPU, a divisor of a step's; default: with shared_prompts on CUDA as "
+        "many as fit, else per_device_train_batch_size",
     )
     gradient_checkpointing: bool | None = setting(
-        None, "recompute activations, slower and with less memory; default: true"
+        None,
+        "recompute activations, slower and with less memory; default: true, but with shared_prompts on CUDA where "
+        "there is room",
     )
     max_steps: int = setting(250, "optimizer steps")
     learning_rate: float = setting(5e-6, "highest rate of the LoRA matrices")
     warmup_ratio: float = setting(0.05, "share of the steps in which the rate rises")
     temperature: float = setting(1.0, "of the sampling")
-    fast_rollouts: bool = setting(
-        False, "sample from a plain copy of the model in training: faster, with the memory of a second 16-bit model"
+    fast_rollouts: bool | None = setting(
+        None,
+        "sample from a plain copy of the model in training: faster, with the memory of a second 16-bit model; default: "
+        "on a GPU with six times that",
+    )
+    shared_prompts: bool | None = setting(
+        None,
+        "compute a prompt once for all completions of its group when their gradients are computed; default: on a GPU "
+        "from compute capability 8.0 on, in 16 bits; with Unsloth only beside fast_rollouts",
     )
     use_vllm: bool = setting(False, "sample with vLLM, on a machine that has it")
     beta: float = setting(0.0, "weight of the KL divergence to the start; 0: none, and no reference pass")
@@ -110,6 +122,7 @@ def main() -> None:
         with user_errors():
             if settings.use_vllm:
                 check_vllm(run.precision, settings.target_modules)
+            check_sharing(run)
             data = load_data(run, solved_only=True)
             longest = longest_reply(data.split.train, data.split.train.keys, data.tokenizer)
             report_prompts(run, data, longest)
@@ -119,7 +132,7 @@ def main() -> None:
             model, _ = load_model(run.parent, run.precision, settings.max_seq_length, vllm_rank)
             model = add_lora(model, run.precision, **lora_options(settings))
         with run.machine_errors("scanning the prompts"):  # LoRA adds nothing yet: this is stage 2's model
-            scan = scan_prompts(model, run, data, longest)
+            scan = scan_prompts(model, run, data, longest, samples_from_copy(model, settings))
         with run.machine_errors("loading the model"):
             rewards = reward_functions(data.split.train, data.tokenizer, data.format)
             trainer = grpo_trainer(

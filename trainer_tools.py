@@ -10,7 +10,6 @@ import copy
 import difflib
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arc_samples import TrainingSamples
-from batch_planning import let_run_ahead, optimizer_seconds, plan_batches
+from batch_planning import SupervisedTrial, let_run_ahead, optimizer_seconds, plan_batches
 from distributed_tools import divide_batch, gather, is_main, process_count, share
-from model_tools import EMBEDDING_MODULES, InputMaskingDataCollator, train_in_float32
+from model_tools import InputMaskingDataCollator
 from packing_tools import can_pack, use_packed_attention
 from report_tools import read_metrics
-from rollout_tools import make_rollouts
 
 if TYPE_CHECKING:
     from training_tools import StageData, StageRun
@@ -138,7 +136,8 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
         collator.packed_for = precision.engine
         use_packed_attention(model, precision.engine)
     order = list(EpochSampler(len(data.samples), settings.seed))
-    run.plan = plan_batches(model, run, data, collator, order=order, steps=steps_ahead(run, data), kept=run.kept_plan())
+    trial = SupervisedTrial(model, run, data.samples, collator, order)
+    run.plan = plan_batches(trial, steps=steps_ahead(run, data), kept=run.kept_plan())
     arguments = {
         **common_arguments(run),
         "per_device_eval_batch_size": settings.per_device_eval_batch_size,
@@ -177,7 +176,6 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
     run.plan = replace(run.plan, seconds_per_step=run.plan.seconds_per_step + seconds)
     print(run.plan.describe(steps_ahead(run, data)))
     from transformers import TrainerCallback
-    from transformers.trainer_callback import ExportableState
 
     class StageTrainer(base):
         """The engine's trainer with this pipeline's order and learning rates, and with fewer waits for the device."""
@@ -220,12 +218,6 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
                 self.tokens_on_device = 0
             super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    class Plan(TrainerCallback, ExportableState):
-        """Keeps how a step is computed in the checkpoints."""
-
-        def state(self) -> dict[str, Any]:
-            return {"args": {}, "attributes": run.plan.choice()}
-
     class Continued(TrainerCallback):
         """Tells the order its epoch: the trainer's own word gets lost where several processes skip what was trained."""
 
@@ -233,7 +225,7 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
             sampler.set_epoch(state.global_step // math.ceil(sampler.rows / settings.samples_per_step))
 
     return StageTrainer(
-        callbacks=[Continued(), Plan()],
+        callbacks=[Continued(), kept_in_checkpoints(run)],
         model=model,
         args=arguments,
         train_dataset=train,
@@ -243,6 +235,18 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
     )
 
 
+def kept_in_checkpoints(run: StageRun) -> Any:
+    """A callback that keeps how a step is computed in the checkpoints, see training_tools.StageRun.kept_plan."""
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
+
+    class Plan(TrainerCallback, ExportableState):
+        def state(self) -> dict[str, Any]:
+            return {"args": {}, "attributes": run.plan.choice() if run.plan is not None else {}}
+
+    return Plan()
+
+
 def steps_ahead(run: StageRun, data: StageData) -> int:
     """Optimizer steps that are still to be done."""
     settings = run.settings
@@ -250,107 +254,6 @@ def steps_ahead(run: StageRun, data: StageData) -> int:
     if steps < 0:
         steps = math.ceil(math.ceil(len(data.samples) / settings.samples_per_step) * settings.num_train_epochs)
     return steps - run.steps_done()
-
-
-class PromptRows:
-    """Prompts of the samples: row -> {"prompt": text, "key": view}, for trl's GRPOTrainer.
-
-    Args:
-        data: gives the samples.
-        chosen: rows of the first epoch that are used, int (rows,); None: all. Each further epoch holds the same puzzles
-            in the same symmetries, with colours and orders of its own.
-    """
-
-    def __init__(self, data: StageData, chosen: np.ndarray | None = None):
-        """See the class."""
-        self.data, self.chosen = data, chosen
-
-    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Rows by number; a prompt leaves room for its reply within the longest row."""
-        if self.chosen is not None:
-            epochs, places = np.divmod(np.asarray(rows, dtype=np.int64), len(self.chosen))
-            rows = (epochs * len(self.data.samples) + self.chosen[places]).tolist()
-        keys = [row["key"] for row in self.data.samples.__getitems__(rows)]
-        tasks = [self.data.split.train.fmt_task(key, **self.data.format) for key in keys]
-        return [{"prompt": task["input"], "key": task["key"]} for task in tasks]
-
-
-def grpo_trainer(
-    model: Any,
-    run: StageRun,
-    data: StageData,
-    reward_functions: list[Callable[..., Any]],
-    *,
-    reward_weights: list[float],
-    max_completion_length: int,
-    chosen: np.ndarray | None = None,
-) -> Any:
-    """trl's GRPOTrainer (patched by Unsloth on its engine) on the prompts of the samples.
-
-    Args:
-        model: a peft model.
-        run: settings, precision and folders.
-        data: prompts and tokenizer.
-        reward_functions: each takes `completion_ids` and `key` and returns a number for each completion.
-        reward_weights: one for each function; 0 only logs.
-        max_completion_length: tokens of the longest reply.
-        chosen: rows of the first epoch that are trained on, see `PromptRows`; None: all.
-    """
-    from trl import GRPOConfig, GRPOTrainer
-
-    settings, precision = run.settings, run.precision
-    arguments = GRPOConfig(
-        **common_arguments(run),
-        num_generations=settings.num_generations,
-        max_completion_length=max_completion_length,
-        temperature=settings.temperature,
-        beta=settings.beta,
-        epsilon=settings.epsilon,
-        epsilon_high=settings.epsilon_high,
-        loss_type=settings.loss_type,
-        reward_weights=reward_weights,
-        mask_truncated_completions=False,  # a reply without an end earns nothing: it shall be unlearned, not overlooked
-        use_vllm=settings.use_vllm,
-        # Its cache is sized by it; a prompt fits max_seq_length with its own reply, not with the longest one.
-        vllm_max_model_length=settings.max_seq_length + max_completion_length if settings.use_vllm else None,
-    )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one GPU, however many it sees
-    arguments.embedding_learning_rate = settings.embedding_learning_rate
-    optimizer = None  # trl makes it
-    if set(settings.target_modules) & set(EMBEDDING_MODULES):
-        optimizer = optimizer_with_embedding_rate(model, arguments)
-    rollouts = None  # trl samples by transformers' generate
-    if settings.fast_rollouts:
-        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # trl says of its rollout_func that it may change
-        rollouts = make_rollouts(
-            model, data.tokenizer, dtype=precision.torch_dtype, max_new_tokens=max_completion_length,
-            temperature=settings.temperature, seed=settings.seed,
-        )  # fmt: skip
-    prompts_per_step = settings.samples_per_step // settings.num_generations
-    rows = planned_rows(run, data, prompts_per_step)
-    if chosen is not None:  # as many rounds as the steps take: trl leaves a last, short batch of prompts out
-        rows = len(chosen) * math.ceil(settings.max_steps * prompts_per_step / len(chosen))
-
-    class StageTrainer(GRPOTrainer):
-        """trl's trainer, whose optimizer does not wait for the device."""
-
-        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-            super().create_optimizer(*args, **kwargs)
-            let_run_ahead(self.optimizer)
-            return self.optimizer
-
-    trainer = StageTrainer(
-        model=model,
-        reward_funcs=reward_functions,
-        rollout_func=rollouts,
-        args=arguments,
-        train_dataset=lazy_dataset(PromptRows(data, chosen), rows),
-        optimizers=(optimizer, None),
-        processing_class=data.tokenizer,
-    )
-    if precision.engine == "transformers":
-        train_in_float32(trainer.model)  # trl rounds the trainable weights of a 4-bit base to bfloat16
-    return trainer
 
 
 def optimizer_with_embedding_rate(model: Any, arguments: Any) -> Any:

@@ -64,6 +64,7 @@ from model_tools import (
     save_adapter,
     write_manifest,
 )
+from policy_trainer import PromptRows
 from run_guards import (
     StopSignals,
     complete_checkpoints,
@@ -79,7 +80,7 @@ from run_guards import (
     refuse_pickles,
 )
 from run_settings import DataSettings, RunSettings, course_settings, user_errors
-from trainer_tools import PromptRows, check_arguments
+from trainer_tools import check_arguments
 
 SAVE_SECONDS = 300.0  # of work between checkpoints, unless --save_steps says otherwise
 PROBE_ROWS = 64  # held-out puzzles on which a merge is compared with the trained model

@@ -171,7 +171,7 @@ def run_ours(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Stage 3 up to the end of its training."""
     import train_grpo
     from model_tools import add_lora, load_model
-    from trainer_tools import grpo_trainer
+    from policy_trainer import grpo_trainer
     from training_tools import StageRun, load_data, lora_options
 
     settings = stage_settings(args, ["--fast_rollouts", *shlex.split(args.ours)])

@@ -100,7 +100,7 @@ def trial():
     )
     run = SimpleNamespace(settings=settings, precision=precision)
     collator = InputMaskingDataCollator(tokenizer, mask_first_n_examples=1)
-    return batch_planning._Trial(model, run, SimpleNamespace(samples=samples), collator, [0, 1, 2, 3])
+    return batch_planning.SupervisedTrial(model, run, samples, collator, [0, 1, 2, 3])
 
 
 def test_trying_leaves_no_trace(trial):

@@ -14,9 +14,9 @@ import train_grpo
 from arc_loader import ArcDataset
 from inference_tools import longest_reply
 from model_tools import add_lora, load_model
+from policy_trainer import PromptRows
 from run_settings import parse_settings
 from scan_tools import Scan, generate_samples, prompts_of_training, rows_to_scan, sampler, scan_prompts
-from trainer_tools import PromptRows
 from training_tools import StageRun, load_data, lora_options
 
 SMALL = (
@@ -125,8 +125,7 @@ def test_the_plain_copy_of_fast_rollouts_finds_the_same(tmp_path, policy):
     model, run, data, longest = begun(tmp_path, policy)
     rows = rows_to_scan(len(data.samples), 24, 1).tolist()
     direct = sampler(model, run, data, longest)(rows)
-    run.settings.fast_rollouts = True
-    assert sampler(model, run, data, longest)(rows) == direct
+    assert sampler(model, run, data, longest, from_copy=True)(rows) == direct
 
 
 def test_a_models_own_generate_samples_the_same_distribution(tmp_path, policy):

@@ -1,0 +1,292 @@
+"""The trainer of stage 3: trl's GRPO, with completions and updates that compute a shared prompt once.
+
+trl decides what a step of GRPO is: groups, advantages, loss, figures. Here are its prompts, where its completions come
+from (rollout_tools), how their log probabilities are computed (prompt_sharing) and in how many passes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from batch_planning import BatchPlan, Trial, let_run_ahead, plan_batches
+from distributed_tools import process_count
+from model_tools import EMBEDDING_MODULES, train_in_float32
+from packing_tools import can_pack, use_packed_attention
+from prompt_sharing import reply_log_probs
+from rollout_tools import make_rollouts, plain_module
+from run_guards import count_weights
+from sampling_tools import KEPT
+from trainer_tools import (
+    common_arguments,
+    kept_in_checkpoints,
+    lazy_dataset,
+    optimizer_with_embedding_rate,
+    planned_rows,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from training_tools import StageData, StageRun
+
+ROOM_FOR_COPY = 6  # times the plain copy of the model: from this GPU memory on, completions are sampled from one
+
+
+class PromptRows:
+    """Prompts of the samples: row -> {"prompt": text, "key": view}, for trl's GRPOTrainer.
+
+    Args:
+        data: gives the samples.
+        chosen: rows of the first epoch that are used, int (rows,); None: all. Each further epoch holds the same puzzles
+            in the same symmetries, with colours and orders of its own.
+    """
+
+    def __init__(self, data: StageData, chosen: np.ndarray | None = None):
+        """See the class."""
+        self.data, self.chosen = data, chosen
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Rows by number; a prompt leaves room for its reply within the longest row."""
+        if self.chosen is not None:
+            epochs, places = np.divmod(np.asarray(rows, dtype=np.int64), len(self.chosen))
+            rows = (epochs * len(self.data.samples) + self.chosen[places]).tolist()
+        keys = [row["key"] for row in self.data.samples.__getitems__(rows)]
+        tasks = [self.data.split.train.fmt_task(key, **self.data.format) for key in keys]
+        return [{"prompt": task["input"], "key": task["key"]} for task in tasks]
+
+
+def grpo_trainer(
+    model: Any,
+    run: StageRun,
+    data: StageData,
+    reward_functions: list[Callable[..., Any]],
+    *,
+    reward_weights: list[float],
+    max_completion_length: int,
+    chosen: np.ndarray | None = None,
+) -> Any:
+    """trl's GRPOTrainer on the prompts of the samples.
+
+    Where prompts are shared (see `shares_prompts`) it is trl's own on both engines, and how a step is computed is
+    decided here (see `batch_planning.plan_batches`), printed, and kept as `run.plan`. Otherwise it is what Unsloth
+    makes of it on its engine.
+
+    Args:
+        model: a peft model.
+        run: settings, precision and folders.
+        data: prompts and tokenizer.
+        reward_functions: each takes `completion_ids` and `key` and returns a number for each completion.
+        reward_weights: one for each function; 0 only logs.
+        max_completion_length: tokens of the longest reply.
+        chosen: rows of the first epoch that are trained on, see `PromptRows`; None: all.
+    """
+    settings, precision = run.settings, run.precision
+    from_copy = samples_from_copy(model, settings)
+    shared = shares_prompts(model, run)
+    if shared:
+        use_packed_attention(model, precision.engine)
+        trial = PolicyTrial(model, run, data, max_completion_length, from_copy)
+        run.plan = plan_batches(trial, steps=settings.max_steps, kept=run.kept_plan())
+        run.plan = replace(run.plan, seconds_per_step=None)  # the sampling is not in it
+        print(run.plan.describe(settings.max_steps, "completions"))
+    if shared and precision.engine == "unsloth":
+        GRPOTrainer = plain_module("trl.trainer.grpo_trainer").GRPOTrainer  # noqa: N806
+        GRPOConfig = plain_module("trl.trainer.grpo_config").GRPOConfig  # noqa: N806
+    else:
+        from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.utils import split_tensor_dict
+
+    arguments = GRPOConfig(
+        **common_arguments(run),
+        num_generations=settings.num_generations,
+        max_completion_length=max_completion_length,
+        temperature=settings.temperature,
+        beta=settings.beta,
+        epsilon=settings.epsilon,
+        epsilon_high=settings.epsilon_high,
+        loss_type=settings.loss_type,
+        reward_weights=reward_weights,
+        mask_truncated_completions=False,  # a reply without an end earns nothing: it shall be unlearned, not overlooked
+        use_vllm=settings.use_vllm,
+        # Its cache is sized by it; a prompt fits max_seq_length with its own reply, not with the longest one.
+        vllm_max_model_length=settings.max_seq_length + max_completion_length if settings.use_vllm else None,
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one GPU, however many it sees
+    arguments.embedding_learning_rate = settings.embedding_learning_rate
+    optimizer = None  # trl makes it
+    if set(settings.target_modules) & set(EMBEDDING_MODULES):
+        optimizer = optimizer_with_embedding_rate(model, arguments)
+    rollouts = None  # trl samples by transformers' generate
+    if from_copy:
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # trl says of its rollout_func that it may change
+        rollouts = make_rollouts(
+            model, data.tokenizer, dtype=precision.torch_dtype, max_new_tokens=max_completion_length,
+            temperature=settings.temperature, seed=settings.seed,
+        )  # fmt: skip
+    prompts_per_step = settings.samples_per_step // settings.num_generations
+    rows = planned_rows(run, data, prompts_per_step)
+    if chosen is not None:  # as many rounds as the steps take: trl leaves a last, short batch of prompts out
+        rows = len(chosen) * math.ceil(settings.max_steps * prompts_per_step / len(chosen))
+
+    class StageTrainer(GRPOTrainer):
+        """trl's trainer; its optimizer does not wait for the device, and a prompt is computed once for its group."""
+
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            super().create_optimizer(*args, **kwargs)
+            let_run_ahead(self.optimizer)
+            return self.optimizer
+
+    class SharingTrainer(StageTrainer):
+        def _prepare_inputs(self, generation_batch: Any) -> Any:
+            # As trl's, but that completions are not shuffled before they are divided into passes: groups stay together.
+            # Its losses are sums over all passes of a step, so that only bnpo's knows the difference.
+            if not self.model.training:
+                return super()._prepare_inputs(generation_batch)
+            parts = self.args.steps_per_generation
+            if self._step % (parts * self.num_iterations) == 0 or self._buffered_inputs is None:
+                found = self._generate_and_score_completions(generation_batch)
+                self._buffered_inputs = split_tensor_dict(found, parts)
+            return self._buffered_inputs[self._step % parts]
+
+        def _get_per_token_logps_and_entropies(
+            self, model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int,
+            batch_size: int | None = None, compute_entropy: bool = False, **kwargs: Any,
+        ) -> tuple[torch.Tensor, torch.Tensor | None, None]:  # fmt: skip
+            import torch
+
+            ids, mask = input_ids.cpu().numpy(), attention_mask.bool().cpu().numpy()
+            width = ids.shape[1] - logits_to_keep
+            prompts = [row[kept] for row, kept in zip(ids[:, :width], mask[:, :width], strict=True)]
+            replies = [row[kept] for row, kept in zip(ids[:, width:], mask[:, width:], strict=True)]
+            found = []
+            for at in range(0, len(ids), batch_size or len(ids)):
+                part = slice(at, at + (batch_size or len(ids)))
+                found.append(
+                    reply_log_probs(
+                        model, precision.engine, prompts[part], replies[part], temperature=self.temperature,
+                        width=logits_to_keep,
+                    )
+                )  # fmt: skip
+            log_probs, entropies = (torch.cat(parts) for parts in zip(*found, strict=True))
+            return log_probs, entropies if compute_entropy else None, None
+
+    trainer = (SharingTrainer if shared else StageTrainer)(
+        callbacks=[kept_in_checkpoints(run)],
+        model=model,
+        reward_funcs=reward_functions,
+        rollout_func=rollouts,
+        args=arguments,
+        train_dataset=lazy_dataset(PromptRows(data, chosen), rows),
+        optimizers=(optimizer, None),
+        processing_class=data.tokenizer,
+    )
+    if precision.engine == "transformers":
+        train_in_float32(trainer.model)  # trl rounds the trainable weights of a 4-bit base to bfloat16
+    return trainer
+
+
+def samples_from_copy(model: Any, settings: Any) -> bool:
+    """Whether completions are sampled from a plain copy of the model: as the settings say, else where there is room.
+
+    Args:
+        model: the peft model that will be trained.
+        settings: of stage 3.
+    """
+    import torch
+
+    if settings.fast_rollouts is not None or settings.use_vllm or not torch.cuda.is_available():
+        return bool(settings.fast_rollouts)
+    return torch.cuda.get_device_properties(0).total_memory >= ROOM_FOR_COPY * copy_bytes(model, settings)
+
+
+def copy_bytes(model: Any, settings: Any) -> int:
+    """Memory of a plain 16-bit copy of a model."""
+    return 2 * count_weights(model.config, target_modules=settings.target_modules, r=settings.lora_r).model
+
+
+def shares_prompts(model: Any, run: StageRun) -> bool:
+    """Whether a prompt is computed once for all completions of its group: as the settings say, else where it can be.
+
+    Args:
+        model: the peft model that will be trained.
+        run: settings and precision.
+    """
+    if run.settings.shared_prompts is not None:
+        return run.settings.shared_prompts
+    if run.precision.engine == "unsloth" and not samples_from_copy(model, run.settings):
+        return False  # Unsloth's generate, and its vLLM, are its own trainer's
+    return can_pack(model, run.precision.torch_dtype)
+
+
+def check_sharing(run: StageRun) -> None:
+    """Whether --shared_prompts can be had.
+
+    Raises:
+        ValueError: not on this engine with these settings.
+    """
+    settings = run.settings
+    if settings.shared_prompts and run.precision.engine == "unsloth" and not settings.fast_rollouts:
+        raise ValueError("--shared_prompts true: on the Unsloth engine with --fast_rollouts true only")
+
+
+class PolicyTrial(Trial):
+    """Passes of the reinforcement learning: a batch is prompts, one for each completion, and completions.
+
+    Args:
+        model, run: see `Trial`.
+        data: puzzles with their replies.
+        max_completion_length: tokens of the longest completion.
+        from_copy: completions are sampled from a copy of the model, which takes its memory.
+    """
+
+    padding_free = True
+
+    def __init__(self, model: Any, run: StageRun, data: StageData, max_completion_length: int, from_copy: bool):
+        """See the class."""
+        import torch
+
+        kept = 0
+        if from_copy and torch.cuda.is_available():
+            kept = copy_bytes(model, run.settings)
+            kept += math.ceil(KEPT * torch.cuda.get_device_properties(0).total_memory)
+        super().__init__(model, run, kept)
+        self.samples, self.length, self.group = data.samples, max_completion_length, run.settings.num_generations
+
+    def longest(self, size: int) -> Any:
+        """As many different prompts as there can be."""
+        rng = np.random.default_rng(0)
+        vocabulary = self.model.config.vocab_size
+        own = self.run.settings.samples_per_step // process_count()
+        count = min(size, math.ceil(own / self.group) + (process_count() > 1))
+        prompts = [rng.integers(0, vocabulary, self.run.settings.max_seq_length) for _ in range(count)]
+        replies = [rng.integers(0, vocabulary, self.length) for _ in range(size)]
+        return [prompts[at * count // size] for at in range(size)], replies
+
+    def typical(self, size: int) -> list[Any]:
+        """The first prompts, with their puzzles' own replies."""
+        own = max(1, size // self.group)
+        found = []
+        for at in (0, own):
+            rows = self.samples.__getitems__(list(range(at, at + own)))
+            parts = [(row["input_ids"], int(row["reply_spans"][-1][0])) for row in rows]
+            parts = [parts[number * own // size] for number in range(size)]
+            found.append(([ids[:begin] for ids, begin in parts], [ids[begin:][: self.length] for ids, begin in parts]))
+        return found
+
+    def tokens(self, batch: Any) -> int:
+        """Of the completions: what comes with them is about as much in each."""
+        return sum(map(len, batch[1]))
+
+    def tokens_per_step(self, plan: BatchPlan) -> float:
+        """Those of the batch that is timed."""
+        return float(self.tokens(self.typical(plan.micro_batch_size)[-1]) * plan.passes)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """A sum over all tokens, as GRPO's."""
+        return reply_log_probs(self.model, self.run.precision.engine, *batch)[0].mean()

@@ -1,0 +1,263 @@
+"""One row for the completions of several prompts, in which each prompt stands once.
+
+GRPO trains on groups: several completions of one prompt, which is many times longer than they are. A row for each would
+compute the prompt anew for each; here the completions attend to one copy of it. What comes out is what rows of their
+own give, and so are the gradients: those that a prompt receives from its completions add up.
+
+    row        prompt A without its last token | prompt B ... | last token of A, reply 1 without its last | ...
+    attention  within each part, causally; besides, from each reply to its whole prompt
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+LENGTH_STEP = 256  # the longest parts' lengths are given in such steps, so that compiled code seldom sees a new one
+
+
+class SharedPrompts(NamedTuple):
+    """Where the parts of a row are. Bounds are int32 (parts + 1,), from 0 on.
+
+    Args:
+        parts: bounds of all parts, prompts first, then replies.
+        prompts: bounds of the prompts alone: the first of `parts`.
+        owned: bounds, in the row after the prompts, of the replies to each prompt.
+        longest: tokens of the longest part, of the longest prompt and of all replies to one prompt, or more.
+        tokens: of all prompts.
+    """
+
+    parts: torch.Tensor
+    prompts: torch.Tensor
+    owned: torch.Tensor
+    longest: tuple[int, int, int]
+    tokens: int
+
+
+def share_prompts(
+    prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray]
+) -> tuple[dict[str, Any], SharedPrompts, list[int]]:
+    """One row of all prompts that differ, and of all replies.
+
+    Args:
+        prompts: token ids of each reply's prompt, int64 (tokens,), two at least; equal ones are shared.
+        replies: token ids, int64 (tokens,), one at least.
+
+    Returns:
+        `input_ids` and `position_ids`, int64 (1, tokens); where its parts are; the order in which the replies stand in
+        it. The row's last tokens, as many as all replies have, are those whose logits predict the replies.
+
+    Raises:
+        ValueError: a prompt or a reply that is too short.
+    """
+    import torch
+
+    if min(map(len, prompts)) < 2 or min(map(len, replies)) < 1:
+        raise ValueError("prompts have to have two tokens or more, and replies one or more")
+    groups: dict[bytes, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        groups.setdefault(prompt.tobytes(), []).append(number)
+    firsts = [prompts[numbers[0]] for numbers in groups.values()]
+    order = [number for numbers in groups.values() for number in numbers]
+    heads = [prompt[:-1] for prompt in firsts]
+    tails = [np.concatenate([prompts[number][-1:], replies[number][:-1]]) for number in order]
+    positions = [np.arange(len(head)) for head in heads]
+    positions += [len(prompts[n]) - 1 + np.arange(len(tail)) for n, tail in zip(order, tails, strict=True)]
+    head_lengths = np.array([len(head) for head in heads])
+    tail_lengths = np.array([len(tail) for tail in tails])
+    owners = np.repeat(np.arange(len(heads)), [len(numbers) for numbers in groups.values()])
+    owned_lengths = np.bincount(owners, weights=tail_lengths).astype(np.int64)
+    lengths = np.concatenate([head_lengths, tail_lengths])
+    row = {
+        "input_ids": torch.from_numpy(np.concatenate([*heads, *tails]).astype(np.int64))[None],
+        "position_ids": torch.from_numpy(np.concatenate(positions).astype(np.int64))[None],
+    }
+    longest = tuple(-(-int(each.max()) // LENGTH_STEP) * LENGTH_STEP for each in (lengths, head_lengths, owned_lengths))
+    shared = SharedPrompts(
+        _bounds(lengths), _bounds(head_lengths), _bounds(owned_lengths), longest, int(head_lengths.sum())
+    )
+    return row, shared, order
+
+
+def _bounds(lengths: np.ndarray) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+
+def reply_log_probs(
+    model: Any,
+    engine: str,
+    prompts: Sequence[np.ndarray],
+    replies: Sequence[np.ndarray],
+    *,
+    temperature: float = 1.0,
+    width: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log probability of each token of replies, and the entropy of what it was chosen from, in one pass.
+
+    Args:
+        model: a model with packing_tools.use_packed_attention.
+        engine: "transformers" or "unsloth".
+        prompts: token ids of each reply's prompt, int64 (tokens,).
+        replies: token ids, int64 (tokens,).
+        temperature: logits are divided by it.
+        width: columns of what is returned; default: the longest reply.
+
+    Returns:
+        Two float32 (replies, width), 0 after a reply's end; the entropies without a gradient.
+    """
+    import torch
+
+    row, shared, order = share_prompts(prompts, replies)
+    lengths = np.array([len(replies[number]) for number in order])
+    count = int(lengths.sum())
+    rows = np.repeat(order, lengths)
+    columns = np.concatenate([np.arange(length) for length in lengths])
+    targets = np.concatenate([replies[number] for number in order]).astype(np.int64)
+    device = model.get_input_embeddings().weight.device if hasattr(model, "get_input_embeddings") else model.device
+    sent = torch.from_numpy(np.stack([targets, rows, columns])).to(device, non_blocking=True)
+    batch = {name: value.to(device, non_blocking=True) for name, value in row.items()}
+    batch |= engine_arguments(shared, engine, device)
+    logits = model(**batch, logits_to_keep=count, use_cache=False).logits[0].float() / temperature
+    log_probs = torch.log_softmax(logits, dim=-1)
+    with torch.no_grad():
+        entropies = -(log_probs.exp() * log_probs).sum(-1)
+    chosen = log_probs.gather(1, sent[0][:, None])[:, 0]
+    shape = (len(replies), width or max(map(len, replies)))
+    places = (sent[1], sent[2])
+    return chosen.new_zeros(shape).index_put(places, chosen), entropies.new_zeros(shape).index_put(places, entropies)
+
+
+def engine_arguments(shared: SharedPrompts, engine: str, device: torch.device) -> dict[str, Any]:
+    """What a model of either engine is called with besides ids and positions, see packing_tools.use_packed_attention.
+
+    Args:
+        shared: where the parts of the row are.
+        engine: "transformers" or "unsloth".
+        device: of the model.
+    """
+    moved = shared._replace(
+        parts=shared.parts.to(device, non_blocking=True),
+        prompts=shared.prompts.to(device, non_blocking=True),
+        owned=shared.owned.to(device, non_blocking=True),
+    )
+    if engine == "unsloth":
+        lengths = (shared.parts[1:] - shared.parts[:-1]).to(device, non_blocking=True)
+        return {"packed_seq_lengths": lengths, "packed_documents": (moved, shared.longest[0])}
+    return {"shared_prompts": moved}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def attend_shared(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shared: SharedPrompts, scaling: float | None = None,
+    *, kernel: bool,
+) -> torch.Tensor:  # fmt: skip
+    """Causal attention within each part of a row, and of each reply to its prompt.
+
+    Args:
+        query: (1, query heads, tokens, size).
+        key, value: (1, heads, tokens, size).
+        shared: where the parts are.
+        scaling: of the scores; default: 1 / sqrt(size).
+        kernel: use PyTorch's flash attention, see packing_tools.has_document_kernel.
+
+    Returns:
+        (1, tokens, query heads, size).
+    """
+    if kernel:
+        q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+        return _flash_function().apply(q, k, v, *shared[:3], shared.longest, shared.tokens, scaling)[None]
+    return _attend_part_by_part(query, key, value, shared, scaling)
+
+
+def _attend_part_by_part(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shared: SharedPrompts, scaling: float | None
+) -> torch.Tensor:
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    bounds, owned = shared.parts.tolist(), shared.owned.tolist()
+    count = len(shared.prompts) - 1
+    found = []
+    for number, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        own, before = slice(begin, end), slice(begin, begin)
+        if number >= count:
+            owner = int(np.searchsorted(owned, begin - shared.tokens, side="right")) - 1
+            before = slice(bounds[owner], bounds[owner + 1])
+        keys, values = (torch.cat([part[:, :, before], part[:, :, own]], dim=2) for part in (key, value))
+        places = torch.arange(keys.shape[2], device=query.device)
+        seen = places <= (places[-1] - (end - begin) + 1 + torch.arange(end - begin, device=query.device))[:, None]
+        found.append(
+            scaled_dot_product_attention(
+                query[:, :, own], keys, values, attn_mask=seen, scale=scaling,
+                enable_gqa=query.shape[1] > key.shape[1],
+            )
+        )  # fmt: skip
+    return torch.cat(found, dim=2).transpose(1, 2).contiguous()
+
+
+@functools.cache
+def _flash_function() -> Any:
+    # Made when it is first wanted: torch is not imported with this file.
+    import torch
+
+    attend, back = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
+
+    class SharedFlash(torch.autograd.Function):
+        """Two calls of the kernel: each part to itself, and the replies to their prompts.
+
+        Softmax over both together is the mean of the two results, weighted by their sums of exponentials, whose
+        logarithms the kernel gives. In the backward pass each call gives its own share of the gradients, which depend
+        on the whole result and the whole sum only.
+        """
+
+        @staticmethod
+        def forward(
+            ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts: torch.Tensor, prompts: torch.Tensor,
+            owned: torch.Tensor, longest: tuple[int, int, int], tokens: int, scaling: float | None,
+        ) -> torch.Tensor:  # fmt: skip
+            own, own_sum, *own_state = attend(
+                q, k, v, parts, parts, longest[0], longest[0], 0.0, True, False, scale=scaling
+            )[:4]  # fmt: skip
+            to_prompt, prompt_sum, *prompt_state = attend(
+                q[tokens:], k[:tokens], v[:tokens], owned, prompts, longest[2], longest[1], 0.0, False, False,
+                scale=scaling,
+            )[:4]  # fmt: skip
+            both = torch.logaddexp(own_sum[:, tokens:], prompt_sum)  # (heads, tokens of replies)
+            share = torch.exp(prompt_sum - both).t()[..., None]
+            mixed = torch.lerp(own[tokens:].float(), to_prompt.float(), share).to(own.dtype)
+            out = torch.cat([own[:tokens], mixed])
+            sums = torch.cat([own_sum[:, :tokens], both], dim=1)
+            ctx.save_for_backward(q, k, v, out, sums, parts, prompts, owned, *own_state, *prompt_state)
+            ctx.longest, ctx.tokens, ctx.scaling = longest, tokens, scaling
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+            q, k, v, out, sums, parts, prompts, owned, own_seed, own_offset, seed, offset = ctx.saved_tensors
+            longest, tokens, scaling = ctx.longest, ctx.tokens, ctx.scaling
+            gradient = gradient.contiguous()
+            dq, dk, dv = back(
+                gradient, q, k, v, out, sums, parts, parts, longest[0], longest[0], 0.0, True, own_seed, own_offset,
+                scale=scaling,
+            )  # fmt: skip
+            more_q, more_k, more_v = back(
+                gradient[tokens:], q[tokens:], k[:tokens], v[:tokens], out[tokens:], sums[:, tokens:].contiguous(),
+                owned, prompts, longest[2], longest[1], 0.0, False, seed, offset, scale=scaling,
+            )  # fmt: skip
+            dq[tokens:] += more_q
+            dk[:tokens] += more_k
+            dv[:tokens] += more_v
+            return dq, dk, dv, None, None, None, None, None, None
+
+    return SharedFlash

@@ -1,0 +1,112 @@
+"""The trainer of stage 3: sharing prompts changes what is computed twice, and nothing else."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from conftest import call
+from safetensors.torch import load_file
+
+import policy_trainer
+import train_grpo
+from batch_planning import BatchPlan
+from model_tools import Precision, add_lora
+from packing_tools import use_packed_attention
+from policy_trainer import PolicyTrial, check_sharing, samples_from_copy, shares_prompts
+
+SMALL = (
+    "--engine", "transformers", "--sizes", 2, "--perm", False, "--max_seq_length", 160, "--lora_r", 8, "--num_generations", 4,
+    "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2, "--max_steps", 3, "--eval_steps", 0,
+    "--save_steps", 0, "--holdout_examples", 6, "--logging_steps", 1, "--skip_scan", True, "--fast_rollouts", True,
+    "--learning_rate", 0.05, "--optim", "sgd", "--max_grad_norm", 1e9, "--report_to", "none",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    dataset, model = tiny_models.taught_policy(tmp_path_factory.mktemp("policy"))
+    return (*SMALL, "--dataset_dir", dataset, "--base_model", model)
+
+
+def trained(output, *flags):
+    code, printed = call("train_grpo", *flags, "--output_dir", output)
+    assert code == 0, printed
+    lora = output / "Llama-3.2-1B-Final-RL-lora"
+    records = [json.loads(line) for line in (lora / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in records if "loss" in r], load_file(lora / "adapter_model.safetensors"), printed
+
+
+@pytest.mark.parametrize("extra", [(), ("--beta", 0.2, "--loss_type", "grpo", "--temperature", 0.7)])
+def test_a_shared_prompt_trains_the_same(tmp_path, policy, extra):
+    own, weights, _ = trained(tmp_path / "own", *policy, *extra)
+    assert any(r["grad_norm"] > 0 for r in own)
+    for name, more in (("at once", ("--micro_batch_size", 16)), ("in parts", ("--gradient_checkpointing", False))):
+        records, shared, printed = trained(tmp_path / name, *policy, *extra, "--shared_prompts", True, *more)
+        passes, size = (1, 16) if name == "at once" else (2, 8)
+        assert f"a step: {passes} forward pass{'es' * (passes > 1)} of {size} completions, without padding" in printed
+        for record, before in zip(records, own, strict=True):
+            assert record["reward"] == before["reward"]
+            for figure in ("loss", "entropy", "grad_norm", *(["kl"] if extra else [])):
+                assert record[figure] == pytest.approx(before[figure], rel=1e-3, abs=2e-5), figure
+        for part, tensor in weights.items():
+            assert torch.allclose(tensor, shared[part], atol=1e-5), part
+
+
+def test_who_samples_and_who_shares(monkeypatch):
+    model = tiny_models_model()
+    run = SimpleNamespace(settings=train_grpo.Settings(), precision=Precision("unsloth", "bfloat16", True))
+    assert not samples_from_copy(model, run.settings) and not shares_prompts(model, run)
+    run.settings.shared_prompts = True
+    with pytest.raises(ValueError, match="--fast_rollouts true"):
+        check_sharing(run)
+    run.settings.fast_rollouts = True
+    check_sharing(run)
+    assert samples_from_copy(model, run.settings) and shares_prompts(model, run)
+
+    # A GPU: by the memory that the copy takes.
+    run.settings = train_grpo.Settings()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(policy_trainer, "can_pack", lambda model, dtype: True)
+    for times, expected in ((5.9, False), (6.1, True)):
+        memory = SimpleNamespace(total_memory=times * policy_trainer.copy_bytes(model, run.settings))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, memory=memory: memory)
+        assert samples_from_copy(model, run.settings) is expected
+        assert shares_prompts(model, run) is expected  # Unsloth's own generate goes with its own trainer
+    run.settings.use_vllm = True
+    assert not samples_from_copy(model, run.settings) and not shares_prompts(model, run)
+    run.precision = Precision("transformers", "bfloat16", False)
+    assert shares_prompts(model, run)
+
+
+def tiny_models_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=80, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    return add_lora(LlamaForCausalLM(config), Precision("transformers", "float32", False), r=4)
+
+
+def test_passes_that_are_tried():
+    model = tiny_models_model()
+    use_packed_attention(model)
+    settings = train_grpo.Settings(
+        num_generations=4, per_device_train_batch_size=8, gradient_accumulation_steps=2, max_seq_length=40, lora_r=4
+    )
+    rng = np.random.default_rng(0)
+    rows = [{"input_ids": rng.integers(0, 80, 20 + at), "reply_spans": np.array([[2, 5], [15, 20 + at]])} for at in (0, 1)]
+    data = SimpleNamespace(samples=SimpleNamespace(__getitems__=lambda numbers: [rows[at % 2] for at in numbers]))
+    run = SimpleNamespace(settings=settings, precision=Precision("transformers", "float32", False))
+    trial = PolicyTrial(model, run, data, 6, from_copy=False)
+    prompts, replies = trial.longest(8)
+    assert {len(prompt) for prompt in prompts} == {40} and {len(reply) for reply in replies} == {6}
+    assert [sum(prompt is other for other in prompts) for prompt in prompts] == [2] * 8  # a step has four
+    prompts, replies = trial.typical(8)[0]
+    assert [len(prompt) for prompt in prompts] == [15] * 8 and [len(reply) for reply in replies] == [5] * 4 + [6] * 4
+    assert 0 < trial.seconds_per_step(BatchPlan(8, 2, False, True)) < 60
+    assert all(parameter.grad is None for parameter in model.parameters())

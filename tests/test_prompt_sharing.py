@@ -1,0 +1,117 @@
+"""Prompts that completions share: one row gives what rows of their own give."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from packing_tools import use_packed_attention
+from prompt_sharing import attend_shared, reply_log_probs, share_prompts
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def make_model(**options):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, **options,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def make_groups(seed=0):
+    """Prompts of three groups in mixed order, and replies of different length."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, 50, length) for length in (9, 2, 14)]
+    order = [0, 1, 0, 2, 2, 1, 0]
+    return [prompts[at] for at in order], [rng.integers(0, 50, length) for length in (4, 1, 6, 3, 3, 5, 1)]
+
+
+def one_by_one(model, prompts, replies, temperature=1.0):
+    """Log probabilities and entropies of replies, each from a pass of its own."""
+    width = max(map(len, replies))
+    found, entropies = [], []
+    for prompt, reply in zip(prompts, replies, strict=True):
+        ids = torch.from_numpy(np.concatenate([prompt, reply]))[None].to(model.device)
+        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / temperature
+        log_probs = logits.log_softmax(-1)
+        missing = width - len(reply)
+        chosen = log_probs.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        found.append(torch.nn.functional.pad(chosen, (0, missing)))
+        entropies.append(torch.nn.functional.pad(-(log_probs.exp() * log_probs).sum(-1), (0, missing)))
+    return torch.stack(found), torch.stack(entropies)
+
+
+def test_a_row_by_hand():
+    a, b = np.array([5, 6, 7]), np.array([8, 9])
+    row, shared, order = share_prompts([a, b, a], [np.array([1, 2]), np.array([3]), np.array([4])])
+    assert order == [0, 2, 1]
+    assert row["input_ids"].tolist() == [[5, 6, 8, 7, 1, 7, 9]]
+    assert row["position_ids"].tolist() == [[0, 1, 0, 2, 3, 2, 1]]
+    assert shared.parts.tolist() == [0, 2, 3, 5, 6, 7]
+    assert shared.prompts.tolist() == [0, 2, 3]
+    assert shared.owned.tolist() == [0, 3, 4]
+    assert shared.tokens == 3 and shared.longest == (256, 256, 256)
+    with pytest.raises(ValueError, match="two tokens"):
+        share_prompts([np.array([1])], [np.array([1])])
+    with pytest.raises(ValueError, match="one or more"):
+        share_prompts([a], [np.array([], dtype=np.int64)])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_same_as_rows_of_their_own(temperature):
+    model = make_model()
+    prompts, replies = make_groups()
+    expected, expected_entropies = one_by_one(model, prompts, replies, temperature)
+    weights = torch.randn_like(expected)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    wanted = torch.autograd.grad((expected * weights).sum(), parameters)
+    use_packed_attention(model)
+    found, entropies = reply_log_probs(model, "transformers", prompts, replies, temperature=temperature)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(entropies, expected_entropies, atol=1e-5) and not entropies.requires_grad
+    for name, own, other in zip(names, torch.autograd.grad((found * weights).sum(), parameters), wanted, strict=True):
+        assert torch.allclose(own, other, atol=1e-5), name
+    assert reply_log_probs(model, "transformers", prompts, replies, width=9)[0].shape == (7, 9)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    prompts, replies = make_groups(1)
+    gradients = []
+    for on in (False, True):
+        model = make_model().train()
+        use_packed_attention(model)
+        if on:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        reply_log_probs(model, "transformers", prompts, replies)[0].sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.allclose(plain, again, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_kernel_gives_what_its_parts_give():
+    """In bfloat16 as close to float64 as the plain way is, with the gradients of all three."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 50, length) for length in (900, 513, 2, 1200)]
+    prompts = [prompts[at] for at in (0, 1, 1, 2, 3, 3, 3, 0)]
+    replies = [rng.integers(0, 50, length) for length in (112, 1, 50, 30, 112, 111, 2, 300)]
+    row, shared, _ = share_prompts(prompts, replies)
+    tokens = row["input_ids"].shape[1]
+    shared = shared._replace(parts=shared.parts.cuda(), prompts=shared.prompts.cuda(), owned=shared.owned.cuda())
+    torch.manual_seed(0)
+    parts = [torch.randn(1, heads, tokens, 64, device="cuda", dtype=torch.float64) for heads in (8, 2, 2)]
+    weights = torch.randn(1, tokens, 8, 64, device="cuda", dtype=torch.float64)
+    results = {}
+    for name, dtype, kernel in (("exact", torch.float64, False), ("plain", torch.bfloat16, False),
+                                ("kernel", torch.bfloat16, True)):  # fmt: skip
+        own = [part.bfloat16().to(dtype).requires_grad_() for part in parts]
+        found = attend_shared(*own, shared, kernel=kernel)
+        results[name] = [found, *torch.autograd.grad((found * weights.to(dtype)).sum(), own)]
+    for exact, plain, kernel in zip(*results.values(), strict=True):
+        error = [((part.double() - exact).norm() / exact.norm()).item() for part in (plain, kernel)]
+        assert error[1] <= 1.3 * error[0] + 1e-4 and error[1] < 0.01, error
