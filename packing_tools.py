@@ -102,6 +102,11 @@ def use_packed_attention(model: Any, engine: str = "transformers") -> None:
     """
     if engine == "unsloth":
         check_full_attention(model.config)
+        if not any(type(module).forward.__module__.startswith("unsloth.") for module in model.modules()):
+            # As on machines without CUDA, where Unsloth leaves the forward pass to transformers.
+            raise ValueError(
+                "this model's attention is not Unsloth's, and rows cannot be packed: --engine transformers"
+            )
         for name, module in list(sys.modules.items()):
             if name.startswith("unsloth.models.") and hasattr(module, "run_attention"):
                 module.run_attention = unsloth_attention(module.run_attention)

@@ -2,7 +2,8 @@
 
 GRPO trains on groups: several completions of one prompt, which is many times longer than they are. A row for each would
 compute the prompt anew for each; here the completions attend to one copy of it. What comes out is what rows of their
-own give, and so are the gradients: those that a prompt receives from its completions add up.
+own give, and so are the gradients: those that a prompt receives from its completions add up. The idea is that of
+"Prefix Grouper: Efficient GRPO Training through Shared-Prefix Forward" (Liu et al. 2025, arXiv:2506.05433).
 
     row        prompt A without its last token | prompt B ... | last token of A, reply 1 without its last | ...
     attention  within each part, causally; besides, from each reply to its whole prompt

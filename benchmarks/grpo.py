@@ -5,13 +5,14 @@
 Rows, each a process of its own:
 
     generate   transformers' `generate` alone, --prompts x --generations rows at once, on the 16-bit model
-    rollouts   the sampler of stage 3 alone, on the same prompts; and the decoder of the evaluation, for comparison
+    rollouts   the sampler of stage 3 alone, on the same prompts
     stock      Unsloth as its own examples use it: 4 bits, trl's GRPOTrainer as Unsloth patches it, 2 prompts a step
-    ours       stage 3 with --fast_rollouts, all prompts in one step
+    ours       stage 3 with its defaults, but all prompts in one step
 
-Random weights never end a reply, so that all have the same length; the reward is a random number, so that there is
-something to learn. Completions a second is the figure to compare: of whole steps, sampling and update. --ours adds
-flags to stage 3. Writes benchmarks/results/grpo.json.
+The first two sample --tokens tokens of each reply, whatever they are, and compare by tokens a second. The others stop
+at an end token, which random weights choose now and then, and compare by completions a second: of whole steps,
+sampling and update. The reward is a random number, so that there is something to learn. --ours adds flags to stage 3.
+Writes benchmarks/results/grpo.json.
 """
 
 from __future__ import annotations
@@ -91,44 +92,48 @@ def prompts_of(args: argparse.Namespace, tokenizer: Any, count: int) -> list[np.
 
 
 def run_rollouts(args: argparse.Namespace, ours: bool) -> list[dict[str, Any]]:
-    """Sampling alone: transformers' generate, or the sampler of stage 3 and the decoder of the evaluation."""
-    from inference_tools import generate_replies
+    """Sampling alone: transformers' generate, or the sampler of stage 3."""
+    import torch
+
     from model_tools import load_model, resolve_precision
     from sampling_tools import DeviceSampler
-    from search_tools import sample_replies
 
     precision = resolve_precision("transformers", load_in_4bit=False)
     model, tokenizer = load_model(prepared(args), precision)
     model.eval()
     prompts = [ids for ids in prompts_of(args, tokenizer, args.prompts) for _ in range(args.generations)]
+    width = max(map(len, prompts))
+    ids = np.full((len(prompts), width), tokenizer.pad_token_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = prompt, 1
+    rows = {
+        "input_ids": torch.from_numpy(ids).to(model.device),
+        "attention_mask": torch.from_numpy(mask).to(model.device),
+    }
 
     def generate() -> int:
-        found = generate_replies(model, "transformers", tokenizer, prompts, args.tokens, batch_size=len(prompts))
-        return sum(map(len, found))
+        with torch.inference_mode():
+            out = model.generate(
+                **rows, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, use_cache=True,
+                min_new_tokens=args.tokens, max_new_tokens=args.tokens, pad_token_id=tokenizer.pad_token_id,
+            )  # fmt: skip
+        return len(prompts) * (out.shape[1] - width)
 
-    sampler = DeviceSampler(model, tokenizer.eos_token_id, max_new_tokens=args.tokens)
+    sampler = DeviceSampler(model, -1, max_new_tokens=args.tokens)  # no token ends a reply
 
     def sample() -> int:
         return sum(len(reply.tokens) for [reply] in sampler.sample(prompts, batch_size=len(prompts)))
 
-    def decode() -> int:
-        found = sample_replies(
-            model, "transformers", tokenizer, prompts, max_new_tokens=args.tokens, batch_size=len(prompts)
-        )
-        return sum(len(reply.tokens) for [reply] in found)
-
-    ways = {"rollouts": sample, "decoder": decode} if ours else {"generate": generate}
-    rows = []
-    for name, way in ways.items():
-        way()
-        begin = synchronise()
-        tokens = sum(way() for _ in range(args.repeats))
-        seconds = synchronise() - begin
-        rows.append({
-            "name": name, "rollout_tokens_per_s": round(tokens / seconds, 1), "peak_gib": peak(),
-            "completions_per_s": round(len(prompts) * args.repeats / seconds, 2),
-        })  # fmt: skip
-    return rows
+    name, way = ("rollouts", sample) if ours else ("generate", generate)
+    way()
+    begin = synchronise()
+    tokens = sum(way() for _ in range(args.repeats))
+    seconds = synchronise() - begin
+    return [{
+        "name": name, "rollout_tokens_per_s": round(tokens / seconds, 1), "peak_gib": peak(),
+        "completions_per_s": round(len(prompts) * args.repeats / seconds, 2),
+    }]  # fmt: skip
 
 
 def timed(trainer: Any, completions: int, args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
@@ -174,7 +179,7 @@ def run_ours(args: argparse.Namespace) -> list[dict[str, Any]]:
     from policy_trainer import grpo_trainer
     from training_tools import StageRun, load_data, lora_options
 
-    settings = stage_settings(args, ["--fast_rollouts", *shlex.split(args.ours)])
+    settings = stage_settings(args, shlex.split(args.ours))
     run = StageRun(train_grpo.STAGE, settings)
     run.needs_training()
     data = load_data(run)

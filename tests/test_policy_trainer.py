@@ -18,7 +18,8 @@ from packing_tools import use_packed_attention
 from policy_trainer import PolicyTrial, check_sharing, samples_from_copy, shares_prompts
 
 SMALL = (
-    "--engine", "transformers", "--sizes", 2, "--perm", False, "--max_seq_length", 160, "--lora_r", 8, "--num_generations", 4,
+    "--engine", "transformers", "--sizes", 2, "--perm", False, "--max_seq_length", 160, "--lora_r", 8,
+    "--num_generations", 4,
     "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2, "--max_steps", 3, "--eval_steps", 0,
     "--save_steps", 0, "--holdout_examples", 6, "--logging_steps", 1, "--skip_scan", True, "--fast_rollouts", True,
     "--learning_rate", 0.05, "--optim", "sgd", "--max_grad_norm", 1e9, "--report_to", "none",
@@ -99,7 +100,8 @@ def test_passes_that_are_tried():
         num_generations=4, per_device_train_batch_size=8, gradient_accumulation_steps=2, max_seq_length=40, lora_r=4
     )
     rng = np.random.default_rng(0)
-    rows = [{"input_ids": rng.integers(0, 80, 20 + at), "reply_spans": np.array([[2, 5], [15, 20 + at]])} for at in (0, 1)]
+    spans = [np.array([[2, 5], [15, end]]) for end in (20, 21)]
+    rows = [{"input_ids": rng.integers(0, 80, ends[-1, 1]), "reply_spans": ends} for ends in spans]
     data = SimpleNamespace(samples=SimpleNamespace(__getitems__=lambda numbers: [rows[at % 2] for at in numbers]))
     run = SimpleNamespace(settings=settings, precision=Precision("transformers", "float32", False))
     trial = PolicyTrial(model, run, data, 6, from_copy=False)

@@ -1,9 +1,13 @@
 """Prompts that completions share: one row gives what rows of their own give."""
 
+import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -115,3 +119,57 @@ def test_the_kernel_gives_what_its_parts_give():
     for exact, plain, kernel in zip(*results.values(), strict=True):
         error = [((part.double() - exact).norm() / exact.norm()).item() for part in (plain, kernel)]
         assert error[1] <= 1.3 * error[0] + 1e-4 and error[1] < 0.01, error
+
+
+UNSLOTH = """
+import sys
+import unsloth, numpy as np, torch
+sys.path.insert(0, sys.argv[1])
+from model_tools import Precision, add_lora, load_model
+from packing_tools import use_packed_attention
+from prompt_sharing import reply_log_probs
+precision = Precision("unsloth", "bfloat16", True)
+model, tokenizer = load_model(sys.argv[2], precision, 1024)
+model = add_lora(model, precision, r=8, gradient_checkpointing=sys.argv[3] == "True")
+torch.manual_seed(0)
+for name, weight in model.named_parameters():
+    if "lora_B" in name:
+        torch.nn.init.normal_(weight, std=0.1)
+use_packed_attention(model, "unsloth")
+model.train()
+rng = np.random.default_rng(0)
+prompts = [rng.integers(0, len(tokenizer), n) for n in (400, 2, 130)]
+prompts = [prompts[at] for at in (0, 1, 0, 2, 2, 1, 0)]
+replies = [rng.integers(0, len(tokenizer), n) for n in (40, 1, 60, 30, 30, 50, 1)]
+trained = [weight for weight in model.parameters() if weight.requires_grad]
+weights = torch.randn(7, 60, device="cuda")
+
+def log_probs(parts):
+    with torch.autocast("cuda", torch.bfloat16):
+        found = [reply_log_probs(model, "unsloth", prompts[part], replies[part], width=60) for part in parts]
+    values, entropies = (torch.cat(each) for each in zip(*found))
+    gradients = torch.autograd.grad((values * weights).sum(), trained)
+    return values, entropies, torch.cat([gradient.flatten().float() for gradient in gradients])
+
+together = log_probs([slice(0, 7)])
+alone = log_probs([slice(at, at + 1) for at in range(7)])
+scale = (alone[0] - alone[0].roll(1, 0)).abs().mean()  # of a wrong order
+for one, other, most in zip(together, alone, (0.05 * scale, 0.05, None)):
+    error = (one - other).norm() / other.norm() if most is None else (one - other).abs().mean()
+    print("difference", float(error), float(scale))
+    assert error < (0.05 if most is None else most)
+print("the same")
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_unsloth_shares_them_too(tmp_path, gradient_checkpointing):
+    pytest.importorskip("bitsandbytes")
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("Unsloth is not installed")
+    base = tiny_models.prepared_base(tmp_path)
+    # In a process of its own: Unsloth changes transformers for all that comes after.
+    command = [sys.executable, "-c", UNSLOTH, str(ROOT), str(base), str(gradient_checkpointing)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "the same" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
