@@ -143,13 +143,15 @@ def _keep_from_searching(module: Any, args: Any, kwargs: dict[str, Any]) -> tupl
 
 def _tell_unsloth(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     # Unsloth asks the device for the lengths, and waits for all that it was given before. It keeps the answer for the
-    # other layers: here it finds it there.
-    bounds, longest = kwargs.pop(DOCUMENTS, (None, None))
+    # other layers: here it finds it there. What `unsloth_attention` reads goes with the lengths themselves: where
+    # activations are recomputed, the answer kept may be a later batch's.
+    documents = kwargs.pop(DOCUMENTS, None)
     answers = getattr(sys.modules.get("unsloth.utils.packing"), "_PACKED_INFO_CACHE", None)
     lengths = kwargs.get("packed_seq_lengths")
-    if bounds is not None and answers is not None and getattr(bounds, "device", lengths.device) == lengths.device:
-        result = lengths, bounds, longest  # bounds are read by `unsloth_attention` alone
-        answers[lengths.device] = {"seq_lengths": lengths, "result": result, "inference": False}
+    if documents is not None:
+        lengths.documents = documents
+        if answers is not None:
+            answers[lengths.device] = {"seq_lengths": lengths, "result": (lengths, *documents), "inference": False}
     return args, kwargs
 
 
@@ -167,11 +169,11 @@ def unsloth_attention(plain: Callable[..., torch.Tensor]) -> Callable[..., torch
         return plain
 
     def attention(*, config: Any, context: Any, Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:  # noqa: N803
-        documents = context.seq_info
-        if documents is not None and isinstance(documents[1], SharedPrompts):
-            return attend_shared(Q, K, V, documents[1], kernel=has_document_kernel(Q))
+        bounds, longest = getattr(context.seq_info[0], "documents", (None, None)) if context.seq_info else (None, None)
+        if isinstance(bounds, SharedPrompts):
+            return attend_shared(Q, K, V, bounds, kernel=has_document_kernel(Q))
         if (
-            documents is None
+            bounds is None
             or context.prefix_seg_info is not None
             or context.attention_mask is not None
             or context.sliding_window is not None
@@ -181,7 +183,6 @@ def unsloth_attention(plain: Callable[..., torch.Tensor]) -> Callable[..., torch
             or Q.shape[2] != K.shape[2]
         ):
             return plain(config=config, context=context, Q=Q, K=K, V=V)
-        _, bounds, longest = documents
         return attend_documents(Q, K, V, bounds, longest)
 
     attention.knows_documents = True

@@ -187,7 +187,8 @@ def run_ours(args: argparse.Namespace) -> list[dict[str, Any]]:
     model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
     model = add_lora(model, run.precision, **lora_options(settings))
     trainer = grpo_trainer(model, run, data, [random_reward], reward_weights=[1.0], max_completion_length=args.tokens)
-    return timed(trainer, args.prompts * args.generations, args, "ours")
+    rows = timed(trainer, args.prompts * args.generations, args, "ours")
+    return [row | ({"plan": run.plan.choice()} if run.plan else {}) for row in rows]
 
 
 def run_stock(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -273,7 +274,8 @@ def main() -> None:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA"
     machine = f"{name}, {os.cpu_count()} CPU cores"
     args.results.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine, "versions": versions(), "command": "python benchmarks/grpo.py", "rows": rows}
+    command = "python benchmarks/grpo.py --base_model MODEL --dataset_dir dataset"
+    record = {"machine": machine, "versions": versions(), "command": command, "rows": rows}
     args.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"{machine}; {args.results}")
     if failed:

@@ -3,24 +3,28 @@
     python benchmarks/scale.py --output_dir output-scale
 
 One configuration is measured as it is (--start_...: one GPU, 1,024 tokens, the 1B shape, r 512), then with one thing
-changed at a time: --gpus, --tokens, --models, --lora_r. Each row is a run of its own, one after the other, started by
-torchrun where it has several GPUs. Models have random weights, in the shape of --models; --base_model FOLDER takes that
-one instead, in all rows. Puzzles are made so that all samples are nearly as long as --tokens says.
+changed at a time: --gpus, --tokens, --models, --lora_r. Rows of one number of GPUs run one after the other in one
+process, or in those that torchrun starts. Models have random weights, in the shape of --models; --base_model FOLDER
+takes that one instead, in all rows. Puzzles are made so that all samples are nearly as long as --tokens says.
 
 All rows have --tokens_per_step tokens a step and at most --tokens_per_pass in a forward pass on one GPU, so that one
 GPU is as full as several are. tokens_per_s is of all GPUs together, over the steps after --warm_up; peak_gib is of the
 GPU that needed most. estimated_s is what the stage would have said before that its steps take; took_s is what they take
-at the pace after the warm-up. Writes benchmarks/results/scale.json and a plot beside it. --gpus counts processes where
-there is no CUDA; --flags are those of stage 1 in all rows.
+at the pace after the warm-up; startup_s is from the row's begin to its first step. Writes
+benchmarks/results/scale.json after each row, and a plot beside it. --gpus counts processes where there is no CUDA;
+--flags are those of stage 1 in all rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -124,9 +128,13 @@ def make_model(folder: Path, shape: dict[str, int]) -> None:
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **shape,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # billions of random numbers
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     beside = folder.with_name(f"{folder.name}.incomplete")
     model.save_pretrained(beside)
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     tokenizer.save_pretrained(beside)
     beside.rename(folder)
 
@@ -135,6 +143,7 @@ def run_row(row: Configuration, args: argparse.Namespace) -> dict[str, Any]:
     """Train some steps of stage 1 and measure them; of several processes each does, and gets the figures of all."""
     from distributed_tools import divide_batch, gather
 
+    begin = time.perf_counter()
     size, passes = batch_of(row.tokens, args)
     side = side_of(row.tokens)
     pairs = max(2, (row.tokens - PREPROMPT) // tokens_of_pair(side))
@@ -149,6 +158,7 @@ def run_row(row: Configuration, args: argparse.Namespace) -> dict[str, Any]:
     given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     run, data, trainer = make_stage_1([*given, *shlex.split(args.flags)])
     mean = float(data.samples.lengths().mean())
+    startup = time.perf_counter() - begin
     clock = Clock()
     watch_steps(trainer, clock)
     trainer.args.logging_nan_inf_filter = False  # as in a run of the stage, see run_guards.guard
@@ -167,8 +177,21 @@ def run_row(row: Configuration, args: argparse.Namespace) -> dict[str, Any]:
         "peak_gib": max(peaks, default=None),
         "estimated_s": round(run.plan.seconds_per_step * args.steps, 2),  # as the stage says it before
         "took_s": round(step * args.steps / 1000, 2),
+        "startup_s": round(startup, 1),
         "samples_per_step": size * passes,
     }
+
+
+def run_rows(rows: Sequence[Configuration], args: argparse.Namespace) -> None:
+    """Measure rows one after the other in this process, and print each."""
+    import torch
+
+    for row in rows:
+        print("\nRESULT " + json.dumps(run_row(row, args)), flush=True)
+        torch._dynamo.reset()  # code compiled for one model would count against the limit of the next
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
@@ -212,45 +235,64 @@ def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def launch(row: Configuration) -> dict[str, Any] | None:
-    """Measure a row in processes of its own; None if it did not come to its end: its last lines are printed then."""
-    command = [sys.executable]
-    if row.gpus > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(row.gpus), "--"]
-    command += [str(Path(__file__).resolve()), *sys.argv[1:], "--row", json.dumps(asdict(row))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    lines = done.stdout.splitlines()
-    found = [json.loads(line[7:]) for line in lines if line.startswith("RESULT ")]
-    if not found:
-        print(f"== {row.name}\n" + "\n".join(lines[-40:]))
-        return None
-    print(f"{row.name}: {found[0]['tokens_per_s']:,.0f} tokens/s", flush=True)
-    return found[0]
+def launch(rows: Sequence[Configuration]) -> Iterator[dict[str, Any]]:
+    """Measure rows of one number of GPUs in processes of their own; of one that fails the last lines are printed."""
+    rows = list(rows)
+    while rows:
+        command = [sys.executable]
+        if rows[0].gpus > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(rows[0].gpus), "--"]
+        command += [str(Path(__file__).resolve()), *sys.argv[1:], "--rows", json.dumps([asdict(row) for row in rows])]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        lines: list[str] = []
+        done: set[str] = set()  # each of several processes prints each row
+        for line in process.stdout:
+            if not line.startswith("RESULT "):
+                lines.append(line)
+                continue
+            found = json.loads(line[7:])
+            if found["name"] not in done:
+                done.add(found["name"])
+                print(f"{found['name']}: {found['tokens_per_s']:,.0f} tokens/s", flush=True)
+                yield found
+        process.wait()
+        rows = [row for row in rows if row.name not in done]
+        if rows:
+            print(f"== {rows[0].name}\n" + "".join(lines[-40:]))
+            rows = rows[1:]
+
+
+def make_files(row: Configuration, args: argparse.Namespace) -> None:
+    """The puzzles and the model of a row, if they are not there."""
+    make_dataset(args.output_dir / f"mirror-{side_of(row.tokens)}", side_of(row.tokens))
+    if not args.base_model:
+        make_model(args.output_dir / f"model-{row.model}", SHAPES[row.model])
 
 
 def main() -> None:
     """Run the rows, print and write the results."""
     args = parse_flags()
-    if args.row:
-        result = run_row(Configuration(**json.loads(args.row)), args)
-        print("\nRESULT " + json.dumps(result), flush=True)
+    if args.rows:
+        run_rows([Configuration(**row) for row in json.loads(args.rows)], args)
         return
     from artifact_tools import versions
 
     wanted = configurations(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    for side in {side_of(row.tokens) for row in wanted}:
-        make_dataset(args.output_dir / f"mirror-{side}", side)
-    for model in {row.model for row in wanted} if not args.base_model else ():
-        make_model(args.output_dir / f"model-{model}", SHAPES[model])
-    rows = [found for row in wanted if (found := launch(row))]
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "benchmarks/scale.py", *sys.argv[1:]])
+    rows: list[dict[str, Any]] = []
+    for gpus in dict.fromkeys(row.gpus for row in wanted):
+        together = [row for row in wanted if row.gpus == gpus]
+        for row in together:
+            make_files(row, args)
+        for found in launch(together):
+            rows.append(found)  # what is measured stays, whatever becomes of the next row
+            record = {"machine": machine(), "versions": versions(), "command": command, "rows": rows}
+            args.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if not rows:
         sys.exit("error: no row came to its end")
     print_rows(rows)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "benchmarks/scale.py", *sys.argv[1:]])
-    record = {"machine": machine(), "versions": versions(), "command": command, "rows": rows}
-    args.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     plot_rows(rows, args.results.with_suffix(".png"))
     print(f"{machine()}; " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     print(args.results)
@@ -280,7 +322,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--warm_up", type=int, default=15, help="steps that are not timed")
     parser.add_argument("--flags", default=shlex.join(FLAGS["transformers"]), help="of stage 1, as one string")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "scale.json")
-    parser.add_argument("--row", help=argparse.SUPPRESS)  # in the processes of one row
+    parser.add_argument("--rows", help=argparse.SUPPRESS)  # in the processes that measure
     args = parser.parse_args()
     if not 1 <= args.warm_up < args.steps:
         parser.error("--warm_up has to be from 1 to below --steps")

@@ -16,8 +16,8 @@ def test_rows_are_measured_and_written(tmp_path):
     )  # fmt: skip
     record = json.loads(results.read_text(encoding="utf-8"))
     assert record["command"].startswith("python benchmarks/scale.py --output_dir") and record["versions"]["torch"]
-    start, two, long = record["rows"]
-    assert [row["name"] for row in record["rows"]] == ["start", "gpus 2", "tokens 640"]
+    start, long, two = record["rows"]
+    assert [row["name"] for row in record["rows"]] == ["start", "tokens 640", "gpus 2"]
     assert (start["gpus"], two["gpus"], start["model"], start["lora_r"]) == (1, 2, "tiny", 8)
     assert 100 < start["tokens_per_sample"] == two["tokens_per_sample"] <= 128 < 400 < long["tokens_per_sample"] <= 640
     assert (start["samples_per_step"], long["samples_per_step"]) == (20, 4)

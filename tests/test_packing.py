@@ -23,6 +23,7 @@ from packing_tools import (
     unsloth_attention,
     use_packed_attention,
 )
+from prompt_sharing import attend_shared, share_prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -196,11 +197,20 @@ def test_unsloths_attention_is_asked_for_all_but_documents():
     attention = unsloth_attention(plain)
     assert unsloth_attention(attention) is attention  # once is enough
     (query, key, value), bounds, longest = documents_in_one_row("cpu", torch.float32)
-    documents = (bounds.diff(), bounds, longest)
+    lengths = bounds.diff()
+    documents = (lengths, bounds, longest)
     context = {"attention_mask": None, "sliding_window": None, "prefix_seg_info": None, "is_causal": True}
     for info in (None, documents):  # on a CPU there is no kernel: Unsloth's own way
         attention(config=None, context=SimpleNamespace(seq_info=info, **context), Q=query, K=key, V=value)
     assert len(asked) == 2
+    # What was said of the batch goes with its lengths, whatever Unsloth has made of them since.
+    row, shared, _ = share_prompts([np.arange(2, 302)] * 2, [np.arange(3, 50), np.arange(4, 160)])
+    assert row["input_ids"].shape[1] == 299 + 47 + 156
+    lengths.documents = (shared, shared.longest[0])
+    query, key, value = (part[:, :, :502] for part in (query, key, value))
+    context = SimpleNamespace(seq_info=(lengths, None, None), **context)
+    found = attention(config=None, context=context, Q=query, K=key, V=value)
+    assert torch.equal(found, attend_shared(query, key, value, shared, kernel=False)) and len(asked) == 2
 
 
 UNSLOTH = """

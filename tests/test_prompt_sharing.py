@@ -148,8 +148,9 @@ def log_probs(parts):
     with torch.autocast("cuda", torch.bfloat16):
         found = [reply_log_probs(model, "unsloth", prompts[part], replies[part], width=60) for part in parts]
     values, entropies = (torch.cat(each) for each in zip(*found))
-    gradients = torch.autograd.grad((values * weights).sum(), trained)
-    return values, entropies, torch.cat([gradient.flatten().float() for gradient in gradients])
+    model.zero_grad()
+    (values * weights).sum().backward()
+    return values.detach(), entropies, torch.cat([weight.grad.flatten().float() for weight in trained])
 
 together = log_probs([slice(0, 7)])
 alone = log_probs([slice(at, at + 1) for at in range(7)])
