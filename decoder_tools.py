@@ -31,7 +31,7 @@ MASK_BYTES = 2**32  # of one pass, as bool and as numbers: those of a row grow w
 PREFILL_TOKENS = 2**14  # of one pass over prompts: more is hardly faster and takes memory
 CACHE_STEP = 256  # columns by which the cache grows
 MASK_STEP = 16  # attention kernels want the length of their masks aligned
-ATTENTION = "grouped_rows"  # the name under which transformers knows `_GroupedAttention`
+ATTENTION = "own_attention"  # the name under which transformers knows it
 
 
 class UndecodableModelError(ValueError):
@@ -306,12 +306,6 @@ class RowCache:
                 layer[at] = grown
         return layer
 
-    def reserve(self, width: int) -> None:
-        """Make room for so many columns in layers that are there."""
-        self._width = width
-        for number, layer in enumerate(self.layers):
-            self._layer(number, *layer)
-
     def copy(self, source: int, target: int, length: int) -> None:
         """Make row `target` hold the first `length` tokens of row `source`."""
         for layer in self.layers:
@@ -330,7 +324,26 @@ def row_attention(model: Any) -> Iterator[None]:
     Transformers' own copies keys and values for each query head that shares them where there is a mask.
 
     Raises:
-        ValueError: a model whose attention is not full, or cannot be chosen.
+        UndecodableModelError: see `own_attention`.
+    """
+    attention = _GroupedAttention()
+    try:
+        with own_attention(model, attention):
+            yield
+    finally:
+        attention.forget()
+
+
+@contextlib.contextmanager
+def own_attention(model: Any, attention: Callable[..., tuple[torch.Tensor, None]]) -> Iterator[None]:
+    """Set an attention of transformers' kind for as long as the context lasts.
+
+    Args:
+        model: of transformers.
+        attention: is given no mask but those that the model is called with.
+
+    Raises:
+        UndecodableModelError: a model whose attention is not full, or cannot be chosen.
     """
     from transformers import AttentionInterface
 
@@ -339,7 +352,6 @@ def row_attention(model: Any) -> Iterator[None]:
         check_full_attention(config)
     except ValueError as error:
         raise UndecodableModelError(str(error)) from None
-    attention = _GroupedAttention()
     AttentionInterface.register(ATTENTION, attention)
     before = config._attn_implementation
     model.set_attn_implementation(ATTENTION)
@@ -351,7 +363,6 @@ def row_attention(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
-        attention.forget()
 
 
 class _GroupedAttention:

@@ -14,22 +14,20 @@ import numpy as np
 
 from decoder_tools import (
     PREFILL_TOKENS,
-    RowCache,
     Work,
     check_numbers,
     check_tokens,
     halve_on_out_of_memory,
-    round_up,
-    row_attention,
+    own_attention,
 )
 from model_tools import decoding
+from prefix_cache import PrefixCache
 from search_tools import Reply, draw_tokens, random_draws
 
 if TYPE_CHECKING:
     import torch
 
 LOOK = 16  # tokens between two looks at which replies have ended
-WIDTH_STEP = 256  # columns of the cache by which one graph sees more than another
 KEPT = 1 / 8  # share of a GPU's memory that cache and graphs may keep between two calls
 
 
@@ -94,66 +92,74 @@ class DeviceSampler:
                 self._forget()  # memory that ran out is wanted for the next try
                 raise
 
-        with decoding(self.model, "transformers"), row_attention(self.model):
+        with decoding(self.model, "transformers"), own_attention(self.model, self._attend):
             halve_on_out_of_memory(run, min(batch_size, self.work.batch_size or batch_size, len(rows)), self.work)
         self._give_back()
         return [replies[at : at + samples] for at in range(0, len(rows), samples)]
 
     def _sample(self, prompts: Sequence[np.ndarray], draws: np.ndarray) -> list[Reply]:
-        order, sources = shared_first(prompts)
-        longest = max(map(len, prompts))
+        order, owners = by_prompt(prompts)
         rows = len(order)
-        self._reserve(rows, longest + self.length)
-        self._prefill([prompts[at] for at in order], sources)
+        firsts = order[np.unique(owners, return_index=True)[1]]  # of the replies to each prompt
+        prefixes = [prompts[at][:-1] for at in firsts]
+        self._reserve(rows, len(prefixes), max(map(len, prefixes)))
+        self.cache.begin([len(prefix) for prefix in prefixes], owners)
+        self._prefill(prefixes)
         state = self.state
         state.begin([prompts[at] for at in order], draws[order])
         found: list[Reply | None] = [None] * rows
-        live = np.array(order)  # the number of the prompt of each row that is still decoded
+        live = order.copy()  # the number of the prompt of each row that is still decoded
         done = 0
         while len(live):
             for _ in range(min(LOOK, self.length - done)):
-                self._step(len(live), round_up(longest + done, WIDTH_STEP))
+                self._step(len(live))
                 done += 1
             alive = state.alive[: len(live)].cpu().numpy()
             if done == self.length or not alive.any():
                 keep = np.zeros(0, dtype=np.int64)
             else:
-                keep = rows_to_keep(alive)
+                keep = np.sort(rows_to_keep(alive))
                 if len(keep) == len(live):
                     continue
             dropped = np.setdiff1d(np.arange(len(live)), keep)
             for at, reply in zip(dropped, state.replies(dropped, self.end, done), strict=True):
                 found[live[at]] = reply
-            self._move(keep, longest + done)
+            if len(keep):
+                self.cache.move(keep, done)
+                state.move(keep)
             live = live[keep]
         return found
 
-    def _reserve(self, rows: int, columns: int) -> None:
-        # Room for rows and columns; graphs stay valid as long as nothing moves.
-        width = round_up(columns, WIDTH_STEP)
-        if self.cache is None or rows > self.cache.rows or width > self.width:
+    def _reserve(self, rows: int, prompts: int, width: int) -> None:
+        # Room for replies and prompts; graphs stay valid as long as nothing moves.
+        cache = self.cache
+        if cache is None or rows > cache.rows or prompts > cache.prompts or width > cache.width:
+            room = {"prompts": prompts, "rows": rows, "width": width}
+            if cache is not None:
+                room = {name: max(count, getattr(cache, name)) for name, count in room.items()}
             self._forget()
-            self.cache, self.width = RowCache(rows), width
-            self.state = _State(rows, self.length, self.device)
+            cache = None  # its memory first
+            self.cache = PrefixCache(self.model.config, **room, length=self.length, device=self.device)
+            self.state = _State(room["rows"], self.length, self.device)
 
-    def _prefill(self, prompts: Sequence[np.ndarray], sources: np.ndarray) -> None:
-        # All but the last token of each prompt; of equal ones the first is computed, the others are copied.
+    def _attend(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return self.cache.attend(*args, **kwargs)
+
+    def _prefill(self, prefixes: Sequence[np.ndarray]) -> None:
+        # All but the last token of each prompt.
         import torch
 
-        first = len(prompts) - len(sources)  # rows from here on are copies
-        widths = [len(prompt) - 1 for prompt in prompts[:first]]
+        lengths = [max(1, len(prefix)) for prefix in prefixes]
         begin = 0
-        while begin < first:
+        while begin < len(prefixes):
             end = begin + 1
-            while end < first and (end + 1 - begin) * max(widths[begin : end + 1]) <= PREFILL_TOKENS:
+            while end < len(prefixes) and (end + 1 - begin) * max(lengths[begin : end + 1]) <= PREFILL_TOKENS:
                 end += 1
             # The room is made with the first pass, so one is made for prompts of a single token too.
-            width = max([1, *widths[begin:end]])
+            width = max(lengths[begin:end])
             ids = np.zeros((end - begin, width), dtype=np.int64)
-            for row, prompt in enumerate(prompts[begin:end]):
-                ids[row, : len(prompt) - 1] = prompt[:-1]  # padded on the right, where what follows writes over it
-            if not self.cache.layers:
-                self._make_layers(ids[:1, :1])
+            for row, prefix in enumerate(prefixes[begin:end]):
+                ids[row, : len(prefix)] = prefix  # padded on the right, which nothing sees
             self.cache.begin_prompts(begin, width)
             places = torch.arange(width, device=self.device).expand(len(ids), width)
             self.model(
@@ -161,53 +167,31 @@ class DeviceSampler:
                 past_key_values=self.cache, use_cache=True, logits_to_keep=1,
             )  # fmt: skip
             begin = end
-        if len(sources):
-            rows = torch.from_numpy(sources).to(self.device)
-            for stored in (part for layer in self.cache.layers for part in layer):
-                width = max(widths)
-                stored[first : first + len(sources), :, :width] = stored[rows, :, :width]
 
-    def _make_layers(self, ids: np.ndarray) -> None:
-        # A first pass over one token makes the cache's tensors; then they get all the room that there will be.
-        import torch
-
-        self.cache.begin_prompts(0, 1)
-        self.model(
-            input_ids=torch.from_numpy(ids).to(self.device), attention_mask=None,
-            position_ids=torch.zeros((1, 1), dtype=torch.int64, device=self.device), past_key_values=self.cache,
-            use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
-        self.cache.reserve(self.width)
-
-    def _step(self, rows: int, width: int) -> None:
-        # One token more for each of the first `rows` rows, which see `width` columns.
+    def _step(self, rows: int) -> None:
+        # One token more for each of the first `rows` rows.
         if not self.on_cuda:
-            self._pass(rows, width)()
+            self._pass(rows)()
             return
-        if (rows, width) not in self.graphs:
-            self.graphs[rows, width] = self._capture(self._pass(rows, width))
-        self.graphs[rows, width][0].replay()
+        key = (rows, self.cache.count, self.cache.most)
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(self._pass(rows))
+        self.graphs[key].replay()
 
-    def _pass(self, rows: int, width: int) -> Callable[[], None]:
-        import torch
-
+    def _pass(self, rows: int) -> Callable[[], None]:
         state = self.state
-        self.cache.begin_step(list(range(rows)), state.places[:rows], width)
-        slots = self.cache._slots  # a graph reads it: it has to live as long
 
         def run() -> None:
-            places = state.places[:rows]
-            mask = torch.arange(width, device=self.device) <= places[:, None, :, None]
+            self.cache.begin_step(rows, state.done[0])
             logits = self.model(
-                input_ids=state.ids[:rows], position_ids=places, attention_mask=mask, past_key_values=self.cache,
-                use_cache=True, logits_to_keep=0,
+                input_ids=state.ids[:rows], position_ids=state.places[:rows], attention_mask=None,
+                past_key_values=self.cache, use_cache=True, logits_to_keep=0,
             ).logits  # fmt: skip
             state.take(logits, rows, self.temperature, self.end)
 
-        run.slots = slots
         return run
 
-    def _capture(self, run: Callable[[], None]) -> tuple[Any, Callable[[], None]]:
+    def _capture(self, run: Callable[[], None]) -> Any:
         import torch
 
         before = self.state.copy()
@@ -227,18 +211,7 @@ class DeviceSampler:
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             run()
         self.state.restore(before)
-        return graph, run
-
-    def _move(self, keep: np.ndarray, width: int) -> None:
-        # The rows that go on, to the front.
-        import torch
-
-        if not len(keep):
-            return
-        rows = torch.from_numpy(keep).to(self.device)
-        for stored in (part for layer in self.cache.layers for part in layer):
-            stored[: len(keep), :, :width] = stored[rows, :, :width]
-        self.state.move(rows)
+        return graph
 
     def _give_back(self) -> None:
         # What is kept must not be missed by the training.
@@ -246,16 +219,13 @@ class DeviceSampler:
 
         if not self.on_cuda or self.cache is None:
             return
-        held = sum(part.numel() * part.element_size() for layer in self.cache.layers for part in layer)
-        if held > KEPT * torch.cuda.get_device_properties(self.device).total_memory:
+        if self.cache.bytes > KEPT * torch.cuda.get_device_properties(self.device).total_memory:
             self._forget()
 
     def _forget(self) -> None:
-        self.cache: RowCache | None = None
+        self.cache: PrefixCache | None = None
         self.state: _State | None = None
-        self.width = 0
-        # By rows and width: the graph, and what it reads and nothing else keeps alive.
-        self.graphs: dict[tuple[int, int], tuple[Any, Callable[[], None]]] = {}
+        self.graphs: dict[tuple[int, int, int], Any] = {}  # by rows, prompts and most rows of one prompt
         self.pool: Any = None  # of the graphs' memory
 
 
@@ -314,8 +284,11 @@ class _State:
             found.append(Reply(path[:length].copy(), float(values[:length].sum())))
         return found
 
-    def move(self, rows: torch.Tensor) -> None:
-        """Have the first rows be those given."""
+    def move(self, keep: np.ndarray) -> None:
+        """Have the first rows be those given, int64."""
+        import torch
+
+        rows = torch.from_numpy(keep).to(self.ids.device)
         for part in self.parts:
             part[: len(rows)] = part[rows]
 
@@ -329,23 +302,17 @@ class _State:
             part.copy_(copied)
 
 
-def shared_first(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """An order of prompts in which each different one comes first once, and then the others.
+def by_prompt(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """An order of prompts in which equal ones stand together.
 
     Returns:
-        The order, int64 (prompts,), and for each of the others the place in the order of the one that it equals.
+        The order, int64 (prompts,), and the number of each one's prompt among those that differ, ascending from 0.
     """
-    places: dict[bytes, int] = {}
-    first, others, sources = [], [], []
-    for number, prompt in enumerate(prompts):
-        key = np.asarray(prompt, dtype=np.int64).tobytes()
-        if key in places:
-            others.append(number)
-            sources.append(places[key])
-        else:
-            places[key] = len(first)
-            first.append(number)
-    return np.array(first + others, dtype=np.int64), np.array(sources, dtype=np.int64)
+    numbers: dict[bytes, int] = {}
+    keys = [np.asarray(prompt, dtype=np.int64).tobytes() for prompt in prompts]
+    owners = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
+    order = np.argsort(owners, kind="stable")
+    return order, owners[order]
 
 
 def rows_to_keep(alive: np.ndarray) -> np.ndarray:

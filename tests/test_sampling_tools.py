@@ -7,7 +7,7 @@ from test_inference_tools import END, TOKENIZER, counting_model, tiny_model, tin
 
 import sampling_tools
 from decoder_tools import UndecodableModelError
-from sampling_tools import DeviceSampler, rows_to_keep, shared_first
+from sampling_tools import DeviceSampler, by_prompt, rows_to_keep
 from search_tools import sample_replies
 
 GROUPS = [prompt for prompt in tiny_prompts() for _ in range(3)]
@@ -84,7 +84,7 @@ def test_rows_that_have_ended_cost_no_further_passes(monkeypatch):
     sampler = DeviceSampler(model, END, max_new_tokens=300, temperature=0)
     rows = []
     step = sampler._step
-    monkeypatch.setattr(sampler, "_step", lambda count, width: (rows.append(count), step(count, width)))
+    monkeypatch.setattr(sampler, "_step", lambda count: (rows.append(count), step(count)))
     found = sampler.sample(prompts)
     check(found, on_host(model, prompts, 300, 0))
     assert rows[0] == 16 and rows[-1] == 8  # half of the rows, not fewer than 8
@@ -102,10 +102,10 @@ def test_rows_that_go_on_are_a_half_or_a_quarter_of_all():
     assert len(rows_to_keep(np.zeros(6, dtype=bool))) == 6
 
 
-def test_equal_prompts_come_after_those_that_are_computed():
-    order, sources = shared_first([np.array(p) for p in ([5], [6, 7], [5], [8], [6, 7], [5])])
-    assert order.tolist() == [0, 1, 3, 2, 4, 5]
-    assert sources.tolist() == [0, 1, 0]
+def test_equal_prompts_stand_together():
+    order, owners = by_prompt([np.array(p) for p in ([5], [6, 7], [5], [8], [6, 7], [5])])
+    assert order.tolist() == [0, 2, 5, 1, 4, 3]
+    assert owners.tolist() == [0, 0, 0, 1, 1, 2]
 
 
 def test_memory_that_runs_out_halves_the_batch(monkeypatch, capsys):
