@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distributed_tools import agree, divide_batch, process_count
-from model_tools import InputMaskingDataCollator, format_duration, set_gradient_checkpointing
+from model_tools import InputMaskingDataCollator, Precision, format_duration, set_gradient_checkpointing
 from run_guards import count_weights, is_out_of_memory, optimizer_bytes
 
 if TYPE_CHECKING:
@@ -232,6 +232,24 @@ def compile_layers(model: Any, undo: bool = False) -> None:
                 module._compiled_call_impl = None  # what nn.Module.compile sets
             else:
                 module.compile(dynamic=True)
+
+
+def faster_way(plan: BatchPlan, precision: Precision, memory: int) -> str | None:
+    """A line about flags that are known to be faster than what was chosen; None where none are.
+
+    Args:
+        plan: what was chosen.
+        precision: engine and number format.
+        memory: of the GPU, in bytes.
+    """
+    if precision.engine != "unsloth" or not precision.load_in_4bit or not plan.padding_free:
+        return None
+    if plan.peak_bytes is None or plan.passes > 1 or plan.gradient_checkpointing or memory < 3 * plan.peak_bytes:
+        return None  # 16 bits, and kernels that keep more, took 1.6 times the memory
+    return (
+        "note: --engine transformers --load_in_4bit false is another training, in 16 bits, and faster on a GPU with so "
+        "much memory: 1.5 times on one H200 in benchmarks/README.md"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arc_samples import TrainingSamples
-from batch_planning import SupervisedTrial, let_run_ahead, optimizer_seconds, plan_batches
+from batch_planning import SupervisedTrial, faster_way, let_run_ahead, optimizer_seconds, plan_batches
 from distributed_tools import divide_batch, gather, is_main, process_count, share
 from model_tools import InputMaskingDataCollator
 from packing_tools import can_pack, use_packed_attention
@@ -175,6 +175,10 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
     seconds = optimizer_seconds(model, cls, options, settings.max_grad_norm)
     run.plan = replace(run.plan, seconds_per_step=run.plan.seconds_per_step + seconds)
     print(run.plan.describe(steps_ahead(run, data)))
+    if torch.cuda.is_available() and settings.engine == "auto":
+        faster = faster_way(run.plan, precision, torch.cuda.get_device_properties(0).total_memory)
+        if faster:
+            print(faster)
     from transformers import TrainerCallback
 
     class StageTrainer(base):

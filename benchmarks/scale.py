@@ -11,8 +11,9 @@ All rows have --tokens_per_step tokens a step and at most --tokens_per_pass in a
 GPU is as full as several are. tokens_per_s is of all GPUs together, over the steps after --warm_up; peak_gib is of the
 GPU that needed most. estimated_s is what the stage would have said before that its steps take; took_s is what they take
 at the pace after the warm-up; startup_s is from the row's begin to its first step. Writes
-benchmarks/results/scale.json after each row, and a plot beside it. --gpus counts processes where there is no CUDA;
---flags are those of stage 1 in all rows.
+benchmarks/results/scale.json after each row, and a plot beside it; with --add to what stands there already, as a run
+of its own, whose ratios are to its own first row. --gpus counts processes where there is no CUDA; --flags are those of
+stage 1 in all rows.
 """
 
 from __future__ import annotations
@@ -195,21 +196,21 @@ def run_rows(rows: Sequence[Configuration], args: argparse.Namespace) -> None:
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    """A table, ratios to the first row."""
-    first = rows[0]
-    print(f"\n| row | GPUs | tokens a sample | model | r | tokens/s | to {first['name']} | step, ms | peak GiB a GPU | "
+    """A table, ratios to the first row of each run."""
+    print("\n| run | row | GPUs | tokens a sample | model | r | tokens/s | to the first | step, ms | peak GiB a GPU | "
           "estimated to took |")  # fmt: skip
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
+        first = next(other for other in rows if other["run"] == row["run"])
         print(
-            f"| {row['name']} | {row['gpus']} | {row['tokens_per_sample']:,.0f} | {row['model']} | {row['lora_r']} | "
-            f"{row['tokens_per_s']:,.0f} | {row['tokens_per_s'] / first['tokens_per_s']:.2f} x | {row['step_ms']:,.1f} "
+            f"| {row['run']} | {row['name']} | {row['gpus']} | {row['tokens_per_sample']:,.0f} | {row['model']} | "
+            f"{row['lora_r']} | {row['tokens_per_s']:,.0f} | {row['tokens_per_s'] / first['tokens_per_s']:.2f} x | {row['step_ms']:,.1f} "
             f"| {row['peak_gib']} | {row['estimated_s'] / row['took_s']:.2f} |"
         )
 
 
 def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """Speed and memory over each of the things that were changed."""
+    """Speed and memory over each of the things that were changed, from the run with most rows of it."""
     from matplotlib.figure import Figure
 
     panels = [("gpus", "GPUs"), ("tokens_per_sample", "tokens a sample"), ("model", "model"), ("lora_r", "r")]
@@ -220,7 +221,9 @@ def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots(2, len(panels), squeeze=False, sharex="col")
     for (name, title), (speed, memory) in zip(panels, axes.T, strict=True):
         others = [other for other in ("gpus", "tokens_per_sample", "model", "lora_r") if other != name]
-        chosen = [row for row in rows if all(row[other] == rows[0][other] for other in others)]
+        runs = [[row for row in rows if row["run"] == run] for run in dict.fromkeys(row["run"] for row in rows)]
+        runs = [[row for row in run if all(row[other] == run[0][other] for other in others)] for run in runs]
+        chosen = max(runs, key=len)
         if name != "model":
             chosen.sort(key=lambda row, name=name: row[name])
         values = [str(row[name]) if name == "model" else f"{row[name]:,.0f}" for row in chosen]
@@ -281,22 +284,28 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "benchmarks/scale.py", *sys.argv[1:]])
+    runs: list[dict[str, Any]] = []  # the command and versions of each
     rows: list[dict[str, Any]] = []
+    if args.add and args.results.is_file():
+        before = json.loads(args.results.read_text(encoding="utf-8"))
+        runs, rows = before["runs"], before["rows"]
+    runs.append({"machine": machine(), "versions": versions(), "command": command})
+    earlier = len(rows)
     for gpus in dict.fromkeys(row.gpus for row in wanted):
         together = [row for row in wanted if row.gpus == gpus]
         for row in together:
             make_files(row, args)
         for found in launch(together):
-            rows.append(found)  # what is measured stays, whatever becomes of the next row
-            record = {"machine": machine(), "versions": versions(), "command": command, "rows": rows}
+            rows.append({"run": len(runs), **found})  # what is measured stays, whatever becomes of the next row
+            record = {**runs[0], "runs": runs, "rows": rows}
             args.results.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if not rows:
+    if len(rows) == earlier:
         sys.exit("error: no row came to its end")
     print_rows(rows)
     plot_rows(rows, args.results.with_suffix(".png"))
     print(f"{machine()}; " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     print(args.results)
-    if len(rows) < len(wanted):
+    if len(rows) - earlier < len(wanted):
         sys.exit(1)
 
 
@@ -321,6 +330,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--warm_up", type=int, default=15, help="steps that are not timed")
     parser.add_argument("--flags", default=shlex.join(FLAGS["transformers"]), help="of stage 1, as one string")
+    parser.add_argument("--add", action="store_true", help="add to the results that are there")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "scale.json")
     parser.add_argument("--rows", help=argparse.SUPPRESS)  # in the processes that measure
     args = parser.parse_args()

@@ -316,7 +316,8 @@ def write_results(rows: list[dict[str, Any]], path: Path) -> None:
     from artifact_tools import versions
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine(), "versions": versions(), "command": "python benchmarks/train.py", "rows": rows}
+    command = "python benchmarks/train.py --base_model MODEL --dataset_dir dataset"
+    record = {"machine": machine(), "versions": versions(), "command": command, "rows": rows}
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import base_finetune
 import batch_planning
-from batch_planning import BatchPlan, choices, divisions_that_fit, divisors
+from batch_planning import BatchPlan, choices, divisions_that_fit, divisors, faster_way
 from model_tools import InputMaskingDataCollator, Precision, add_lora
 
 GIB = 2**30
@@ -52,6 +52,15 @@ def test_the_largest_passes_that_fit_are_found(each, each_checkpointed, expected
     assert [part[:2] for part in found] == expected
     assert tried[0] == (8, False, False)
     assert [part for part in tried if part[2]] == ([(1, True, True)] if expected == [(1, True)] else [])
+
+
+def test_the_faster_engine_is_named_where_its_memory_is_there():
+    plan = BatchPlan(8, 1, False, True, peak_bytes=14 * GIB)
+    unsloth = Precision("unsloth", "bfloat16", True)
+    assert "--engine transformers --load_in_4bit false" in faster_way(plan, unsloth, 80 * GIB)
+    assert faster_way(plan, unsloth, 24 * GIB) is None
+    assert faster_way(plan, Precision("transformers", "bfloat16", False), 80 * GIB) is None
+    assert faster_way(BatchPlan(8, 1, True, True, peak_bytes=14 * GIB), unsloth, 80 * GIB) is None
 
 
 def test_settings_and_the_plan_so_far_limit_the_choice():

@@ -8,12 +8,13 @@ from conftest import run
 
 def test_rows_are_measured_and_written(tmp_path):
     results = tmp_path / "scale.json"
-    printed = run(
+    flags = (
         "benchmarks/scale.py", "--output_dir", tmp_path / "output", "--start_model", "tiny", "--models",
-        "--start_tokens", 128, "--tokens", 640, "--gpus", 2, "--start_lora_r", 8, "--lora_r",
-        "--tokens_per_step", 2560, "--tokens_per_pass", 1280, "--steps", 4, "--warm_up", 2,
-        "--flags", "--engine transformers --gradient_checkpointing false", "--results", results,
+        "--start_tokens", 128, "--start_lora_r", 8, "--tokens_per_step", 2560, "--tokens_per_pass", 1280,
+        "--steps", 4, "--warm_up", 2, "--flags", "--engine transformers --gradient_checkpointing false",
+        "--results", results,
     )  # fmt: skip
+    printed = run(*flags, "--tokens", 640, "--gpus", 2, "--lora_r")
     record = json.loads(results.read_text(encoding="utf-8"))
     assert record["command"].startswith("python benchmarks/scale.py --output_dir") and record["versions"]["torch"]
     start, long, two = record["rows"]
@@ -28,3 +29,8 @@ def test_rows_are_measured_and_written(tmp_path):
         took = pytest.approx(4 * row["step_ms"] / 1000, rel=0.02, abs=0.01)  # written with two decimals
         assert row["estimated_s"] > 0 and row["took_s"] == took
     assert "| gpus 2 | 2 |" in printed and results.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    run(*flags, "--add", "--tokens", "--gpus", "--lora_r", 4)
+    added = json.loads(results.read_text(encoding="utf-8"))
+    assert added["rows"][:3] == record["rows"] and added["command"] == record["command"]
+    assert [(row["run"], row["name"]) for row in added["rows"][3:]] == [(2, "start"), (2, "lora_r 4")]
+    assert "--add" in added["runs"][1]["command"]
