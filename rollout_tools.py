@@ -143,7 +143,7 @@ def check_vllm(precision: Precision, target_modules: Sequence[str]) -> None:
 
     full = [name for name in EMBEDDING_MODULES if name in target_modules]
     if importlib.util.find_spec("vllm") is None:
-        problem = "vLLM is not installed here: pip install vllm (with a version that trl supports), or --fast_rollouts"
+        problem = "vLLM is not installed here: pip install vllm (a version that trl supports), or --fast_rollouts true"
     elif not torch.cuda.is_available():
         problem = "vLLM is used on CUDA devices only, and there is none"
     elif precision.engine == "unsloth" and full:

@@ -116,6 +116,7 @@ class RunSettings(DataSettings):
     lr_scheduler_type: str = setting("cosine", "a schedule of transformers")
     warmup_ratio: float = setting(0.25, "share of the steps in which the rate rises")
     optim: str = setting("adamw_8bit", "an optimizer of transformers")
+    adam_beta2: float = setting(0.999, "of Adam's mean of squares: lower for short trainings at high rates")
     weight_decay: float = setting(0.0, "decoupled weight decay")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     # How a step is computed, which makes no difference to what is learned (batch_planning)
@@ -354,6 +355,7 @@ def _run_checks(settings: RunSettings) -> dict[str, tuple[bool, str]]:
     check("micro_batch_size", micro is None or (micro >= 1 and own % micro == 0), f"a divisor of the {own} of a step")
     check("max_seq_length", settings.max_seq_length >= 16, "a whole number from 16")
     check("weight_decay", math.isfinite(settings.weight_decay) and settings.weight_decay >= 0, "a number from 0")
+    check("adam_beta2", 0 <= settings.adam_beta2 < 1, "a share from 0 to below 1")
     check("warmup_ratio", 0 <= settings.warmup_ratio < 1, "a share from 0 to below 1")
     check("lora_dropout", 0 <= settings.lora_dropout < 1, "a share from 0 to below 1")
     unknown = [m for m in settings.target_modules if m not in LINEAR_MODULES + EMBEDDING_MODULES]

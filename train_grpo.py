@@ -38,14 +38,10 @@ class Settings(RunSettings):
     per_device_train_batch_size: int = setting(16, "times gradient_accumulation_steps: completions of one step")
     gradient_accumulation_steps: int = setting(2, "see per_device_train_batch_size; --micro_batch_size divides a step")
     micro_batch_size: int | None = setting(
-        None,
-        "completions of one forward pass on each GPU, a divisor of a step's; default: with shared_prompts on CUDA as "
-        "many as fit, else per_device_train_batch_size",
+        None, "completions of a pass; default: with shared_prompts what fits the GPU, else per_device_train_batch_size"
     )
     gradient_checkpointing: bool | None = setting(
-        None,
-        "recompute activations, slower and with less memory; default: true, but with shared_prompts on CUDA where "
-        "there is room",
+        None, "recompute activations; default: with shared_prompts where the GPU has no room without, else always"
     )
     max_steps: int = setting(250, "optimizer steps")
     learning_rate: float = setting(5e-6, "highest rate of the LoRA matrices")

@@ -313,6 +313,7 @@ def common_arguments(run: StageRun) -> dict[str, Any]:
         "lr_scheduler_type": settings.lr_scheduler_type,
         "warmup_steps": settings.warmup_ratio,  # transformers 5 reads a number below 1 as a share of all steps
         "optim": settings.optim,
+        "adam_beta2": settings.adam_beta2,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
         "use_cpu": not torch.cuda.is_available(),

@@ -16,7 +16,8 @@ Runs the same scripts as everybody does, each as a process of its own, with the 
 
 Held out are puzzles of the tasks that are trained on (`seen`) and whole tasks (`unseen`), the same in all; which tasks
 is written down in split.json. What is done already is not done again, and an interrupted piece goes on: with
---time_limit, calls of a few minutes each can be chained (exit code 3: run the same command again).
+--time_limit, calls of a few minutes each can be chained (exit code 3: run the same command again). --together 3 runs
+three at a time of what does not need each other, on a GPU that one of them does not fill.
 
 Writes --results after each evaluation, every number from a results.json of evaluate_arc.py, and curves beside it.
 "rows" of each model and set: exact_1 (n test inputs, one greedy guess), exact_2 (n_2 of them, two guesses from 16
@@ -36,8 +37,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +137,8 @@ class Chain:
         self.args = args
         self.output, self.configs = Path(args.output_dir), Path(args.configs)
         self.path = self.output / "jobs.json"
+        self.running: list[subprocess.Popen] = []
+        self.lock = threading.Lock()
         self.state: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
             self.state = json.loads(self.path.read_text(encoding="utf-8"))
@@ -149,28 +154,30 @@ class Chain:
 
     def note(self, job: Job, seconds: float, done: bool) -> None:
         """Keep how long a start of the job took and whether it came to its end."""
-        kept, identity = self.state.get(job.name, {}), job.identity()
-        if kept.get("done") and not done and job.result.exists():
-            return  # refused, such as with other settings: what there is was made as it was noted before
-        before = kept.get("seconds", []) if kept.get("identity") == identity else []
-        self.state[job.name] = {
-            "identity": identity, "command": job.shown(), "seconds": [*before, round(seconds, 1)], "done": done,
-        }  # fmt: skip
-        write_json(self.path, self.state)
+        identity = job.identity()
+        with self.lock:
+            kept = self.state.get(job.name, {})
+            if kept.get("done") and not done and job.result.exists():
+                return  # refused, such as with other settings: what there is was made as it was noted before
+            before = kept.get("seconds", []) if kept.get("identity") == identity else []
+            self.state[job.name] = {
+                "identity": identity, "command": job.shown(), "seconds": [*before, round(seconds, 1)], "done": done,
+            }  # fmt: skip
+            write_json(self.path, self.state)
 
     # -- the jobs
 
-    def jobs(self, pieces: Sequence[str]) -> Iterator[Job]:
-        """The jobs of some pieces in order; each is made when those before it are done."""
+    def jobs(self, pieces: Sequence[str]) -> Iterator[list[Job]]:
+        """The jobs of some pieces in order; those of a part need nothing of each other, but the parts before it."""
         for piece in PIECES:
             if piece not in pieces:
                 continue
             if piece == "base":
-                yield self.base()
+                yield [self.base()]
             elif piece in STAGES:
-                yield self.stage(piece)
+                yield [self.stage(piece)]
             elif piece in ("greedy", "search"):
-                yield from self.evaluations(piece, piece, self.models())
+                yield self.evaluations(piece, piece, self.models())
             elif piece == "seeds":
                 yield from self.seeds()
             else:
@@ -238,11 +245,12 @@ class Chain:
         """Stage 3's own seed."""
         return int(settings_of("stage3", self.config("stage3"), self.args.dataset_dir).seed)
 
-    def evaluations(self, name: str, kind: str, models: Mapping[str, Path], flags: Sequence[str] = ()) -> Iterator[Job]:
+    def evaluations(self, name: str, kind: str, models: Mapping[str, Path], flags: Sequence[str] = ()) -> list[Job]:
         """One evaluation of several models on each set; replies are shared by all evaluations."""
         if not models:
             raise FileNotFoundError(f"{name}: no model in {self.output} to evaluate: run the pieces before it")
         config, folder = self.config(f"evaluate_{kind}"), self.output / "evaluation"
+        jobs = []
         for which in self.args.sets:
             output = folder / f"{name}-{which}"
             command = [
@@ -251,22 +259,26 @@ class Chain:
                 "--output_dir", str(output), "--cache_dir", str(folder / "cache"), *flags,
             ]  # fmt: skip
             manifests = [self.manifest(model) for model in models.values()]
-            yield Job(f"{name}-{which}", command, [config, *manifests], output / "results.json")
+            jobs.append(Job(f"{name}-{which}", command, [config, *manifests], output / "results.json"))
+        return jobs
 
-    def seeds(self) -> Iterator[Job]:
+    def seeds(self) -> Iterator[list[Job]]:
         """Stage 3 with other seeds from the same merge, then all of them on the same puzzles."""
         script, artifact, parent = STAGES["stage3"]
         merged, first = self.output / f"{PREFIX}-{parent}-merged", self.first_seed()
-        for seed in range(first + 1, first + self.args.seeds):
-            yield self.training(
+        yield [
+            self.training(
                 f"seed{seed}", script, self.config("stage3"), self.manifest(merged), self.output / f"seed{seed}",
                 artifact, ["--base_model", str(merged), "--seed", str(seed)],
-            )  # fmt: skip
-        yield from self.evaluations("seeds", "greedy", self.seed_models())
+            )
+            for seed in range(first + 1, first + self.args.seeds)
+        ]  # fmt: skip
+        yield self.evaluations("seeds", "greedy", self.seed_models())
 
-    def ablations(self) -> Iterator[Job]:
+    def ablations(self) -> Iterator[list[Job]]:
         """Short second rounds from stage 1's merge, then all of them on the same puzzles."""
         merged, folder = self.output / MODELS["stage1"], self.output / "ablations"
+        first, then = [], []
         for name in self.args.ablations:
             _, flags, like = ABLATIONS[name]
             script, artifact, _ = STAGES[like]
@@ -275,12 +287,16 @@ class Chain:
                 ["--base_model", str(merged), *flags],
             )  # fmt: skip
             if name == "4bit-original":  # the same adapter, merged in another way
-                job = Job(**{**vars(job), "prepare": self.copy_the_quantised_adapter})
-            yield job
-        yield from self.evaluations("ablations", "greedy", self.ablation_models())
+                then.append(Job(**{**vars(job), "prepare": self.copy_the_quantised_adapter}))
+            else:
+                first.append(job)
+        yield first
+        yield then
+        evaluations = self.evaluations("ablations", "greedy", self.ablation_models())
         four_bit = {name: model for name, model in self.ablation_models().items() if name.startswith("4bit")}
         if four_bit:  # as a next stage would load them
-            yield from self.evaluations("ablations-4bit", "greedy", four_bit, ["--load_in_4bit", "true"])
+            evaluations += self.evaluations("ablations-4bit", "greedy", four_bit, ["--load_in_4bit", "true"])
+        yield evaluations
 
     def copy_the_quantised_adapter(self) -> None:
         """Give 4bit-original the adapter of 4bit-quantised, if that is there and it has none."""
@@ -322,6 +338,7 @@ def run_job(job: Job, chain: Chain, deadline: float) -> int:
     begin, begin_of_log = time.monotonic(), log.stat().st_size if log.exists() else 0
     with log.open("ab") as file:
         process = subprocess.Popen([sys.executable, *job.command], stdout=file, stderr=subprocess.STDOUT)
+        chain.running.append(process)
         stopped = False
         try:
             process.wait(None if deadline == np.inf else max(1.0, deadline - begin))
@@ -333,6 +350,8 @@ def run_job(job: Job, chain: Chain, deadline: float) -> int:
             stop(process)
             chain.note(job, time.monotonic() - begin, done=False)
             raise
+        finally:
+            chain.running.remove(process)
     seconds, code = time.monotonic() - begin, process.returncode
     done = code == 0 and job.result.exists()
     chain.note(job, seconds, done)
@@ -348,6 +367,37 @@ def run_job(job: Job, chain: Chain, deadline: float) -> int:
     if stopped:
         return NOT_DONE
     return code if code > 0 else 1  # killed by a signal, or without its result
+
+
+def run_jobs(jobs: Sequence[Job], chain: Chain, deadline: float) -> int:
+    """Run those jobs that are not done, --together at a time.
+
+    Args:
+        jobs: which need nothing of each other.
+        chain, deadline: see `run_job`.
+
+    Returns:
+        0, or the exit code of the first that did not come to its end; NOT_DONE where only the time was over.
+    """
+    waiting = []
+    for job in jobs:
+        if chain.is_done(job):
+            print(f"{job.name}: done already")
+        else:
+            waiting.append(job)
+    if chain.args.together == 1:
+        codes: Iterator[int] | list[int] = (run_job(job, chain, deadline) for job in waiting)
+        return next((code for code in codes if code), 0)
+    with ThreadPoolExecutor(chain.args.together) as pool:
+        started = [pool.submit(run_job, job, chain, deadline) for job in waiting]
+        try:
+            codes = [each.result() for each in started]
+        except BaseException:  # told to stop, in this thread: the scripts are told too
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(chain.running):
+                stop(process)
+            raise
+    return next((code for code in codes if code not in (0, NOT_DONE)), max(codes, default=0))
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -746,9 +796,14 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS), help="what is evaluated")
     parser.add_argument("--seeds", type=int, default=3, help="of stage 3, its own included")
     parser.add_argument("--ablations", nargs="+", choices=ABLATIONS, default=list(ABLATIONS))
+    parser.add_argument(
+        "--together", type=int, default=1, help="trainings of seeds and ablations, and evaluations, at a time"
+    )
     parser.add_argument("--time_limit", type=float, default=np.inf, help="seconds after which it stops, to go on later")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "learn.json")
     args = parser.parse_args(argv)
+    if args.together < 1:
+        parser.error(f"--together is {args.together}: expected a whole number from 1")
     args.configs = Path(os.path.relpath(args.configs))
     return args
 
@@ -762,14 +817,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the script that runs is told to stop too
     try:
         split = check_split(chain)
-        for job in chain.jobs(args.pieces):
-            if chain.is_done(job):
-                print(f"{job.name}: done already")
-                continue
-            code = run_job(job, chain, deadline)
+        for jobs in chain.jobs(args.pieces):
+            code = run_jobs(jobs, chain, deadline)
             if code:
                 break
-            if job.result.name == "results.json":
+            if any(job.result.name == "results.json" for job in jobs):
                 write_record(chain, split)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -204,8 +204,8 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         first = next(other for other in rows if other["run"] == row["run"])
         print(
             f"| {row['run']} | {row['name']} | {row['gpus']} | {row['tokens_per_sample']:,.0f} | {row['model']} | "
-            f"{row['lora_r']} | {row['tokens_per_s']:,.0f} | {row['tokens_per_s'] / first['tokens_per_s']:.2f} x | {row['step_ms']:,.1f} "
-            f"| {row['peak_gib']} | {row['estimated_s'] / row['took_s']:.2f} |"
+            f"{row['lora_r']} | {row['tokens_per_s']:,.0f} | {row['tokens_per_s'] / first['tokens_per_s']:.2f} x | "
+            f"{row['step_ms']:,.1f} | {row['peak_gib']} | {row['estimated_s'] / row['took_s']:.2f} |"
         )
 
 

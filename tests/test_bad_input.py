@@ -208,6 +208,7 @@ SETTINGS = [
     ("--lora_alpha nan", ("lora_alpha is nan",)),
     ("--max_grad_norm -1", ("max_grad_norm is -1.0",)),
     ("--weight_decay -1", ("weight_decay is -1.0", "from 0")),
+    ("--adam_beta2 1", ("adam_beta2 is 1.0", "below 1")),
     ("--warmup_ratio 1.5", ("warmup_ratio is 1.5", "below 1")),
     ("--warmup_ratio nan", ("warmup_ratio is nan",)),
     ("--lora_dropout 1", ("lora_dropout is 1.0", "below 1")),

@@ -25,7 +25,8 @@ from run_guards import complete_checkpoints
 from trainer_tools import EpochSampler, FilledSamples
 
 TRAIN = (*SMALL, "--gradient_accumulation_steps", 2, "--logging_steps", 1, "--eval_steps", 0, "--dtype", "float32")
-GRPO = (*SMALL, "--max_steps", 2, "--eval_steps", 2, "--num_generations", 4, "--logging_steps", 1, "--fast_rollouts")
+GRPO = (*SMALL, "--max_steps", 2, "--eval_steps", 2, "--num_generations", 4, "--logging_steps", 1)
+GRPO += ("--fast_rollouts", True)
 
 
 def command(script, *flags):

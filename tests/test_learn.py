@@ -218,6 +218,34 @@ def test_a_job_is_stopped_when_its_time_is_over_and_continued(tmp_path, monkeypa
     assert learn.run_job(whole, again, time.monotonic() + 99) == learn.NOT_DONE and "whole" not in again.state
 
 
+def test_jobs_that_need_nothing_of_each_other_run_together(tmp_path):
+    # Each waits for the other: one after the other they would not end.
+    names = ("one", "two")
+    script = tmp_path / "wait.py"
+    script.write_text(
+        "import pathlib, sys, time\n"
+        "own, other = map(pathlib.Path, sys.argv[1:])\n"
+        "own.touch()\n"
+        "end = time.monotonic() + 60\n"
+        "while not other.exists() and time.monotonic() < end:\n"
+        "    time.sleep(0.05)\n"
+        "sys.exit(not other.exists())\n"
+    )
+    paths = {name: tmp_path / name for name in names}
+    jobs = [
+        learn.Job(name, [str(script), str(paths[name]), str(paths[other])], [], paths[name])
+        for name, other in zip(names, reversed(names), strict=True)
+    ]
+    flags = ["--dataset_dir", "any", "--output_dir", str(tmp_path / "output"), "--together", "2"]
+    chain = learn.Chain(learn.parse_flags(flags))
+    assert learn.run_jobs(jobs, chain, float("inf")) == 0
+    assert all(chain.is_done(job) for job in jobs) and not chain.running
+    assert set(learn.Chain(chain.args).state) == set(names)
+    failing = learn.Job("three", [str(tmp_path / "nothing.py")], [], tmp_path / "three")
+    assert learn.run_jobs([failing, *jobs], chain, float("inf")) == 2
+    assert learn.run_jobs([failing], chain, time.monotonic()) == learn.NOT_DONE
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The split
 
@@ -329,8 +357,10 @@ def test_ablations_change_what_they_say(inputs, tmp_path):
     merged = tmp_path / learn.MODELS["stage1"]
     merged.mkdir()
     (merged / "manifest.json").write_text("{}")
-    jobs = {job.name.removeprefix("ablation-"): job for job in list(chain.jobs(["ablations"]))[: len(learn.ABLATIONS)]}
-    assert list(jobs) == list(learn.ABLATIONS)
+    together, after, evaluations = chain.jobs(["ablations"])
+    assert {job.name.split("-")[0] for job in evaluations} == {"ablations"}
+    jobs = {job.name.removeprefix("ablation-"): job for job in [*together, *after]}
+    assert list(jobs) == list(learn.ABLATIONS) and [job.name for job in after] == ["ablation-4bit-original"]
     for name, job in jobs.items():
         script, *argv = job.command
         module = importlib.import_module(os.path.basename(script)[:-3])

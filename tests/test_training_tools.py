@@ -34,6 +34,7 @@ PUBLISHED = {
     "lr_scheduler_type": "cosine",
     "warmup_ratio": 0.25,
     "optim": "adamw_8bit",
+    "adam_beta2": 0.999,
     "weight_decay": 0,
     "max_seq_length": 1536,
     "seed": 42,
