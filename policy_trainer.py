@@ -17,7 +17,7 @@ import numpy as np
 from batch_planning import BatchPlan, Trial, let_run_ahead, plan_batches
 from distributed_tools import process_count
 from model_tools import EMBEDDING_MODULES, train_in_float32
-from packing_tools import can_pack, use_packed_attention
+from packing_tools import can_pack, check_full_attention, use_packed_attention
 from prompt_sharing import reply_log_probs
 from rollout_tools import make_rollouts, plain_module
 from run_guards import count_weights
@@ -85,6 +85,9 @@ def grpo_trainer(
         reward_weights: one for each function; 0 only logs.
         max_completion_length: tokens of the longest reply.
         chosen: rows of the first epoch that are trained on, see `PromptRows`; None: all.
+
+    Returns:
+        The trainer; its `computed` says what --fast_rollouts and --shared_prompts came to.
     """
     settings, precision = run.settings, run.precision
     from_copy = samples_from_copy(model, settings)
@@ -186,8 +189,9 @@ def grpo_trainer(
         optimizers=(optimizer, None),
         processing_class=data.tokenizer,
     )
-    if precision.engine == "transformers":
+    if shared or precision.engine == "transformers":  # what Unsloth makes of trl does not
         train_in_float32(trainer.model)  # trl rounds the trainable weights of a 4-bit base to bfloat16
+    trainer.computed = {"fast_rollouts": from_copy, "shared_prompts": shared}
     return trainer
 
 
@@ -202,6 +206,8 @@ def samples_from_copy(model: Any, settings: Any) -> bool:
 
     if settings.fast_rollouts is not None or settings.use_vllm or not torch.cuda.is_available():
         return bool(settings.fast_rollouts)
+    if settings.shared_prompts:
+        return True  # Unsloth shares them only so
     return torch.cuda.get_device_properties(0).total_memory >= ROOM_FOR_COPY * copy_bytes(model, settings)
 
 
@@ -217,8 +223,8 @@ def shares_prompts(model: Any, run: StageRun) -> bool:
         model: the peft model that will be trained.
         run: settings and precision.
     """
-    if run.settings.shared_prompts is not None:
-        return run.settings.shared_prompts
+    if run.settings.shared_prompts is not None or run.settings.use_vllm:  # its memory would be missing in the plan
+        return bool(run.settings.shared_prompts)
     if run.precision.engine == "unsloth" and not samples_from_copy(model, run.settings):
         return False  # Unsloth's generate, and its vLLM, are its own trainer's
     return can_pack(model, run.precision.torch_dtype)
@@ -228,11 +234,18 @@ def check_sharing(run: StageRun) -> None:
     """Whether --shared_prompts can be had.
 
     Raises:
-        ValueError: not on this engine with these settings.
+        ValueError: not on this engine, with these settings or with this model.
     """
+    from transformers import AutoConfig
+
     settings = run.settings
-    if settings.shared_prompts and run.precision.engine == "unsloth" and not settings.fast_rollouts:
-        raise ValueError("--shared_prompts true: on the Unsloth engine with --fast_rollouts true only")
+    if not settings.shared_prompts:
+        return
+    if settings.use_vllm:
+        raise ValueError("--shared_prompts true: not beside --use_vllm, which has a trainer of its own")
+    if run.precision.engine == "unsloth" and settings.fast_rollouts is False:
+        raise ValueError("--shared_prompts true: on the Unsloth engine not with --fast_rollouts false")
+    check_full_attention(AutoConfig.from_pretrained(run.parent))
 
 
 class PolicyTrial(Trial):
@@ -256,6 +269,8 @@ class PolicyTrial(Trial):
             kept = copy_bytes(model, run.settings)
             kept += math.ceil(KEPT * torch.cuda.get_device_properties(0).total_memory)
         super().__init__(model, run, kept)
+        if run.settings.beta > 0:  # trl keeps the adapter as it was
+            self.more += 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.samples, self.length, self.group = data.samples, max_completion_length, run.settings.num_generations
 
     def longest(self, size: int) -> Any:

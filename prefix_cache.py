@@ -176,7 +176,10 @@ class PrefixCache:
             options = {"is_causal": True, "scale": scaling, "enable_gqa": self.groups > 1}
             return scaled_dot_product_attention(query, key, value, **options).transpose(1, 2).contiguous(), None
         layer = self.layers[module.layer_idx]
-        attend = self._attend_with_kernel if has_document_kernel(query) else self._attend_with_mask
+        if has_document_kernel(query):
+            attend = self._attend_with_kernel
+        else:  # a graph cannot go from prompt to prompt, whose rows change
+            attend = self._attend_with_mask if query.is_cuda else self._attend_by_prompt
         return attend(query, layer, scaling), None
 
     def _attend_with_kernel(
@@ -208,14 +211,37 @@ class PrefixCache:
         found = torch.lerp(to_own, to_prompt, share.to(to_own.dtype).t()[..., None])
         return found.view(rows, self.groups, shared, size).transpose(1, 2).reshape(rows, 1, heads, size)
 
+    def _attend_by_prompt(self, query: torch.Tensor, layer: list[torch.Tensor], scaling: float | None) -> torch.Tensor:
+        import torch
+
+        rows, heads, _, size = query.shape
+        shared, length = heads // self.groups, int(self._column) + 1
+        scale = scaling or size**-0.5
+        queries = query.view(rows, shared, self.groups, size)
+        own_keys, own_values = (stored[:rows, :length].transpose(1, 2) for stored in layer[2:])
+        own_scores = queries @ own_keys.transpose(-1, -2)  # (rows, heads, queries, seen)
+        found = torch.empty_like(queries)
+        bounds = np.searchsorted(self._numbers[:rows], np.arange(self.count + 1))
+        for number, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+            if begin == end:
+                continue
+            width, part = int(self._lengths[number]), slice(begin, end)
+            keys, values = (stored[number, :width].transpose(0, 1) for stored in layer[:2])  # (heads, width, size)
+            count = end - begin
+            folded = queries[part].transpose(0, 1).reshape(shared, count * self.groups, size)
+            scores = (folded @ keys.transpose(-1, -2)).view(shared, count, self.groups, width).transpose(0, 1)
+            weights = (torch.cat([scores, own_scores[part]], dim=-1).float() * scale).softmax(-1).to(query.dtype)
+            to_prompt = weights[..., :width].transpose(0, 1).reshape(shared, count * self.groups, width) @ values
+            to_prompt = to_prompt.view(shared, count, self.groups, size).transpose(0, 1)
+            found[part] = to_prompt + weights[..., width:] @ own_values[part]
+        return found.reshape(rows, 1, heads, size)
+
     def _attend_with_mask(self, query: torch.Tensor, layer: list[torch.Tensor], scaling: float | None) -> torch.Tensor:
         import torch
         from torch.nn.functional import scaled_dot_product_attention
 
         rows, heads, _, size = query.shape
-        # On a CPU no more than is there; a graph sees all the room.
-        width = self.width if query.is_cuda else int(self._lengths.max())
-        length = self.length if query.is_cuda else int(self._column) + 1
+        width, length = self.width, self.length  # a graph sees all the room
         owners = self._owners[:rows]
         if self._step_mask is None:  # one for all layers
             prompts = torch.arange(width, device=query.device) < self._prompt_lengths[owners][:, None]

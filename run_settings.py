@@ -22,6 +22,7 @@ from model_tools import EMBEDDING_MODULES, LINEAR_MODULES
 NOT_THE_COURSE = (
     "base_model", "dataset_dir", "output_dir", "artifact_prefix", "engine", "dtype", "load_in_4bit", "dry_run",
     "overwrite", "merge_base", "micro_batch_size", "padding_free", "compile_layers", "gradient_checkpointing",
+    "shared_prompts",
     "logging_steps", "eval_steps", "eval_puzzles", "per_device_eval_batch_size", "save_steps", "save_total_limit",
     "report_to", "dataloader_num_workers",
 )  # fmt: skip

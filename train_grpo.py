@@ -139,7 +139,8 @@ def main() -> None:
             watch(trainer, run, policy.measure if policy.prompts else None)
             policy.attach(trainer)
         run.train(trainer, data)
-        run.save(model, data, scan=scan.counts() if scan else None, **policy.keep_best(trainer))
+        about = {"computed": trainer.computed, "scan": scan.counts() if scan else None}
+        run.save(model, data, **about, **policy.keep_best(trainer))
         del model, trainer, policy
     run.merge()
 

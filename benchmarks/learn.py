@@ -138,7 +138,7 @@ class Chain:
         self.output, self.configs = Path(args.output_dir), Path(args.configs)
         self.path = self.output / "jobs.json"
         self.running: list[subprocess.Popen] = []
-        self.lock = threading.Lock()
+        self.lock, self.stopping = threading.Lock(), threading.Event()
         self.state: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
             self.state = json.loads(self.path.read_text(encoding="utf-8"))
@@ -341,6 +341,8 @@ def run_job(job: Job, chain: Chain, deadline: float) -> int:
         chain.running.append(process)
         stopped = False
         try:
+            if chain.stopping.is_set():  # it came too late to be told with the others
+                stop(process)
             process.wait(None if deadline == np.inf else max(1.0, deadline - begin))
         except subprocess.TimeoutExpired:
             stopped = True
@@ -393,6 +395,7 @@ def run_jobs(jobs: Sequence[Job], chain: Chain, deadline: float) -> int:
         try:
             codes = [each.result() for each in started]
         except BaseException:  # told to stop, in this thread: the scripts are told too
+            chain.stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(chain.running):
                 stop(process)

@@ -237,7 +237,8 @@ def test_a_stopped_and_killed_run_continues_with_two_and_with_one(tmp_path, trai
 def test_reinforcement_learning_by_two_samples_the_same_completions(tmp_path, trained, demo_dataset):
     flags = (*GRPO, "--base_model", artifact(trained[0], "Base-merged"), "--dataset_dir", demo_dataset)
     alone("train_grpo.py", *flags, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "one")
-    launch("train_grpo.py", *flags, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "two")
+    more = ("--gradient_accumulation_steps", 2, "--shared_prompts", True)
+    launch("train_grpo.py", *flags, *more, "--output_dir", tmp_path / "two")
     one, two = (records(tmp_path / name, "Final-RL-lora") for name in ("one", "two"))
     for name in ("num_tokens", "completions/mean_length", "completions/max_length", "reward", "eval_decodable"):
         found = [[r[name] for r in part if name in r] for part in (one, two)]

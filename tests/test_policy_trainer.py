@@ -50,20 +50,27 @@ def test_a_shared_prompt_trains_the_same(tmp_path, policy, extra):
         assert f"a step: {passes} forward pass{'es' * (passes > 1)} of {size} completions, without padding" in printed
         for record, before in zip(records, own, strict=True):
             assert record["reward"] == before["reward"]
-            for figure in ("loss", "entropy", "grad_norm", *(["kl"] if extra else [])):
+            for figure in ("entropy", "grad_norm", *(["kl"] if extra else [])):
                 assert record[figure] == pytest.approx(before[figure], rel=1e-3, abs=2e-5), figure
         for part, tensor in weights.items():
             assert torch.allclose(tensor, shared[part], atol=1e-5), part
 
 
-def test_who_samples_and_who_shares(monkeypatch):
+def test_who_samples_and_who_shares(monkeypatch, tmp_path):
     model = tiny_models_model()
     run = SimpleNamespace(settings=train_grpo.Settings(), precision=Precision("unsloth", "bfloat16", True))
+    run.parent = tmp_path
+    model.config.save_pretrained(tmp_path)
     assert not samples_from_copy(model, run.settings) and not shares_prompts(model, run)
-    run.settings.shared_prompts = True
-    with pytest.raises(ValueError, match="--fast_rollouts true"):
+    run.settings.shared_prompts, run.settings.fast_rollouts = True, False
+    with pytest.raises(ValueError, match="not with --fast_rollouts false"):
         check_sharing(run)
-    run.settings.fast_rollouts = True
+    run.settings.fast_rollouts, run.settings.use_vllm = None, True
+    with pytest.raises(ValueError, match="not beside --use_vllm"):
+        check_sharing(run)
+    run.settings.shared_prompts = None
+    assert not shares_prompts(model, run)
+    run.settings = train_grpo.Settings(shared_prompts=True, fast_rollouts=True)
     check_sharing(run)
     assert samples_from_copy(model, run.settings) and shares_prompts(model, run)
 
@@ -79,6 +86,8 @@ def test_who_samples_and_who_shares(monkeypatch):
     run.settings.use_vllm = True
     assert not samples_from_copy(model, run.settings) and not shares_prompts(model, run)
     run.precision = Precision("transformers", "bfloat16", False)
+    assert not shares_prompts(model, run)  # vLLM's memory would be missing in the plan
+    run.settings.use_vllm = False
     assert shares_prompts(model, run)
 
 

@@ -55,6 +55,8 @@ def test_rows_see_their_prompt_and_their_own_tokens():
     found, _ = cache.attend(LAYER, query, None, None, None)
     assert found.shape == (len(rows), 1, HEADS, SIZE)
     assert torch.allclose(found, attend_alone(query, rows), atol=1e-5)
+    masked = cache._attend_with_mask(query, cache.layers[0], None)  # as on GPUs without the kernel
+    assert torch.allclose(masked, found, atol=1e-5)
 
 
 def test_rows_that_go_on():
