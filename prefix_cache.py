@@ -52,7 +52,8 @@ class PrefixCache:
 
         self.prompts, self.rows = prompts, rows
         self.width, self.length = round_up(max(width, 1), WIDTH_STEP), round_up(length + SPARE, 16)
-        self.groups = config.num_attention_heads // config.num_key_value_heads
+        heads = config.num_attention_heads
+        self.groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
         self.layers: list[list[torch.Tensor]] = []
         self.most = 0
         self._is_prompt = False

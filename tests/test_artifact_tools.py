@@ -1,5 +1,6 @@
 """Artifacts: complete or not there, damaged or whole, up to date or outdated; one run at a time."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -253,6 +254,8 @@ def test_settings_that_decide_the_weights_are_compared_and_others_are_not():
 
 
 def test_every_setting_is_either_of_the_course_or_not():
+    import train_grpo
     from run_settings import NOT_THE_COURSE, SupervisedSettings
 
-    assert set(NOT_THE_COURSE) <= {f.name for f in __import__("dataclasses").fields(SupervisedSettings)}
+    stages = (SupervisedSettings, train_grpo.Settings)
+    assert set(NOT_THE_COURSE) <= {field.name for stage in stages for field in dataclasses.fields(stage)}
