@@ -19,6 +19,7 @@ import numpy as np
 
 from arc_loader import find_reply_spans
 from distributed_tools import process_count
+from folded_lora import fold_lora
 from packing_tools import IGNORE_INDEX, pack_rows
 
 if TYPE_CHECKING:
@@ -618,6 +619,7 @@ def add_lora(
     random_state: int = 42,
     max_seq_length: int = 2048,
     gradient_checkpointing: bool = True,
+    fold: bool = False,
 ) -> Any:
     """Add LoRA to the linear layers and make the embeddings trainable in full.
 
@@ -633,9 +635,13 @@ def add_lora(
         random_state: seed of the initial values.
         max_seq_length: the longest row in tokens.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
+        fold: add LoRA's matrices to the weights before they multiply, see folded_lora.
 
     Returns:
         A peft model.
+
+    Raises:
+        ValueError: layers that cannot be folded.
     """
     import torch
 
@@ -672,6 +678,8 @@ def add_lora(
     train_in_float32(model)
     if precision.engine == "transformers":
         _match_embedding_dtypes(model, precision.torch_dtype)
+    if fold:
+        fold_lora(model)
     return model
 
 

@@ -369,6 +369,11 @@ def check_arguments(run: StageRun) -> None:
     divide_step(run.settings)
     if getattr(run.settings, "compile_layers", None) and run.precision.engine == "unsloth":
         raise ValueError("--compile_layers is for --engine transformers: Unsloth has compiled parts of its own")
+    if getattr(run.settings, "fold_lora", False):
+        if run.precision.engine == "unsloth" or run.precision.load_in_4bit:
+            raise ValueError("--fold_lora is for --engine transformers and weights that are not in 4 bits")
+        if run.settings.lora_dropout:
+            raise ValueError("--fold_lora true: not beside --lora_dropout, which is of activations")
     for name, known, usual in (
         ("optim", OptimizerNames, ["adamw_8bit", "adamw_torch"]),
         ("lr_scheduler_type", SchedulerType, ["cosine", "linear"]),

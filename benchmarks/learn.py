@@ -17,7 +17,8 @@ Runs the same scripts as everybody does, each as a process of its own, with the 
 Held out are puzzles of the tasks that are trained on (`seen`) and whole tasks (`unseen`), the same in all; which tasks
 is written down in split.json. What is done already is not done again, and an interrupted piece goes on: with
 --time_limit, calls of a few minutes each can be chained (exit code 3: run the same command again). --together 3 runs
-three at a time of what does not need each other, on a GPU that one of them does not fill.
+three at a time of what does not need each other, on a GPU that one of them does not fill: stage 3, its other seeds,
+ablations, and evaluations of the models that are there.
 
 Writes --results after each evaluation, every number from a results.json of evaluate_arc.py, and curves beside it.
 "rows" of each model and set: exact_1 (n test inputs, one greedy guess), exact_2 (n_2 of them, two guesses from 16
@@ -169,19 +170,47 @@ class Chain:
 
     def jobs(self, pieces: Sequence[str]) -> Iterator[list[Job]]:
         """The jobs of some pieces in order; those of a part need nothing of each other, but the parts before it."""
-        for piece in PIECES:
-            if piece not in pieces:
-                continue
-            if piece == "base":
-                yield [self.base()]
-            elif piece in STAGES:
+        if "base" in pieces:
+            yield [self.base()]
+        for piece in ("stage1", "stage2"):
+            if piece in pieces:
                 yield [self.stage(piece)]
-            elif piece in ("greedy", "search"):
-                yield self.evaluations(piece, piece, self.models())
-            elif piece == "seeds":
-                yield from self.seeds()
-            else:
-                yield from self.ablations()
+        trainings = [self.stage("stage3")] if "stage3" in pieces else []
+        trainings += self.seeds() if "seeds" in pieces else []
+        first, then = self.ablations() if "ablations" in pieces else ([], [])
+        yield [*trainings, *first, *self.singles(pieces)]
+        yield [*then, *self.singles(pieces)]
+        if then:
+            yield self.singles(pieces)
+        evaluations = self.evaluations("greedy", "greedy", self.models()) if "greedy" in pieces else []
+        if "seeds" in pieces:
+            evaluations += self.evaluations("seeds", "greedy", self.seed_models())
+        if "ablations" in pieces:
+            evaluations += self.ablation_evaluations()
+        yield evaluations
+        if "search" in pieces:
+            yield self.evaluations("search", "search", self.models())
+
+    def singles(self, pieces: Sequence[str]) -> list[Job]:
+        """Evaluations of each model that is there by itself: with --together several run at once.
+
+        What they find is kept in the cache that all share, so that those of all models side by side take seconds.
+        """
+        if self.args.together == 1:
+            return []
+        asked = {"greedy": self.models() if "greedy" in pieces else {}}
+        asked["greedy"] = {
+            **asked["greedy"],
+            **(self.seed_models() if "seeds" in pieces else {}),
+            **(self.ablation_models() if "ablations" in pieces else {}),
+        }
+        asked["search"] = self.models() if "search" in pieces else {}
+        return [
+            job
+            for kind, models in asked.items()
+            for name, model in models.items()
+            for job in self.evaluations(f"single-{kind}-{name}", kind, {name: model})
+        ]
 
     def base(self) -> Job:
         """The base model."""
@@ -262,21 +291,20 @@ class Chain:
             jobs.append(Job(f"{name}-{which}", command, [config, *manifests], output / "results.json"))
         return jobs
 
-    def seeds(self) -> Iterator[list[Job]]:
-        """Stage 3 with other seeds from the same merge, then all of them on the same puzzles."""
+    def seeds(self) -> list[Job]:
+        """Stage 3 with other seeds from the same merge."""
         script, artifact, parent = STAGES["stage3"]
         merged, first = self.output / f"{PREFIX}-{parent}-merged", self.first_seed()
-        yield [
+        return [
             self.training(
                 f"seed{seed}", script, self.config("stage3"), self.manifest(merged), self.output / f"seed{seed}",
                 artifact, ["--base_model", str(merged), "--seed", str(seed)],
             )
             for seed in range(first + 1, first + self.args.seeds)
         ]  # fmt: skip
-        yield self.evaluations("seeds", "greedy", self.seed_models())
 
-    def ablations(self) -> Iterator[list[Job]]:
-        """Short second rounds from stage 1's merge, then all of them on the same puzzles."""
+    def ablations(self) -> tuple[list[Job], list[Job]]:
+        """Short second rounds from stage 1's merge; the last needs an adapter of one before it."""
         merged, folder = self.output / MODELS["stage1"], self.output / "ablations"
         first, then = [], []
         for name in self.args.ablations:
@@ -290,13 +318,15 @@ class Chain:
                 then.append(Job(**{**vars(job), "prepare": self.copy_the_quantised_adapter}))
             else:
                 first.append(job)
-        yield first
-        yield then
+        return first, then
+
+    def ablation_evaluations(self) -> list[Job]:
+        """All ablations on the same puzzles, and those of 4 bits as a next stage would load them."""
         evaluations = self.evaluations("ablations", "greedy", self.ablation_models())
         four_bit = {name: model for name, model in self.ablation_models().items() if name.startswith("4bit")}
-        if four_bit:  # as a next stage would load them
+        if four_bit:
             evaluations += self.evaluations("ablations-4bit", "greedy", four_bit, ["--load_in_4bit", "true"])
-        yield evaluations
+        return evaluations
 
     def copy_the_quantised_adapter(self) -> None:
         """Give 4bit-original the adapter of 4bit-quantised, if that is there and it has none."""
@@ -712,7 +742,7 @@ def write_record(chain: Chain, split: Mapping[str, Any]) -> None:
     record = {
         "machine": machine(),
         "versions": versions(),
-        "commands": {name: kept["command"] for name, kept in chain.state.items()},
+        "commands": {name: kept["command"] for name, kept in chain.state.items() if not name.startswith("single-")},
         "figures": {
             "exact_1": "one greedy guess (evaluate_greedy.yaml)",
             "exact_2": "two guesses from several views (evaluate_search.yaml)",
@@ -800,7 +830,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="of stage 3, its own included")
     parser.add_argument("--ablations", nargs="+", choices=ABLATIONS, default=list(ABLATIONS))
     parser.add_argument(
-        "--together", type=int, default=1, help="trainings of seeds and ablations, and evaluations, at a time"
+        "--together", type=int, default=1, help="jobs at a time, of those that need nothing of each other"
     )
     parser.add_argument("--time_limit", type=float, default=np.inf, help="seconds after which it stops, to go on later")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "learn.json")
@@ -824,7 +854,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = run_jobs(jobs, chain, deadline)
             if code:
                 break
-            if any(job.result.name == "results.json" for job in jobs):
+            if any(job.result.name == "results.json" and not job.name.startswith("single-") for job in jobs):
                 write_record(chain, split)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
