@@ -231,7 +231,7 @@ def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
         memory.plot(values, [row["peak_gib"] or float("nan") for row in chosen], "o-", color="tab:orange")
         memory.set_xlabel(title)
         for axis in (speed, memory):
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
             axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("tokens/s, all GPUs")
     axes[1, 0].set_ylabel("peak GiB of a GPU")
