@@ -12,7 +12,8 @@ Rows, each a process of its own:
 The first two sample --tokens tokens of each reply, whatever they are, and compare by tokens a second. The others stop
 at an end token, which random weights choose now and then, and compare by completions a second: of whole steps,
 sampling and update. The reward is a random number, so that there is something to learn. --ours adds flags to stage 3.
-Writes benchmarks/results/grpo.json.
+Writes benchmarks/results/grpo.json; in it "tokens_per_s" are tokens of completions over the whole step,
+"rollout_tokens_per_s" over its sampling alone.
 """
 
 from __future__ import annotations
@@ -131,8 +132,9 @@ def run_rollouts(args: argparse.Namespace, ours: bool) -> list[dict[str, Any]]:
     tokens = sum(way() for _ in range(args.repeats))
     seconds = synchronise() - begin
     return [{
-        "name": name, "rollout_tokens_per_s": round(tokens / seconds, 1), "peak_gib": peak(),
+        "name": name, "tokens_per_s": round(tokens / seconds, 1), "rollout_tokens_per_s": round(tokens / seconds, 1),
         "completions_per_s": round(len(prompts) * args.repeats / seconds, 2),
+        "step_ms": round(1000 * seconds / args.repeats, 1), "peak_gib": peak(),
     }]  # fmt: skip
 
 
@@ -158,12 +160,12 @@ def timed(trainer: Any, completions: int, args: argparse.Namespace, name: str) -
     trainer.add_callback(Watch())
     trainer.train()
     first = min(2, len(ends) - 1)
-    steps = len(ends) - first
-    step = (ends[-1] - ends[first - 1]) / steps
+    seconds, steps = ends[-1] - ends[first - 1], len(ends) - first
     return [{
-        "name": name, "completions_per_s": round(completions / step, 2), "step_ms": round(1000 * step, 1),
-        "rollout_tokens_per_s": round(sum(tokens[first:]) / sum(sampling[first:]), 1), "completions": completions,
-        "sampling_share": round(sum(sampling[first:]) / (ends[-1] - ends[first - 1]), 3), "peak_gib": peak(),
+        "name": name, "tokens_per_s": round(sum(tokens[first:]) / seconds, 1),
+        "rollout_tokens_per_s": round(sum(tokens[first:]) / sum(sampling[first:]), 1),
+        "completions_per_s": round(completions * steps / seconds, 2), "step_ms": round(1000 * seconds / steps, 1),
+        "completions": completions, "sampling_share": round(sum(sampling[first:]) / seconds, 3), "peak_gib": peak(),
     }]  # fmt: skip
 
 

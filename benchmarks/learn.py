@@ -68,6 +68,8 @@ MODELS = {
 }  # fmt: skip
 SETS = {"seen": "examples", "unseen": "tasks"}  # and what evaluate_arc.py calls them
 SPLIT = ("sizes", "grid_sizes", "dataset_seed", "holdout_examples", "holdout_tasks", "holdout_seed")
+# LoRA cannot be added to weights in 4 bits before they multiply, and layers that dequantise are not compiled.
+FOUR_BIT = ["--load_in_4bit", "true", "--fold_lora", "false", "--compile_layers", "false"]
 # What is changed in each ablation, the flags that change it, and whether it is stage 2's script or stage 1's.
 ABLATIONS: dict[str, tuple[str, list[str], str]] = {
     "masked": ("nothing: stage 2, shortened", [], "stage2"),
@@ -75,10 +77,10 @@ ABLATIONS: dict[str, tuple[str, list[str], str]] = {
     "embedding-1e-5": ("embedding_learning_rate 1e-5", ["--embedding_learning_rate", "1e-5"], "stage2"),
     "r-64": ("lora_r 64", ["--lora_r", "64"], "stage2"),
     "4bit-quantised": (
-        "4-bit base, merged onto it as quantised", ["--load_in_4bit", "true", "--merge_base", "quantised"], "stage2",
+        "4-bit base, merged onto it as quantised", [*FOUR_BIT, "--merge_base", "quantised"], "stage2",
     ),
     "4bit-original": (
-        "4-bit base, merged onto its 16-bit weights", ["--load_in_4bit", "true", "--merge_base", "original"], "stage2",
+        "4-bit base, merged onto its 16-bit weights", [*FOUR_BIT, "--merge_base", "original"], "stage2",
     ),
 }  # fmt: skip
 NOT_DONE = 3  # exit code: the time limit came first
@@ -222,9 +224,9 @@ class Chain:
                 flags += [] if value is True else [str(v) for v in (value if isinstance(value, list) else [value])]
         folder = self.output / "base"
         command = [str(ROOT / "demo" / "make_base.py"), "--out", str(folder), *flags]
-        # A pretraining that is stopped begins anew.
+        # A pretraining that is stopped begins anew. Compiling comes on top of its seconds.
         whole = float(values.get("pretrain_seconds", 0))
-        return Job("base", command, [config], folder / "make_base.json", whole=1.2 * whole + 45 if whole else 0.0)
+        return Job("base", command, [config], folder / "make_base.json", whole=1.2 * whole + 75 if whole else 0.0)
 
     def stage(self, name: str) -> Job:
         """A stage of the main run."""
@@ -253,9 +255,8 @@ class Chain:
 
     def seed_models(self) -> dict[str, Path]:
         """Stage 2, stage 3, and stage 3 with the other seeds, those that are there."""
-        first = self.first_seed()
         found = {name: folder for name, folder in self.models().items() if name in ("stage2", "stage3")}
-        for seed in range(first + 1, first + self.args.seeds):
+        for seed in other_seeds(self):
             folder = self.output / f"seed{seed}" / MODELS["stage3"]
             if self.manifest(folder).is_file():
                 found[f"stage3-seed{seed}"] = folder
@@ -294,13 +295,13 @@ class Chain:
     def seeds(self) -> list[Job]:
         """Stage 3 with other seeds from the same merge."""
         script, artifact, parent = STAGES["stage3"]
-        merged, first = self.output / f"{PREFIX}-{parent}-merged", self.first_seed()
+        merged = self.output / f"{PREFIX}-{parent}-merged"
         return [
             self.training(
                 f"seed{seed}", script, self.config("stage3"), self.manifest(merged), self.output / f"seed{seed}",
                 artifact, ["--base_model", str(merged), "--seed", str(seed)],
             )
-            for seed in range(first + 1, first + self.args.seeds)
+            for seed in other_seeds(self)
         ]  # fmt: skip
 
     def ablations(self) -> tuple[list[Job], list[Job]]:
@@ -574,9 +575,38 @@ def by_task(key: str) -> str:
 
 
 def read_results(chain: Chain, name: str) -> dict[str, Any] | None:
-    """A results.json, None if it is not there."""
+    """A results.json of several models, put together from those of each where it is not there; None without any."""
     path = chain.output / "evaluation" / name / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if path.is_file():
+        return json.loads(path.read_text(encoding="utf-8"))
+    piece, _, which = name.rpartition("-")
+    ours = {
+        "greedy": ("greedy", list(MODELS)), "search": ("search", list(MODELS)),
+        "seeds": ("greedy", ["stage2", "stage3", *(f"stage3-seed{at}" for at in other_seeds(chain))]),
+        "ablations": ("greedy", ["stage1", *ABLATIONS]),
+    }  # fmt: skip
+    kind, models = ours.get(piece, ("", []))
+    paths = {m: chain.output / "evaluation" / f"single-{kind}-{m}-{which}" / "results.json" for m in models}
+    parts = {m: json.loads(path.read_text(encoding="utf-8")) for m, path in paths.items() if path.is_file()}
+    if not parts:
+        return None
+    puzzles: dict[str, dict[str, Any]] = {}
+    for part in parts.values():
+        for key, entry in part["puzzles"].items():
+            puzzles.setdefault(key, {}).update(entry)
+    # Those that all were asked: an evaluation of more puzzles may have come after another.
+    asked = set.intersection(*(set(part["puzzles"]) for part in parts.values()))
+    return {
+        "models": list(parts),
+        "table": [row for part in parts.values() for row in part["table"]],
+        "puzzles": {key: puzzles[key] for key in puzzles if key in asked},
+    }
+
+
+def other_seeds(chain: Chain) -> range:
+    """Seeds of stage 3 besides its own."""
+    first = chain.first_seed()
+    return range(first + 1, first + chain.args.seeds)
 
 
 def score_rows(chain: Chain) -> list[dict[str, Any]]:

@@ -322,7 +322,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--pretrain_{name}", default=value, help=text, **options)
 
     add("steps", "steps of a pretraining; 0: random weights (0)")
-    add("seconds", "stop by then, the rate falling to 0 in time; 0: no limit (0)")
+    add("seconds", "stop by then, the rate falling to 0 in time; compiling does not count; 0: no limit (0)")
     add("families", f"families of rules (all but {', '.join(NEW_FAMILIES)}; there are {', '.join(FAMILIES)})")
     add("sizes", "demonstrations of a puzzle, drawn from these (3)")
     add("max_side", "largest side of a grid (5)")

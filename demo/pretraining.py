@@ -33,6 +33,7 @@ WIDTH_STEP = 32  # rows of a batch are padded to a multiple of it: few shapes, l
 CHUNK_BATCHES = 32  # a chunk's puzzles are sorted by length; of many, nearly all batches are full
 ROW_TOKENS = 200  # about the mean of a row, which decides how many puzzles make a chunk and nothing else
 PRETRAINING, MEASURING = 1, 2  # streams of random numbers: no puzzle is measured on that was drawn for training
+COMPILED_BY = 20  # steps in which the code of all layers and shapes is compiled: they do not count in the seconds
 WARMUP = 0.03  # share of the steps (or seconds) in which the rate rises
 PADDING, OTHER, REPLY = 0, 1, 2  # what a token of a batch is: of a reply (its end included), or of anything else
 PAD_TOKEN = "<|finetune_right_pad_id|>"
@@ -250,7 +251,8 @@ def pretrain(
     losses: list[torch.Tensor] = []  # since the last line; fetched together, so that the host runs ahead
     loss = math.nan
     begin = printed = time.monotonic()
-    paused = 0.0  # by measurements
+    paused = 0.0  # by measurements, and by compiling
+    compiling = COMPILED_BY if settings.pretrain_compile else 0
     printed_tokens = 0
 
     def report() -> None:
@@ -267,7 +269,11 @@ def pretrain(
     for chunk in loader:
         puzzles, avoided = puzzles + chunk["puzzles"], avoided + chunk["avoided"]
         for ids, roles, used in chunk["batches"]:
-            seconds = time.monotonic() - begin - paused
+            if compiling and step == compiling:
+                if cuda:
+                    torch.cuda.synchronize()
+                compiling, paused = 0, time.monotonic() - begin
+            seconds = 0.0 if compiling else time.monotonic() - begin - paused
             progress = step / settings.pretrain_steps
             if settings.pretrain_seconds:
                 progress = max(progress, seconds / settings.pretrain_seconds)
@@ -310,7 +316,7 @@ def pretrain(
         "tokens": tokens,
         "puzzles": puzzles,
         "avoided": avoided,
-        "seconds": round(time.monotonic() - begin - paused, 3),
+        "seconds": round(time.monotonic() - begin - (0 if compiling else paused), 3),
         "loss_of_replies": round(loss, 4),
         "device": torch.cuda.get_device_name() if cuda else "CPU",
     }

@@ -406,6 +406,35 @@ def test_the_table_of_ablations_by_hand(inputs, tmp_path):
     assert all("to_masked" not in rows[name] for name in ("stage1", "masked"))
 
 
+def test_evaluations_of_one_model_each_stand_in_for_that_of_all(inputs, tmp_path):
+    chain = chain_of(inputs, "--output_dir", str(tmp_path), "--together", "2")
+    for model in ("base", "stage1"):
+        folder = tmp_path / learn.MODELS[model]
+        folder.mkdir()
+        (folder / "manifest.json").write_text("{}")
+    first, *_, last = filter(None, chain.jobs(["greedy", "search"]))
+    names = [
+        f"single-{kind}-{model}-{s}"
+        for kind in ("greedy", "search")
+        for model in ("base", "stage1")
+        for s in learn.SETS
+    ]
+    assert [job.name for job in first] == names and [job.name for job in last] == ["search-seen", "search-unseen"]
+    assert len({job.command[job.command.index("--cache_dir") + 1] for job in [*first, *last]}) == 1
+    assert learn.read_results(chain, "greedy-seen") is None
+    for model, solved in (("base", (False, False)), ("stage1", (True, False, True))):
+        puzzles = {f"a-00{i}_0": {model: {"correct": [one]}, "seen_test": None} for i, one in enumerate(solved)}
+        record = {"models": [model], "table": [{"model": model, "n": len(solved)}], "puzzles": puzzles}
+        learn.write_json(tmp_path / "evaluation" / f"single-greedy-{model}-seen" / "results.json", record)
+    found = learn.read_results(chain, "greedy-seen")
+    assert found["models"] == ["base", "stage1"] and [row["n"] for row in found["table"]] == [2, 3]
+    assert list(found["puzzles"]) == ["a-000_0", "a-001_0"]  # which both were asked
+    assert learn.right(found, "stage1") == {"a-000_0": True, "a-001_0": False}
+    assert learn.read_results(chain, "greedy-unseen") is None and learn.read_results(chain, "search-seen") is None
+    learn.write_json(tmp_path / "evaluation" / "greedy-seen" / "results.json", {"models": ["stage3"]})
+    assert learn.read_results(chain, "greedy-seen") == {"models": ["stage3"]}  # side by side: that is taken
+
+
 def test_the_gain_of_several_seeds_is_their_mean(learned, tmp_path):
     inputs, _ = learned
     chain = chain_of(inputs)

@@ -162,6 +162,22 @@ def test_time_limits_the_training_and_the_rate_falls_by_then(capsys, tmp_path):
     assert np.isfinite(done["loss_of_replies"])
 
 
+def test_the_time_to_compile_does_not_count(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append(self))  # takes a minute
+
+    def steps(by):
+        monkeypatch.setattr(pretraining, "COMPILED_BY", by)
+        out = tmp_path / str(by)
+        flags = [*map(str, FLAGS), "--out", str(out), "--pretrain_compile", "--pretrain_seconds", "0.001"]
+        assert make_base.main(flags) == 0
+        return json.loads((out / "make_base.json").read_text())["pretraining"]
+
+    few, all_of_them = steps(3), steps(10**6)
+    assert compiled and few["steps"] in (3, 4) and few["seconds"] < 5
+    assert all_of_them["steps"] == int(FLAGS[FLAGS.index("--pretrain_steps") + 1])
+
+
 def test_the_rate_rises_and_falls():
     rates = [pretraining.rate_at(p, 1.0) for p in np.linspace(0, 1, 101)]
     assert rates[0] == 0
