@@ -23,7 +23,7 @@ from typing import Any
 
 from model_tools import MANIFEST, absolute_reference, check_base, read_manifest, write_manifest
 from run_guards import flush
-from run_settings import RunSettings, course_settings
+from run_settings import RunSettings, course_settings, default_course
 
 INCOMPLETE = ".incomplete"
 LOCK, LOCK_HOLDER = ".lock", ".lock.by"
@@ -438,6 +438,8 @@ def changed_settings(
         data: fingerprint of its puzzles; None if they are not at hand.
     """
     before = course_settings(recorded.get("settings", {}))
+    if recorded.get("settings"):  # a setting that an earlier version did not have had what is the default now
+        before = default_course(type(settings)) | before
     now = course_settings(json.loads(json.dumps(asdict(settings))))
     pairs = {name: (before[name], now[name]) for name in now if name in before}
     if recorded.get("precision"):

@@ -32,8 +32,10 @@ def fold_lora(model: Any) -> int:
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
-        dropout = any(getattr(part, "p", 0) for part in layer.lora_dropout.values())
-        if type(layer) not in (Linear, _folded_class()) or len(layer.lora_A) != 1 or dropout or layer.lora_variant:
+        plain = type(layer) in (Linear, _folded_class()) and len(layer.lora_A) == 1 and not layer.lora_variant
+        more = [part for part in layer.lora_dropout.values() if getattr(part, "p", 0)]
+        more += [part for part in layer.lora_B.values() if part.bias is not None]
+        if not plain or more:
             raise ValueError(f"{type(layer).__name__} layers with these settings cannot be folded: only plain LoRA can")
     if not layers:
         raise ValueError("the model has no LoRA layers to fold")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,12 @@ def course_settings(values: dict[str, Any]) -> dict[str, Any]:
     course = {name: value for name, value in values.items() if name not in NOT_THE_COURSE or name in deciding}
     parts = [course.pop(name, 1) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
     return course | {"samples_per_step": parts[0] * parts[1]}
+
+
+def default_course(cls: type) -> dict[str, Any]:
+    """`course_settings` of a settings class's defaults: what an artifact had of a setting that came after it."""
+    defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
+    return course_settings(json.loads(json.dumps(defaults)))
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

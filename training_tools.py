@@ -79,7 +79,7 @@ from run_guards import (
     read_free,
     refuse_pickles,
 )
-from run_settings import DataSettings, RunSettings, course_settings, user_errors
+from run_settings import DataSettings, RunSettings, course_settings, default_course, user_errors
 from trainer_tools import check_arguments
 
 SAVE_SECONDS = 300.0  # of work between checkpoints, unless --save_steps says otherwise
@@ -466,9 +466,9 @@ class StageRun:
         if self.work in self.to_move or not path.is_file() or not complete_checkpoints(self.work, quiet=True):
             return
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            # A setting that an earlier version did not have had what is the default now.
+            before = default_course(type(self.settings)) | json.loads(path.read_text(encoding="utf-8"))
             course = self._course(data)
-            # A setting that an earlier version did not have has its default now, which is what it did.
             changed = sorted(name for name in course if name in before and before[name] != course[name])
         except (ValueError, TypeError):
             changed = [f"{path} cannot be read"]

@@ -68,8 +68,7 @@ MODELS = {
 }  # fmt: skip
 SETS = {"seen": "examples", "unseen": "tasks"}  # and what evaluate_arc.py calls them
 SPLIT = ("sizes", "grid_sizes", "dataset_seed", "holdout_examples", "holdout_tasks", "holdout_seed")
-# LoRA cannot be added to weights in 4 bits before they multiply, and layers that dequantise are not compiled.
-FOUR_BIT = ["--load_in_4bit", "true", "--fold_lora", "false", "--compile_layers", "false"]
+FOUR_BIT = ["--load_in_4bit", "true", "--compile_layers", "false"]  # layers that dequantise are not compiled
 # What is changed in each ablation, the flags that change it, and whether it is stage 2's script or stage 1's.
 ABLATIONS: dict[str, tuple[str, list[str], str]] = {
     "masked": ("nothing: stage 2, shortened", [], "stage2"),
@@ -177,42 +176,54 @@ class Chain:
         for piece in ("stage1", "stage2"):
             if piece in pieces:
                 yield [self.stage(piece)]
+        if self.args.together > 1:
+            yield from self.side_by_side(pieces)
+            return
+        if "stage3" in pieces:
+            yield [self.stage("stage3")]
+        for kind in ("greedy", "search"):
+            if kind in pieces:
+                yield self.evaluations(kind, kind, self.models())
+        if "seeds" in pieces:
+            yield self.seeds()
+            yield self.evaluations("seeds", "greedy", self.seed_models())
+        if "ablations" in pieces:
+            yield from self.ablations()
+            yield self.ablation_evaluations()
+
+    def side_by_side(self, pieces: Sequence[str]) -> Iterator[list[Job]]:
+        """What follows stage 2 in as few parts as it can: trainings beside evaluations of the models that are there."""
         trainings = [self.stage("stage3")] if "stage3" in pieces else []
         trainings += self.seeds() if "seeds" in pieces else []
         first, then = self.ablations() if "ablations" in pieces else ([], [])
         yield [*trainings, *first, *self.singles(pieces)]
         yield [*then, *self.singles(pieces)]
-        if then:
-            yield self.singles(pieces)
+        yield self.singles(pieces)
         evaluations = self.evaluations("greedy", "greedy", self.models()) if "greedy" in pieces else []
-        if "seeds" in pieces:
-            evaluations += self.evaluations("seeds", "greedy", self.seed_models())
-        if "ablations" in pieces:
-            evaluations += self.ablation_evaluations()
+        evaluations += self.evaluations("search", "search", self.models()) if "search" in pieces else []
+        evaluations += self.evaluations("seeds", "greedy", self.seed_models()) if "seeds" in pieces else []
+        evaluations += self.ablation_evaluations() if "ablations" in pieces else []
         yield evaluations
-        if "search" in pieces:
-            yield self.evaluations("search", "search", self.models())
 
     def singles(self, pieces: Sequence[str]) -> list[Job]:
-        """Evaluations of each model that is there by itself: with --together several run at once.
+        """Evaluations of each model that is there by itself, to run several at once.
 
         What they find is kept in the cache that all share, so that those of all models side by side take seconds.
         """
-        if self.args.together == 1:
-            return []
-        asked = {"greedy": self.models() if "greedy" in pieces else {}}
-        asked["greedy"] = {
-            **asked["greedy"],
-            **(self.seed_models() if "seeds" in pieces else {}),
-            **(self.ablation_models() if "ablations" in pieces else {}),
-        }
-        asked["search"] = self.models() if "search" in pieces else {}
+        greedy = self.models() if "greedy" in pieces else {}
+        greedy |= self.seed_models() if "seeds" in pieces else {}
+        greedy |= self.ablation_models() if "ablations" in pieces else {}
+        asked = {"greedy": greedy, "search": self.models() if "search" in pieces else {}}
         return [
             job
             for kind, models in asked.items()
             for name, model in models.items()
-            for job in self.evaluations(f"single-{kind}-{name}", kind, {name: model})
+            for job in self.single(kind, name, model)
         ]
+
+    def single(self, kind: str, name: str, model: Path) -> list[Job]:
+        """Evaluations of one model by itself, on each set."""
+        return self.evaluations(f"single-{kind}-{name}", kind, {name: model})
 
     def base(self) -> Job:
         """The base model."""
@@ -580,26 +591,25 @@ def read_results(chain: Chain, name: str) -> dict[str, Any] | None:
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     piece, _, which = name.rpartition("-")
-    ours = {
-        "greedy": ("greedy", list(MODELS)), "search": ("search", list(MODELS)),
-        "seeds": ("greedy", ["stage2", "stage3", *(f"stage3-seed{at}" for at in other_seeds(chain))]),
-        "ablations": ("greedy", ["stage1", *ABLATIONS]),
-    }  # fmt: skip
-    kind, models = ours.get(piece, ("", []))
-    paths = {m: chain.output / "evaluation" / f"single-{kind}-{m}-{which}" / "results.json" for m in models}
-    parts = {m: json.loads(path.read_text(encoding="utf-8")) for m, path in paths.items() if path.is_file()}
+    models, kind = {
+        "greedy": (chain.models, "greedy"), "search": (chain.models, "search"), "seeds": (chain.seed_models, "greedy"),
+        "ablations": (chain.ablation_models, "greedy"),
+    }.get(piece, (dict, ""))  # fmt: skip
+    parts = {}
+    for model, folder in models().items():
+        for job in chain.single(kind, model, folder):
+            if job.name.endswith(f"-{which}") and chain.is_done(job):  # not of a model that has been made anew since
+                parts[model] = json.loads(job.result.read_text(encoding="utf-8"))
     if not parts:
         return None
     puzzles: dict[str, dict[str, Any]] = {}
     for part in parts.values():
         for key, entry in part["puzzles"].items():
             puzzles.setdefault(key, {}).update(entry)
-    # Those that all were asked: an evaluation of more puzzles may have come after another.
-    asked = set.intersection(*(set(part["puzzles"]) for part in parts.values()))
     return {
         "models": list(parts),
         "table": [row for part in parts.values() for row in part["table"]],
-        "puzzles": {key: puzzles[key] for key in puzzles if key in asked},
+        "puzzles": puzzles,
     }
 
 
@@ -659,8 +669,9 @@ def grpo_gain(chain: Chain) -> dict[str, Any] | None:
     """Stage 3 minus stage 2 with one greedy guess, mean over the seeds; None before stage 3 has been evaluated."""
     record: dict[str, Any] = {}
     for which in SETS:
-        results = read_results(chain, f"seeds-{which}") or read_results(chain, f"greedy-{which}")
-        if not results or not {"stage2", "stage3"} <= set(results["models"]):
+        found = (read_results(chain, f"{piece}-{which}") for piece in ("seeds", "greedy"))
+        results = next((one for one in found if one and {"stage2", "stage3"} <= set(one["models"])), None)
+        if results is None:
             continue
         models = [name for name in results["models"] if name.startswith("stage3")]
         known = guards_puzzles(chain) if which == "seen" else set()
@@ -687,6 +698,8 @@ def ablation_rows(chain: Chain) -> list[dict[str, Any]]:
     for how, folder in parts.items():
         results = {which: read_results(chain, f"{folder}-{which}") for which in SETS}
         names = dict.fromkeys(name for found in results.values() if found for name in found["models"])
+        if not set(names) - {"stage1"}:  # what all start from has been evaluated, for the main run
+            continue
         first = "masked" if how == "" else "4bit-quantised"
         for name in names:
             changed = "the model that all start from" if name == "stage1" else ABLATIONS[name][0]
@@ -772,7 +785,7 @@ def write_record(chain: Chain, split: Mapping[str, Any]) -> None:
     record = {
         "machine": machine(),
         "versions": versions(),
-        "commands": {name: kept["command"] for name, kept in chain.state.items() if not name.startswith("single-")},
+        "commands": {name: kept["command"] for name, kept in chain.state.items()},
         "figures": {
             "exact_1": "one greedy guess (evaluate_greedy.yaml)",
             "exact_2": "two guesses from several views (evaluate_search.yaml)",

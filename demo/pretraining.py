@@ -316,7 +316,7 @@ def pretrain(
         "tokens": tokens,
         "puzzles": puzzles,
         "avoided": avoided,
-        "seconds": round(time.monotonic() - begin - (0 if compiling else paused), 3),
+        "seconds": round(time.monotonic() - begin - paused, 3),
         "loss_of_replies": round(loss, 4),
         "device": torch.cuda.get_device_name() if cuda else "CPU",
     }

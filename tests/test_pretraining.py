@@ -174,7 +174,7 @@ def test_the_time_to_compile_does_not_count(tmp_path, monkeypatch):
         return json.loads((out / "make_base.json").read_text())["pretraining"]
 
     few, all_of_them = steps(3), steps(10**6)
-    assert compiled and few["steps"] in (3, 4) and few["seconds"] < 5
+    assert compiled and few["steps"] in (3, 4) and few["seconds"] < 0.5 * all_of_them["seconds"]
     assert all_of_them["steps"] == int(FLAGS[FLAGS.index("--pretrain_steps") + 1])
 
 
