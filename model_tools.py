@@ -65,7 +65,7 @@ class InputMaskingDataCollator:
         tokenizer: a transformers tokenizer; its `pad_token_id` pads, and it tokenises rows that come as text.
         mask_inputs: learn replies only.
         mask_first_n_examples: leading replies of each row that are masked too (only with `mask_inputs`).
-        pad_to_multiple_of: the batch's length is rounded up to a multiple of this.
+        pad_to_multiple_of: the batch's length, packed or not, is rounded up to a multiple of this.
         query_beg, reply_beg, reply_end: the text format, needed for rows that come as text.
 
     Attributes:
@@ -118,7 +118,7 @@ class InputMaskingDataCollator:
 
         encoded = [self.encode(row) for row in rows]
         if self.packed_for is not None:
-            return pack_rows(encoded, self.packed_for)
+            return pack_rows(encoded, self.packed_for, self.tokenizer.pad_token_id, self.pad_to_multiple_of)
         longest = max(len(ids) for ids, _ in encoded)
         width = math.ceil(longest / self.pad_to_multiple_of) * self.pad_to_multiple_of
         input_ids = np.full((len(rows), width), self.tokenizer.pad_token_id, dtype=np.int64)

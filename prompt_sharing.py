@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 LENGTH_STEP = 256  # the longest parts' lengths are given in such steps, so that compiled code seldom sees a new one
+MULTIPLE = 8  # of tokens of a row, see packing_tools.pack_rows
 
 
 class SharedPrompts(NamedTuple):
@@ -44,7 +45,7 @@ class SharedPrompts(NamedTuple):
 def share_prompts(
     prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray]
 ) -> tuple[dict[str, Any], SharedPrompts, list[int]]:
-    """One row of all prompts that differ, and of all replies.
+    """One row of all prompts that differ, and of all replies; the last one is filled up to a multiple of MULTIPLE.
 
     Args:
         prompts: token ids of each reply's prompt, int64 (tokens,), two at least; equal ones are shared.
@@ -52,7 +53,7 @@ def share_prompts(
 
     Returns:
         `input_ids` and `position_ids`, int64 (1, tokens); where its parts are; the order in which the replies stand in
-        it. The row's last tokens, as many as all replies have, are those whose logits predict the replies.
+        it. From `SharedPrompts.tokens` on, as many tokens as all replies have are those whose logits predict them.
 
     Raises:
         ValueError: a prompt or a reply that is too short.
@@ -68,6 +69,8 @@ def share_prompts(
     order = [number for numbers in groups.values() for number in numbers]
     heads = [prompt[:-1] for prompt in firsts]
     tails = [np.concatenate([prompts[number][-1:], replies[number][:-1]]) for number in order]
+    more = -sum(map(len, [*heads, *tails])) % MULTIPLE
+    tails[-1] = np.concatenate([tails[-1], np.zeros(more, dtype=np.int64)])
     positions = [np.arange(len(head)) for head in heads]
     positions += [len(prompts[n]) - 1 + np.arange(len(tail)) for n, tail in zip(order, tails, strict=True)]
     head_lengths = np.array([len(head) for head in heads])
@@ -126,7 +129,8 @@ def reply_log_probs(
     sent = torch.from_numpy(np.stack([targets, rows, columns])).to(device, non_blocking=True)
     batch = {name: value.to(device, non_blocking=True) for name, value in row.items()}
     batch |= engine_arguments(shared, engine, device)
-    logits = model(**batch, logits_to_keep=count, use_cache=False).logits[0].float() / temperature
+    kept = row["input_ids"].shape[1] - shared.tokens  # with what fills the row up
+    logits = model(**batch, logits_to_keep=kept, use_cache=False).logits[0, :count].float() / temperature
     log_probs = torch.log_softmax(logits, dim=-1)
     with torch.no_grad():
         entropies = -(log_probs.exp() * log_probs).sum(-1)

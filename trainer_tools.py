@@ -212,7 +212,8 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
 
         def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
             mask = inputs.get("attention_mask")
-            self.tokens_on_device += inputs["input_ids"].numel() if mask is None else mask.sum()
+            real = inputs["input_ids"] != data.tokenizer.pad_token_id if mask is None else mask
+            self.tokens_on_device += real.sum()
 
         def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
             # The device is asked for the count where it is waited for anyway, not in every pass.

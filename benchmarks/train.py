@@ -145,6 +145,27 @@ def profiled(trainer: Any, first: int, asked: bool) -> Iterator[None]:
                          row_limit=25, max_name_column_width=60))  # fmt: skip
     if torch.cuda.is_available():
         print(averages.table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=60))
+        print_gaps(profiler.events())
+
+
+def print_gaps(events: Any, lines: int = 15) -> None:
+    """Print how long the device was busy in a profile, and before which kernels it waited longest."""
+    from torch.autograd import DeviceType
+
+    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in events if e.device_type == DeviceType.CUDA)
+    if not spans:
+        return
+    busy, done, waits = 0.0, spans[0][0], {}
+    for begin, end, name in spans:
+        if begin > done:
+            count, total = waits.get(name, (0, 0.0))
+            waits[name] = (count + 1, total + begin - done)
+        busy += max(0.0, end - max(begin, done))
+        done = max(done, end)
+    whole = done - spans[0][0]
+    print(f"device: busy {busy / 1000:.1f} ms of {whole / 1000:.1f} ms in {len(spans):,} kernels and copies")
+    for name, (count, total) in sorted(waits.items(), key=lambda item: -item[1][1])[:lines]:
+        print(f"  idle {total / 1000:8.2f} ms in {count:5} waits for {name[:90]}")
 
 
 def common_flags(args: argparse.Namespace) -> list[str]:

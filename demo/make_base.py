@@ -47,6 +47,7 @@ NAMED_TOKENS = [
 ]  # fmt: skip
 # In Llama 3's order, behind the ordinary tokens; the real one goes on to 256 of them.
 SPECIAL_TOKENS = [f"<|{name}|>" for name in NAMED_TOKENS] + [f"<|reserved_special_token_{i}|>" for i in range(3, 8)]
+ROPE_THETA = 500000.0  # Llama 3's, for contexts of 128k tokens
 BYTES = 256  # each byte is a token, so that every text can be written and every single character is its own token
 # Where a text is split before pairs are merged: Llama 3's rule. `\p{N}{1,3}` is what lets up to three digits merge.
 SPLIT = (
@@ -127,6 +128,7 @@ def build_model(
     heads: int,
     intermediate: int,
     seed: int,
+    rope_theta: float = ROPE_THETA,
     spread: float = 0.02,
 ) -> "LlamaForCausalLM":
     """A Llama with random weights for the tokenizer, in bfloat16.
@@ -138,6 +140,7 @@ def build_model(
         heads: query heads; two of them share a key and value head where their number is even.
         intermediate: width inside the feed-forward part.
         seed: of the weights; torch's own generator is left as it was.
+        rope_theta: base of the rotary embeddings' wavelengths, from 2 pi to 2 pi times this tokens.
         spread: standard deviation of the weights.
     """
     import torch
@@ -156,7 +159,7 @@ def build_model(
         initializer_range=spread,
         rope_parameters={
             "rope_type": "llama3",
-            "rope_theta": 500000.0,
+            "rope_theta": rope_theta,
             "factor": 32.0,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
@@ -177,8 +180,9 @@ def build_model(
 
 
 def check_settings(
-    vocab: int, hidden: int, layers: int, heads: int, intermediate: int, seed: int, pretraining: Pretraining
-) -> None:
+    vocab: int, hidden: int, layers: int, heads: int, intermediate: int, seed: int, rope_theta: float,
+    pretraining: Pretraining,
+) -> None:  # fmt: skip
     """Refuse a shape that no Llama can have, and a pretraining that cannot be.
 
     Raises:
@@ -197,6 +201,8 @@ def check_settings(
         )
     elif hidden % (2 * heads):  # rotary embeddings turn pairs of a head's components
         problems.append(f"--hidden is {hidden}: expected a multiple of twice --heads, {2 * heads}")
+    if not 1 < rope_theta < float("inf"):
+        problems.append(f"--rope_theta is {rope_theta:g}: expected a number above 1")
     if seed < 0:
         problems.append(f"--seed is {seed}: expected a whole number from 0")
     problems += pretraining.problems()
@@ -221,7 +227,7 @@ def is_there(out: Path, settings: dict[str, Any]) -> bool:
         made_with = json.loads(record.read_text(encoding="utf-8"))["settings"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise FileExistsError(f"{out} holds files that this program did not write: choose another --out") from None
-    if made_with != settings:
+    if {"rope_theta": ROPE_THETA, **made_with} != settings:  # a record from before there was a choice
         raise FileExistsError(
             f"{out} was made with other settings ({made_with}): move it away, or choose another --out"
         )
@@ -244,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if name == "seed" or (name.startswith("pretrain_") and name != "pretrain_workers")
         }
     )
-    settings = {"vocab": args.vocab, **shape, "seed": args.seed}
+    settings = {"vocab": args.vocab, **shape, "seed": args.seed, "rope_theta": args.rope_theta}
     out = args.out.resolve()
     try:
         check_settings(**settings, pretraining=pretraining)
@@ -260,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Llama's own 0.02 is for widths of thousands. With it a model of width 64 had not found out after 4,000 steps
         # that cells can be copied (loss 1.6); with this one it began to after 400.
         spread = shape["hidden"] ** -0.5 if pretraining.pretrain_steps else 0.02
-        model = build_model(tokenizer, **shape, seed=args.seed, spread=spread)
+        model = build_model(tokenizer, **shape, seed=args.seed, rope_theta=args.rope_theta, spread=spread)
         record: dict[str, Any] = {"made_by": "demo/make_base.py"}
         if pretraining.pretrain_steps:
             from demo.pretraining import pretrain, print_measured, solved_by_family
@@ -307,6 +313,10 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="depth (2)")
     parser.add_argument("--heads", type=int, help="query heads (4)")
     parser.add_argument("--intermediate", type=int, help="width inside the feed-forward part (4 times --hidden)")
+    parser.add_argument(
+        "--rope_theta", type=float, default=ROPE_THETA,
+        help="base of the rotary embeddings' wavelengths: less for short contexts (500000)",
+    )  # fmt: skip
     parser.add_argument("--vocab", type=int, default=512, help="tokens, the special ones included (512)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokenizer's text and puzzles (0)")
     default = Pretraining()

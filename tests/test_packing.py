@@ -72,6 +72,12 @@ def test_a_batch_by_hand():
     bounds, longest = batch[DOCUMENTS]
     assert bounds.tolist() == [0, 3, 5, 6] and longest == 256
     assert rows[1][1].tolist() == [True, True]  # what was given is left alone
+    batch = pack_rows(rows, "transformers", filler=3, multiple_of=8)  # the last document is longer, and learns no more
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4, 3, 3]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, -100, 9, -100, -100, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 3, 5, 8]
+    assert pack_rows(rows, "unsloth", filler=3, multiple_of=8)["packed_seq_lengths"].tolist() == [3, 2, 3]
 
 
 def inputs(documents):
@@ -134,8 +140,13 @@ def test_the_collator_packs_what_it_would_pad():
     collator.packed_for = "transformers"
     packed = collator(rows)
     kept = padded["attention_mask"].bool()
-    assert packed["input_ids"][0].tolist() == padded["input_ids"][kept].tolist()
-    assert packed["labels"][0].tolist() == padded["labels"][kept].tolist()
+    count = int(kept.sum())
+    assert packed["input_ids"][0, :count].tolist() == padded["input_ids"][kept].tolist()
+    assert packed["labels"][0, :count].tolist() == padded["labels"][kept].tolist()
+    assert packed["input_ids"].shape == (1, 16) and set(packed["input_ids"][0, count:].tolist()) == {
+        tokenizer.pad_token_id
+    }
+    assert set(packed["labels"][0, count:].tolist()) == {-100}
     with pytest.raises(ValueError, match="row b"):
         collator([rows[0], {**rows[1], "reply_spans": [[2, 4]]}])
 
@@ -204,10 +215,10 @@ def test_unsloths_attention_is_asked_for_all_but_documents():
         attention(config=None, context=SimpleNamespace(seq_info=info, **context), Q=query, K=key, V=value)
     assert len(asked) == 2
     # What was said of the batch goes with its lengths, whatever Unsloth has made of them since.
-    row, shared, _ = share_prompts([np.arange(2, 302)] * 2, [np.arange(3, 50), np.arange(4, 160)])
-    assert row["input_ids"].shape[1] == 299 + 47 + 156
+    row, shared, _ = share_prompts([np.arange(2, 302)] * 2, [np.arange(3, 50), np.arange(4, 162)])
+    assert row["input_ids"].shape[1] == 299 + 47 + 158
     lengths.documents = (shared, shared.longest[0])
-    query, key, value = (part[:, :, :502] for part in (query, key, value))
+    query, key, value = (part[:, :, :504] for part in (query, key, value))
     context = SimpleNamespace(seq_info=(lengths, None, None), **context)
     found = attention(config=None, context=context, Q=query, K=key, V=value)
     assert torch.equal(found, attend_shared(query, key, value, shared, kernel=False)) and len(asked) == 2

@@ -53,11 +53,11 @@ def test_a_row_by_hand():
     a, b = np.array([5, 6, 7]), np.array([8, 9])
     row, shared, order = share_prompts([a, b, a], [np.array([1, 2]), np.array([3]), np.array([4])])
     assert order == [0, 2, 1]
-    assert row["input_ids"].tolist() == [[5, 6, 8, 7, 1, 7, 9]]
-    assert row["position_ids"].tolist() == [[0, 1, 0, 2, 3, 2, 1]]
-    assert shared.parts.tolist() == [0, 2, 3, 5, 6, 7]
+    assert row["input_ids"].tolist() == [[5, 6, 8, 7, 1, 7, 9, 0]]  # filled up to eight
+    assert row["position_ids"].tolist() == [[0, 1, 0, 2, 3, 2, 1, 2]]
+    assert shared.parts.tolist() == [0, 2, 3, 5, 6, 8]
     assert shared.prompts.tolist() == [0, 2, 3]
-    assert shared.owned.tolist() == [0, 3, 4]
+    assert shared.owned.tolist() == [0, 3, 5]
     assert shared.tokens == 3 and shared.longest == (256, 256, 256)
     with pytest.raises(ValueError, match="two tokens"):
         share_prompts([np.array([1])], [np.array([1])])
