@@ -663,9 +663,10 @@ class ArcDataset:
         perm: bool = False,
         keep_background: bool = False,
         shfl_ex: bool = False,
+        perm_share: float = 1.0,
     ) -> Views:
         """Views of the keys, made when they are asked for; see `Views`."""
-        return Views(self, seed, tp=tp, rt=rt, perm=perm, keep_background=keep_background, shfl_ex=shfl_ex)
+        return Views(self, seed, tp, rt, perm, keep_background, shfl_ex, perm_share)
 
     def augment_keys(self, keys: Sequence[str], seed: int | None = None, n: int = 1, **options: Any) -> list[str]:
         """Keys of augmented views in upstream's order: n draws of each symmetry of each key, keys running fastest.
@@ -674,7 +675,7 @@ class ArcDataset:
             keys: keys of this dataset's puzzles.
             seed: of the draws; None: from the system.
             n: draws.
-            options: tp, rt, perm, keep_background, shfl_ex as in `Views`.
+            options: tp, rt, perm, keep_background, shfl_ex, perm_share as in `Views`.
 
         Source: ARChitects' augment_keys, whose draws of `tp` and `rt` are repeated n times; here every draw is its own.
         """
@@ -688,7 +689,7 @@ class ArcDataset:
         Args:
             seed: of the draws; None: from the system.
             n: draws of each view.
-            options: tp, rt, perm, keep_background, shfl_ex as in `Views`.
+            options: tp, rt, perm, keep_background, shfl_ex, perm_share as in `Views`.
 
         Source: ARChitects' augment; other draws.
         """
@@ -1375,6 +1376,7 @@ class Views:
         perm: bool = False,
         keep_background: bool = False,
         shfl_ex: bool = False,
+        perm_share: float = 1.0,
     ):
         """See the class.
 
@@ -1386,16 +1388,19 @@ class Views:
             perm: permute the colours.
             keep_background: colour 0 stays 0.
             shfl_ex: shuffle the demonstrations that the key has.
+            perm_share: share of the views, drawn, whose colours are permuted with `perm`; the others keep their own.
 
         Raises:
-            ValueError: tp or rt is something else.
+            ValueError: tp or rt is something else, or the share is none.
         """
+        if not 0 <= perm_share <= 1:
+            raise ValueError(f"perm_share is {perm_share}, expected a share from 0 to 1")
         for name, value in (("tp", tp), ("rt", rt)):
             if value not in (True, False, "all"):
                 raise ValueError(f'{name} is {value!r}, expected "all", True or False')
         self.ds, self.seed = ds, seed
         self.tp, self.rt = (value if value == "all" else bool(value) for value in (tp, rt))
-        self.perm, self.keep_background, self.shfl_ex = perm, keep_background, shfl_ex
+        self.perm, self.keep_background, self.shfl_ex, self.perm_share = perm, keep_background, shfl_ex, perm_share
         self.symmetries = [
             ".tp" * transposed + ".rt" * turns
             for turns in range(4 if rt == "all" else 1)
@@ -1444,7 +1449,11 @@ class Views:
             if self.keep_background:
                 order[:, 0] = 0  # the smallest: colour 0 comes first
             digits = (np.argsort(order, axis=1).astype(np.uint8) + 48).tobytes().decode("ascii")
-            suffixes = [f"{s}.perm{digits[10 * i : 10 * i + 10]}" for i, s in enumerate(suffixes)]
+            permuted = [f"{s}.perm{digits[10 * i : 10 * i + 10]}" for i, s in enumerate(suffixes)]
+            if self.perm_share < 1:  # by the bits that no rotation is drawn from
+                keep = (draws[:, 1] << np.uint64(2)) / 2.0**64 >= self.perm_share
+                permuted = [s if kept else p for s, p, kept in zip(suffixes, permuted, keep.tolist(), strict=True)]
+            suffixes = permuted
         if self.shfl_ex:
             order = draws[:, 12:]
             order[np.arange(order.shape[1]) >= np.array(counts)[:, None]] = np.iinfo(np.uint64).max  # sorted behind

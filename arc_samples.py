@@ -363,7 +363,7 @@ class TrainingSamples:
             max_tokens: limit of a row, BOS included.
             seed: of the views.
             epochs: how many are planned; see `total_rows`. Later rows are made all the same.
-            view_options: tp, rt, perm, keep_background, shfl_ex as in `Views`.
+            view_options: tp, rt, perm, keep_background, shfl_ex, perm_share as in `Views`.
         """
         turned = bool(view_options.get("tp")) or bool(view_options.get("rt"))
         long = {ArcDataset.get_base_key(key) for key in encoder.too_long(ds, ds.keys, max_tokens, turned)}

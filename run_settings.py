@@ -97,6 +97,7 @@ class RunSettings(DataSettings):
     tp: str = setting("all", "transposed views: all, true (one drawn a sample) or false")
     rt: str = setting("all", "rotated views: all, true (one drawn a sample) or false")
     perm: bool = setting(True, "a new colour permutation for each sample and epoch")
+    perm_share: float = setting(1.0, "share of the samples whose colours are permuted; the others keep their own")
     keep_background: bool = setting(False, "colour permutations leave 0 alone")
     shfl_ex: bool = setting(True, "a new order of the demonstrations for each sample and epoch")
     max_seq_length: int = setting(1536, "longest row in tokens; demonstrations are dropped to fit")
@@ -370,6 +371,7 @@ def _run_checks(settings: RunSettings) -> dict[str, tuple[bool, str]]:
     check("weight_decay", math.isfinite(settings.weight_decay) and settings.weight_decay >= 0, "a number from 0")
     check("adam_beta2", 0 <= settings.adam_beta2 < 1, "a share from 0 to below 1")
     check("warmup_ratio", 0 <= settings.warmup_ratio < 1, "a share from 0 to below 1")
+    check("perm_share", 0 <= settings.perm_share <= 1, "a share from 0 to 1")
     check("lora_dropout", 0 <= settings.lora_dropout < 1, "a share from 0 to below 1")
     unknown = [m for m in settings.target_modules if m not in LINEAR_MODULES + EMBEDDING_MODULES]
     good = not unknown and any(m in LINEAR_MODULES for m in settings.target_modules)

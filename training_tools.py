@@ -170,6 +170,7 @@ def augmentation(settings: RunSettings) -> dict[str, Any]:
         "perm": settings.perm,
         "keep_background": settings.keep_background,
         "shfl_ex": settings.shfl_ex,
+        "perm_share": settings.perm_share,
     }
 
 

@@ -248,6 +248,22 @@ def test_every_view_is_a_valid_key(seed, epoch, tp, rt, perm, keep, shfl, data):
     assert not keep or all(c[0] == "0" for c in colours)
 
 
+def test_a_share_of_the_views_keeps_its_colours():
+    ds = toy()
+    whole = ds.views(3, tp="all", rt=True, perm=True, shfl_ex=True)
+    part = ds.views(3, tp="all", rt=True, perm=True, shfl_ex=True, perm_share=0.5)
+    epochs, indices = (grid.ravel() for grid in np.meshgrid(np.arange(500), np.arange(len(whole)), indexing="ij"))
+    keys, kept = whole.keys(epochs, indices), part.keys(epochs, indices)
+    own = [".perm" not in key for key in kept]
+    assert abs(np.mean(own) - 0.5) < 0.03
+    # All else of a view is drawn as before, whatever its colours.
+    without = [".".join(p for p in key.split(".") if not p.startswith("perm")) for key in keys]
+    assert kept == [plain if one else key for plain, key, one in zip(without, keys, own, strict=True)]
+    assert all(".perm" not in key for key in ds.views(3, perm=True, perm_share=0.0).keys(epochs[:9], indices[:9] % 2))
+    with pytest.raises(ValueError, match="perm_share is 1.5"):
+        ds.views(3, perm=True, perm_share=1.5)
+
+
 # -- decoding
 
 HOSTILE = [
