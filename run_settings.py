@@ -141,7 +141,11 @@ class RunSettings(DataSettings):
     )
     save_total_limit: int = setting(2, "checkpoints kept")
     report_to: str = setting("none", "none, tensorboard, wandb, ...")
-    dataloader_num_workers: int = setting(0, "processes that make batches ahead; 0: the main one does")
+    dataloader_num_workers: int | None = setting(
+        None,
+        "processes that make batches ahead; 0: the main one does; default: 2 where a step has 32 samples or more "
+        "(stages 1 and 2, engine transformers, on a GPU), else 0",
+    )
 
     @property
     def samples_per_step(self) -> int:
@@ -354,8 +358,10 @@ def _run_checks(settings: RunSettings) -> dict[str, tuple[bool, str]]:
         "per_device_eval_batch_size",
     ):
         check(name, getattr(settings, name) >= 1, WHOLE_FROM_1)
-    for name in ("eval_steps", "eval_puzzles", "dataloader_num_workers"):
+    for name in ("eval_steps", "eval_puzzles"):
         check(name, getattr(settings, name) >= 0, WHOLE_FROM_0)
+    workers = settings.dataloader_num_workers
+    check("dataloader_num_workers", workers is None or workers >= 0, WHOLE_FROM_0)
     check("base_model", is_name(settings.base_model), "a folder or hub name")
     check("output_dir", is_name(settings.output_dir), "a name")
     prefix = settings.artifact_prefix

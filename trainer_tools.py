@@ -28,6 +28,8 @@ from report_tools import read_metrics
 if TYPE_CHECKING:
     from training_tools import StageData, StageRun
 
+MANY_SAMPLES = 32  # of a step of one process: from there on other processes make its batches
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Trainer
 
@@ -140,6 +142,7 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
     run.plan = plan_batches(trial, steps=steps_ahead(run, data), kept=run.kept_plan())
     arguments = {
         **common_arguments(run),
+        "dataloader_num_workers": loader_processes(settings, precision.engine),
         "per_device_eval_batch_size": settings.per_device_eval_batch_size,
         "eval_strategy": "steps" if measured else "no",
         "eval_steps": settings.eval_steps if measured else None,
@@ -326,7 +329,7 @@ def common_arguments(run: StageRun) -> dict[str, Any]:
         "save_strategy": "steps" if settings.save_steps else "no",
         "save_steps": settings.save_steps or 500,
         "remove_unused_columns": False,  # the collator reads reply_spans and key, the reward reads key
-        "dataloader_num_workers": settings.dataloader_num_workers,
+        "dataloader_num_workers": settings.dataloader_num_workers or 0,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "accelerator_config": {"non_blocking": torch.cuda.is_available()},  # else each batch waits for the last step
         "logging_steps": settings.logging_steps,
@@ -339,6 +342,23 @@ def common_arguments(run: StageRun) -> dict[str, Any]:
     if precision.engine == "transformers" or process_count() > 1:
         arguments["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     return arguments
+
+
+def loader_processes(settings: Any, engine: str) -> int:
+    """Processes that make batches ahead: as the settings say, else some where the main one would keep a GPU waiting.
+
+    A sample takes the main process about 0.1 ms, which the GPU waits for where it computes a small model.
+
+    Args:
+        settings: of stage 1 or 2.
+        engine: "transformers" or "unsloth", whose rows processes have not been tried on.
+    """
+    import torch
+
+    if settings.dataloader_num_workers is not None:
+        return settings.dataloader_num_workers
+    many = settings.samples_per_step // process_count() >= MANY_SAMPLES
+    return 2 if many and engine == "transformers" and torch.cuda.is_available() else 0
 
 
 def divide_step(settings: Any) -> tuple[int, int]:

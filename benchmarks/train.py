@@ -347,7 +347,8 @@ def machine() -> str:
     import torch
 
     if torch.cuda.is_available():
-        return f"one {torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores"
+        count = torch.cuda.device_count()
+        return f"{'one' if count == 1 else count} {torch.cuda.get_device_name()}, {os.cpu_count()} CPU cores"
     return f"{platform.machine()}, {os.cpu_count()} cores, no CUDA"
 
 

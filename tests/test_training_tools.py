@@ -6,13 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import base_finetune
 import base_finetune_final
 import train_grpo
 import trainer_tools
 from run_settings import find_problems, parse_settings
-from trainer_tools import EpochSampler
+from trainer_tools import EpochSampler, loader_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -140,6 +141,16 @@ def test_a_training_has_rows_for_every_epoch_that_it_enters():
         settings = base_finetune.Settings(max_steps=steps, num_train_epochs=epochs)
         run = SimpleNamespace(settings=settings)
         assert trainer_tools.planned_rows(run, data, rows_per_step=8) == rows
+
+
+def test_processes_make_the_batches_where_the_main_one_would_keep_a_gpu_waiting(monkeypatch):
+    few, many = (SimpleNamespace(dataloader_num_workers=None, samples_per_step=size) for size in (31, 32))
+    assert loader_processes(many, "transformers") == (2 if torch.cuda.is_available() else 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert loader_processes(many, "transformers") == 2
+    assert loader_processes(few, "transformers") == loader_processes(many, "unsloth") == 0
+    for asked in (0, 3):
+        assert loader_processes(SimpleNamespace(dataloader_num_workers=asked, samples_per_step=8), "unsloth") == asked
 
 
 def test_order_of_rows_depends_on_seed_and_epoch_alone():
