@@ -46,6 +46,7 @@ class BatchPlan:
         compile_layers: each layer is compiled.
         peak_bytes: GPU memory of the longest pass with what training will add to it; None: not tried.
         seconds_per_step: of all passes and the optimizer; None: not timed.
+        loader_processes: processes that make batches ahead; 0: the main one does.
     """
 
     micro_batch_size: int
@@ -55,6 +56,7 @@ class BatchPlan:
     compile_layers: bool = False
     peak_bytes: int | None = None
     seconds_per_step: float | None = None
+    loader_processes: int = 0
 
     def choice(self) -> dict[str, Any]:
         """What was chosen, without what was measured: for checkpoints and manifests, which a rerun makes alike."""
@@ -77,6 +79,8 @@ class BatchPlan:
         ]
         if self.compile_layers:
             parts.append("layers compiled")
+        if self.loader_processes:
+            parts.append(f"batches made by {self.loader_processes} more processes")
         if process_count() > 1:
             parts.append(f"in each of {process_count()} processes")
         text = ", ".join(parts)
@@ -411,7 +415,7 @@ class SupervisedTrial(Trial):
     def tokens(self, batch: Batch) -> int:
         """Without padding."""
         mask = batch.get("attention_mask")
-        return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+        return int((batch["input_ids"] != self.collator.tokenizer.pad_token_id if mask is None else mask).sum())
 
     def tokens_per_step(self, plan: BatchPlan) -> float:
         """On average."""

@@ -30,8 +30,8 @@ def pack_rows(
 
     A document's first token is not learned: nothing of its own document comes before it. So as many tokens are learned
     as in rows of their own. The last document is filled up, behind all that it can see, where the row's length has to
-    be a multiple of something: Unsloth multiplies matrices whose rows are as long as it is, which in 16 bits takes a
-    GPU up to twice as long where that is no multiple of 8.
+    be a multiple of something: Unsloth multiplies matrices whose rows are as long as it is, and the fast kernels of a
+    GPU for 16 bits want a multiple of 8.
 
     Args:
         rows: token ids, int64 (tokens,), and which of them are learned, bool (tokens,), of each document.

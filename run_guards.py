@@ -434,7 +434,7 @@ def explain(
     if is_out_of_memory(error):
         return _explain_memory(error, doing, settings, _was_inside(error, measuring))
     if isinstance(error, RuntimeError) and WORKER_ENDED.search(str(error)):
-        workers = settings.get("dataloader_num_workers") or "chosen by itself"
+        workers = settings.get("dataloader_num_workers", "more than 0")
         return (
             f"a process that makes batches was ended while {doing}, by a signal or for lack of main memory "
             f"({_first_line(error)}).\nRun the command again, with fewer --dataloader_num_workers (now {workers})."

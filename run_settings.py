@@ -143,8 +143,8 @@ class RunSettings(DataSettings):
     report_to: str = setting("none", "none, tensorboard, wandb, ...")
     dataloader_num_workers: int | None = setting(
         None,
-        "processes that make batches ahead; 0: the main one does; default: 2 where a step has 32 samples or more "
-        "(stages 1 and 2, engine transformers, on a GPU), else 0",
+        "processes that make batches ahead; 0: the main one does; default: 2 where a step has 32 samples or more on "
+        "each GPU (stages 1 and 2, engine transformers), else 0",
     )
 
     @property

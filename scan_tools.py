@@ -159,13 +159,8 @@ def scan_identity(
         "fast_rollouts": from_copy,
         "puzzles": data.split.train.content_hash(),
         "views": [
-            views.seed,
-            views.tp,
-            views.rt,
-            views.perm,
-            views.keep_background,
-            views.shfl_ex,
-            views.perm_share,
+            *(views.seed, views.tp, views.rt, views.perm, views.keep_background, views.shfl_ex),
+            *([] if views.perm_share == 1 else [views.perm_share]),  # as in scans from before there was a choice
         ],
         "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
         "max_seq_length": settings.max_seq_length,

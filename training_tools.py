@@ -618,6 +618,8 @@ class StageRun:
         # With what was chosen where they leave it open.
         names = ("micro_batch_size", "gradient_checkpointing", "padding_free", "compile_layers")
         chosen = {name: getattr(self.plan, name) for name in names} if self.plan is not None else {}
+        if self.plan is not None and self.settings.dataloader_num_workers is None:
+            chosen["dataloader_num_workers"] = self.plan.loader_processes
         return asdict(self.settings) | {"dtype": self.precision.dtype} | chosen
 
     def save(self, model: Any, data: StageData, **about: Any) -> None:

@@ -632,8 +632,10 @@ def score_rows(chain: Chain) -> list[dict[str, Any]]:
                 # Small grids repeat: some held-out pairs stand in a training puzzle too.
                 new = [solved[key] for key, entry in greedy["puzzles"].items() if not entry["seen_test"]]
                 interval = mean_interval(list(map(float, solved.values())), [by_task(key) for key in solved])
+                tasks = {by_task(key) for key in solved}
+                some = {by_task(key) for key, good in solved.items() if good}
                 row |= {
-                    "n": found["n"], "tasks": len(set(map(by_task, solved))), "exact_1": found["exact_1"],
+                    "n": found["n"], "tasks": len(tasks), "tasks_solved": len(some), "exact_1": found["exact_1"],
                     "ci_1": found["exact_1_interval"], "ci_1_tasks": interval, "n_new": len(new),
                     "exact_1_new": sum(new) / len(new) if new else None, "decodable": found["decodable"],
                     "cell_accuracy": found["cell_accuracy"], "seconds_1": found["seconds"],
@@ -739,6 +741,7 @@ def training_figures(lora: Path) -> dict[str, Any]:
         "tokens": int(tokens),
         "training_seconds": round(seconds, 3),
         "last_loss": losses[-1]["loss"] if losses else None,
+        "heldout_loss": next((r["eval_loss"] for r in reversed(records) if r.get("eval_loss") is not None), None),
     }
 
 

@@ -154,7 +154,7 @@ def run_row(row: Configuration, args: argparse.Namespace) -> dict[str, Any]:
         "output_dir": args.output_dir / f"stage-{Path(row.model).name}", "max_steps": args.steps, "eval_steps": 0,
         "save_steps": 0, "lora_r": row.lora_r, "max_seq_length": row.tokens, "sizes": pairs - 1, "holdout_examples": 4,
         "per_device_train_batch_size": size, "gradient_accumulation_steps": passes,
-        "micro_batch_size": divide_batch(size, passes, row.gpus)[0],
+        "micro_batch_size": divide_batch(size, passes, row.gpus)[0], "dataloader_num_workers": 0,  # alike in all rows
     }  # fmt: skip
     given = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     run, data, trainer = make_stage_1([*given, *shlex.split(args.flags)])

@@ -152,7 +152,9 @@ def print_gaps(events: Any, lines: int = 15) -> None:
     """Print how long the device was busy in a profile, and before which kernels it waited longest."""
     from torch.autograd import DeviceType
 
-    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in events if e.device_type == DeviceType.CUDA)
+    # Annotations, such as of an optimizer's step, span what they name and the gaps in it.
+    done_there = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in done_there)
     if not spans:
         return
     busy, done, waits = 0.0, spans[0][0], {}

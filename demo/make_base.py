@@ -315,7 +315,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--intermediate", type=int, help="width inside the feed-forward part (4 times --hidden)")
     parser.add_argument(
         "--rope_theta", type=float, default=ROPE_THETA,
-        help="base of the rotary embeddings' wavelengths: less for short contexts (500000)",
+        help="base of the rotary embeddings' wavelengths (500000, Llama 3's)",
     )  # fmt: skip
     parser.add_argument("--vocab", type=int, default=512, help="tokens, the special ones included (512)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, tokenizer's text and puzzles (0)")

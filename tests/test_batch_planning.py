@@ -85,6 +85,10 @@ def test_a_plan_says_what_it_is():
     assert BatchPlan(1, 8, True, False).describe(5) == (
         "a step: 8 forward passes of 1 sample, padded, with gradient checkpointing"
     )
+    assert BatchPlan(64, 1, False, True, loader_processes=2).describe(5) == (
+        "a step: 1 forward pass of 64 samples, without padding, without gradient checkpointing, batches made by 2 more "
+        "processes"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -489,6 +489,22 @@ def test_the_base_is_reproducible(base, tmp_path):
     assert contents(base) == contents(tmp_path / "again")
 
 
+def test_the_rotary_base_is_chosen_and_kept(base, tmp_path, capsys):
+    out = tmp_path / "b"
+    assert make_base.main(["--out", str(out), "--rope_theta", "10000"]) == 0
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (base, out)]
+    assert [config["rope_parameters"].pop("rope_theta") for config in configs] == [500000.0, 10000.0]
+    assert configs[0] == configs[1]
+    assert make_base.main(["--out", str(out)]) == 2  # there with another one
+    record = out / "make_base.json"
+    made = json.loads(record.read_text())
+    del made["settings"]["rope_theta"]  # a record from before there was a choice: it was Llama 3's
+    record.write_text(json.dumps(made))
+    capsys.readouterr()
+    assert make_base.main(["--out", str(out)]) == 0 and "there already" in capsys.readouterr().out
+    assert make_base.main(["--out", str(out), "--rope_theta", "10000"]) == 2
+
+
 def test_the_base_is_not_made_twice_or_overwritten(base, tmp_path, capsys):
     before = contents(base)
     assert make_base.main(["--out", str(base)]) == 0
@@ -510,6 +526,7 @@ def test_the_base_is_not_made_twice_or_overwritten(base, tmp_path, capsys):
         (["--hidden", "60"], "--hidden is 60: expected a multiple of twice --heads, 8"),
         (["--layers", "0"], "--layers"),
         (["--seed", "-1"], "--seed"),
+        (["--rope_theta", "1"], "--rope_theta is 1: expected a number above 1"),
     ],
 )
 def test_bad_settings_of_the_base(tmp_path, capsys, flags, expected):

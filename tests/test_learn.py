@@ -133,6 +133,9 @@ def test_every_figure_is_one_of_the_evaluations(learned):
         assert greedy["settings"]["decoding"] == "greedy" and greedy["settings"]["views"] == 1
         solved += sum(right)
         new = [right[i] for i, entry in enumerate(greedy["puzzles"].values()) if not entry["seen_test"]]
+        assert row["tasks_solved"] == len(
+            {learn.by_task(k) for k, good in zip(greedy["puzzles"], right, strict=True) if good}
+        )
         assert row["n_new"] == len(new) and row["exact_1_new"] == (sum(new) / len(new) if new else None)
         if row["set"] == "unseen":  # not measured yet
             assert row["exact_2"] is None and row["ci_2"] is None
@@ -348,7 +351,7 @@ def test_seconds_and_tokens_from_the_log_leave_measurements_out(tmp_path):
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = learn.training_figures(tmp_path)
-    assert found == {"steps": 6, "tokens": 600, "training_seconds": 2 + 2 + 1, "last_loss": 1.5}
+    assert found == {"steps": 6, "tokens": 600, "training_seconds": 2 + 2 + 1, "last_loss": 1.5, "heldout_loss": 2.5}
     assert learn.training_figures(tmp_path / "none") == {}
 
 

@@ -151,21 +151,33 @@ def test_the_collator_packs_what_it_would_pad():
         collator([rows[0], {**rows[1], "reply_spans": [[2, 4]]}])
 
 
-def test_a_stage_trains_the_same_either_way(demo_base, demo_dataset, tmp_path):
+def test_a_stage_trains_the_same_either_way(demo_base, demo_dataset, tmp_path, monkeypatch):
+    made, make = set(), torch.utils.data.DataLoader.__init__
+
+    def noting(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        made.add((self.batch_size, self.num_workers))
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", noting)
     flags = [
         "--base_model", demo_base, "--dataset_dir", demo_dataset, "--sizes", 2, "--lora_r", 8, "--max_steps", 4,
-        "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--logging_steps", 1, "--eval_steps", 4,
+        "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--logging_steps", 1, "--eval_steps", 2,
         "--eval_puzzles", 2, "--holdout_examples", 6, "--learning_rate", 1e-3, "--save_steps", 0,
         "--optim", "adamw_torch",
     ]  # fmt: skip
-    losses, measured = [], []
-    for name, which in (("padded", []), ("packed", ["--padding_free", True])):
+    losses, measured, seen = [], [], []
+    for name, which in (("padded", []), ("packed", ["--padding_free", True, "--dataloader_num_workers", 1])):
+        made.clear()
         code, printed = call("base_finetune", *flags, *which, "--output_dir", tmp_path / name)
         assert code == 0, printed[-2000:]
         path = tmp_path / name / "Llama-3.2-1B-Base-lora" / "metrics.jsonl"
         records = [json.loads(line) for line in path.read_text().splitlines()]
         losses.append([record["loss"] for record in records if "loss" in record])
         measured.append([record["eval_loss"] for record in records if "eval_loss" in record])
+        seen.append([record["num_input_tokens_seen"] for record in records if "num_input_tokens_seen" in record])
+    # Batches to measure by are always made by the main process.
+    assert {(4, 1), (8, 0)} <= made and not {(4, 0), (8, 1)} & made
+    assert len(seen[0]) >= 4 and seen[0] == seen[1]  # padding is not counted, nor what fills a row up
     assert len(losses[0]) == 4 and losses[0][0] != losses[0][-1]
     # The trainer divides by the tokens that have labels: 8 first tokens more where rows are padded. To Adam, whose
     # steps do not depend on a factor of the gradient, it is the same.

@@ -114,6 +114,13 @@ def test_what_the_model_knows_decides(tmp_path, policy, capsys):
         assert np.array_equal(scan_prompts(model, run, data, longest).solved, scan.solved)
         assert "it is not used, and written anew" in capsys.readouterr().out
         assert file.read_text() == whole
+    # The share of permuted colours is part of what a scan is of, unless it is all: older scans say nothing of it.
+    views = data.samples.views
+    identity = scan_tools.scan_identity(run, data, scan.rows, longest, False)
+    assert views.perm_share == 1 and len(identity["views"]) == 6
+    views.perm_share = 0.5
+    assert scan_tools.scan_identity(run, data, scan.rows, longest, False)["views"] == [*identity["views"], 0.5]
+    views.perm_share = 1.0
     # Other settings are other scans, and leave this one alone.
     for name, value in (("temperature", 0.7), ("seed", 45), ("scan_samples", 4), ("scan_prompts", 9)):
         setattr(run.settings, name, value)
