@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adapter_casts import cast_adapters_together
 from arc_loader import find_reply_spans
 from distributed_tools import process_count
 from folded_lora import fold_lora
@@ -620,6 +621,7 @@ def add_lora(
     max_seq_length: int = 2048,
     gradient_checkpointing: bool = True,
     fold: bool = False,
+    cast_together: bool = True,
 ) -> Any:
     """Add LoRA to the linear layers and make the embeddings trainable in full.
 
@@ -636,6 +638,8 @@ def add_lora(
         max_seq_length: the longest row in tokens.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         fold: add LoRA's matrices to the weights before they multiply, see folded_lora.
+        cast_together: on the Unsloth engine, share one cast of all adapters, see adapter_casts; for measurements
+            without: the numbers are the same.
 
     Returns:
         A peft model.
@@ -678,6 +682,8 @@ def add_lora(
     train_in_float32(model)
     if precision.engine == "transformers":
         _match_embedding_dtypes(model, precision.torch_dtype)
+    elif cast_together:
+        cast_adapters_together(model, precision.torch_dtype)
     if fold:
         fold_lora(model)
     return model

@@ -9,6 +9,8 @@ Each row is a process of its own, one after the other:
     unsloth       stage 1 with its defaults: Unsloth, 4 bits
     transformers  stage 1 on the transformers engine, 16 bits; its layers compiled, as by default in a run of 10 minutes
     unsloth16     stage 1 on the Unsloth engine in 16 bits; only where --rows names it
+    unsloth-casts-single
+                  as unsloth, but each adapter is cast by itself, see adapter_casts; only where --rows names it
     bare          no trainer and no data: compiled layers on fixed full rows, the same LoRA and optimizer: what the
                   machine can do in practice
 
@@ -39,10 +41,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 ROWS = ("stock", "unsloth", "transformers", "bare")
+MORE_ROWS = ("unsloth16", "unsloth-casts-single")
 FLAGS = {
     "unsloth": ["--engine", "unsloth"],
     "transformers": ["--engine", "transformers", "--load_in_4bit", "false", "--compile_layers", "true"],
     "unsloth16": ["--engine", "unsloth", "--load_in_4bit", "false"],
+    "unsloth-casts-single": ["--engine", "unsloth"],
 }
 
 
@@ -181,8 +185,13 @@ def common_flags(args: argparse.Namespace) -> list[str]:
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
 
 
-def make_stage_1(flags: list[str]) -> tuple[Any, Any, Any]:
-    """Stage 1 up to where its training begins: its run, data and trainer."""
+def make_stage_1(flags: list[str], cast_together: bool = True) -> tuple[Any, Any, Any]:
+    """Stage 1 up to where its training begins: its run, data and trainer.
+
+    Args:
+        flags: of the stage.
+        cast_together: see model_tools.add_lora.
+    """
     import base_finetune
     from model_tools import InputMaskingDataCollator, add_lora, load_model
     from run_settings import parse_settings
@@ -195,13 +204,14 @@ def make_stage_1(flags: list[str]) -> tuple[Any, Any, Any]:
     data = load_data(run)
     run.begin(data)
     model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
-    model = add_lora(model, run.precision, **lora_options(settings))
+    model = add_lora(model, run.precision, **lora_options(settings), cast_together=cast_together)
     return run, data, sft_trainer(model, run, data, InputMaskingDataCollator(data.tokenizer, mask_inputs=False))
 
 
 def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Stage 1 up to the end of its training."""
-    run, _, trainer = make_stage_1([*common_flags(args), *FLAGS[name], *shlex.split(args.ours)])
+    flags = [*common_flags(args), *FLAGS[name], *shlex.split(args.ours)]
+    run, _, trainer = make_stage_1(flags, cast_together=name != "unsloth-casts-single")
     trainer.args.logging_nan_inf_filter = False  # as in a run of the stage, see run_guards.guard: it waits twice a pass
     clock = Clock()
     watch_steps(trainer, clock)
@@ -360,7 +370,7 @@ def main() -> None:
     parser.add_argument("--base_model", required=True)
     parser.add_argument("--dataset_dir", required=True)
     parser.add_argument("--output_dir", default="output-train")
-    parser.add_argument("--rows", nargs="+", choices=[*ROWS, "unsloth16"], default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *MORE_ROWS], default=list(ROWS))
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--warm_up", type=int, default=20, help="steps that are not timed")
     parser.add_argument("--samples_per_step", type=int, default=8, help="an even number")
@@ -371,7 +381,7 @@ def main() -> None:
     parser.add_argument("--ours", default="", help="further flags of both rows of ours, as one string")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "train.json")
-    parser.add_argument("--row", choices=[*ROWS, "unsloth16"], help=argparse.SUPPRESS)  # in the process of one row
+    parser.add_argument("--row", choices=[*ROWS, *MORE_ROWS], help=argparse.SUPPRESS)  # in the process of one row
     args = parser.parse_args()
     if not 1 <= args.warm_up < args.steps:
         parser.error("--warm_up has to be from 1 to below --steps")
