@@ -57,7 +57,7 @@ class PromptRows:
             epochs, places = np.divmod(np.asarray(rows, dtype=np.int64), len(self.chosen))
             rows = (epochs * len(self.data.samples) + self.chosen[places]).tolist()
         keys = [row["key"] for row in self.data.samples.__getitems__(rows)]
-        tasks = [self.data.split.train.fmt_task(key, **self.data.format) for key in keys]
+        tasks = [self.data.puzzles.fmt_task(key, **self.data.format) for key in keys]
         return [{"prompt": task["input"], "key": task["key"]} for task in tasks]
 
 

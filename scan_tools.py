@@ -162,6 +162,7 @@ def scan_identity(
             *(views.seed, views.tp, views.rt, views.perm, views.keep_background, views.shfl_ex),
             *([] if views.perm_share == 1 else [views.perm_share]),  # as in scans from before there was a choice
         ],
+        **({"task_augmentation": settings.task_augmentation} if settings.task_augmentation else {}),
         "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
         "max_seq_length": settings.max_seq_length,
         "max_completion_length": max_completion_length,
@@ -233,12 +234,12 @@ def sampler(
 
     def sample(rows: Sequence[int]) -> list[int]:
         keys = [row["key"] for row in data.samples.__getitems__(rows)]
-        prompts = [row["input_ids"] for row in data.encoder.encode(data.split.train, keys, reply=False)]
+        prompts = [row["input_ids"] for row in data.encoder.encode(data.puzzles, keys, reply=False)]
         replies = answer(prompts, rows)
         solved = []
         for key, of_prompt in zip(keys, replies, strict=True):
             texts = tokenizer.batch_decode(of_prompt, skip_special_tokens=False)
-            judged = [judge_components(data.split.train, key, text, **options) for text in texts]
+            judged = [judge_components(data.puzzles, key, text, **options) for text in texts]
             solved.append(sum(components.exact_match == 1.0 for components in judged))
         return solved
 

@@ -120,7 +120,7 @@ def main() -> None:
                 check_vllm(run.precision, settings.target_modules)
             check_sharing(run)
             data = load_data(run, solved_only=True)
-            longest = longest_reply(data.split.train, data.split.train.keys, data.tokenizer)
+            longest = longest_reply(data.puzzles, data.puzzles.keys, data.tokenizer)
             report_prompts(run, data, longest)
         run.begin(data)
         with run.machine_errors("loading the model"):
@@ -130,7 +130,7 @@ def main() -> None:
         with run.machine_errors("scanning the prompts"):  # LoRA adds nothing yet: this is stage 2's model
             scan = scan_prompts(model, run, data, longest, samples_from_copy(model, settings))
         with run.machine_errors("loading the model"):
-            rewards = reward_functions(data.split.train, data.tokenizer, data.format)
+            rewards = reward_functions(data.puzzles, data.tokenizer, data.format)
             trainer = grpo_trainer(
                 model, run, data, rewards, reward_weights=component_weights(**settings.rewards),
                 max_completion_length=longest, chosen=scan.chosen if scan else None,

@@ -80,6 +80,7 @@ from run_guards import (
     refuse_pickles,
 )
 from run_settings import DataSettings, RunSettings, course_settings, default_course, user_errors
+from task_augmentation import augment_tasks
 from trainer_tools import check_arguments
 
 SAVE_SECONDS = 300.0  # of work between checkpoints, unless --save_steps says otherwise
@@ -104,6 +105,11 @@ class StageData:
     def format(self) -> dict[str, str]:
         """The text format's options."""
         return format_options(self.tokenizer.eos_token)
+
+    @property
+    def puzzles(self) -> ArcDataset:
+        """What is trained on: those of `split.train` that fit, and those made of them (task_augmentation)."""
+        return self.samples.views.ds
 
     def prompts(self, count: int, max_tokens: int) -> list[dict[str, Any]]:
         """Up to `count` held-out rows that end where the reply begins, as the encoder gives them."""
@@ -203,9 +209,10 @@ def load_data(run: StageRun, solved_only: bool = False) -> StageData:
         if not len(split.train.keys):
             raise ValueError(f"{settings.dataset_dir}: no puzzle to train on has the outputs of its tests")
     encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
-    samples = TrainingSamples(
-        split.train, encoder, settings.max_seq_length, seed=settings.seed, **augmentation(settings)
-    )
+    puzzles = augment_tasks(split.train, settings.task_augmentation, settings.seed)
+    if more := len(puzzles.keys) - len(split.train.keys):
+        print(f"task_augmentation: {more:,} puzzles of new tasks, made of {len(split.train.keys):,}")
+    samples = TrainingSamples(puzzles, encoder, settings.max_seq_length, seed=settings.seed, **augmentation(settings))
     if samples.dropped:
         print(
             f"left out: {len(samples.dropped):,} puzzles that do not fit --max_seq_length {settings.max_seq_length} "

@@ -382,7 +382,7 @@ def gradients(checkpointing=False):
     losses = []
     for batch in batches:
         with torch.autocast("cuda", torch.bfloat16):
-            loss = model(**send_to_device(dict(batch), "cuda"), use_cache=False).loss
+            loss = model(**send_to_device(dict(batch), "cuda")).loss
         loss.backward()
         losses.append(loss.detach())
     return [*losses, *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
