@@ -3,13 +3,12 @@
 import contextlib
 import importlib
 import io
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from script_processes import Script
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -21,16 +20,11 @@ SHARED = (
 )  # larger inputs that a checkout may have beside it; tests that need them say so when it has not
 
 
-def run(script, *flags, cwd=ROOT, expect=0):
+def run(script, *flags, expect=0, **how):
     """Run a script of the project; returns what it printed (both streams), after checking its exit code."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, flags)],
-        capture_output=True, text=True, encoding="utf-8", cwd=cwd, env=environment,
-        stdin=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
-    printed = done.stdout + done.stderr
-    assert done.returncode == expect, f"{script} ended with {done.returncode}:\n{printed[-5000:]}"
+    process = Script(script, *flags, **how)
+    code, printed = process.wait(), process.printed()
+    assert code == expect, f"{script} ended with {code}:\n{printed[-5000:]}"
     return printed
 
 
