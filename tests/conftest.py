@@ -44,6 +44,15 @@ def demo_base(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def taught_policy(tmp_path_factory):
+    """Dataset and model of tiny_models.taught_policy, as flags; a training of 400 steps, which nothing changes."""
+    import tiny_models
+
+    dataset, model = tiny_models.taught_policy(tmp_path_factory.mktemp("policy"))
+    return ("--dataset_dir", dataset, "--base_model", model)
+
+
 def call(script, *flags):
     """Run a stage's main in this process; returns its exit code and what it printed (both streams).
 
