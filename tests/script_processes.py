@@ -14,7 +14,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
 
@@ -36,13 +38,17 @@ def forks():
     return _forks
 
 
-def run_here(script, flags, folder, environment, outputs):
+def run_here(script, flags, folder, environment, outputs, own_session):
     """Be `python script flags` in this process, which was forked for it."""
+    if own_session:
+        os.setsid()
     resource_tracker._resource_tracker._fd = None  # one of its own looks after its semaphores, as of any program
     for number, output in zip((1, 2), outputs, strict=True):
         os.dup2(output.fileno(), number)
+    for output in set(outputs):
         output.close()
     sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
+    sys.stdout.reconfigure(write_through="PYTHONUNBUFFERED" in environment)
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
     os.environ.clear()
     os.environ.update(environment)
@@ -72,32 +78,50 @@ class Output(threading.Thread):
 
 
 class Script:
-    """A script that was started."""
+    """A script that was started.
 
-    def __init__(self, script, *flags, cwd=ROOT, fresh=False, **environment):
+    Args:
+        script: below the project's root, or anywhere.
+        flags: of its command line.
+        cwd: folder to start it in.
+        fresh: start a new interpreter.
+        own_session: start it in a session of its own, so that its group can be killed.
+        log: a binary file that takes what it prints, instead of `printed`.
+        environment: variables that are added to this process's.
+    """
+
+    def __init__(self, script, *flags, cwd=ROOT, fresh=False, own_session=False, log=None, **environment):
         """See the class."""
         script, flags = str(ROOT / script), [str(flag) for flag in flags]
         environment = {**os.environ, **OFFLINE, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment}
-        self._outputs = [Output(), Output()]
+        self._outputs = [] if log else [Output(), Output()]
         ends = [output.end for output in self._outputs]
+        if log:
+            ends = [Connection(os.dup(log.fileno()), readable=False)] * 2
         context = None if fresh else forks()
         if context is None:
             self._process = subprocess.Popen(
                 [sys.executable, script, *flags], cwd=cwd, env=environment, stdin=subprocess.DEVNULL, stdout=ends[0],
-                stderr=ends[1],
+                stderr=ends[1], start_new_session=own_session,
             )  # fmt: skip
         else:
-            self._process = context.Process(target=run_here, args=(script, flags, str(cwd), environment, ends))
+            arguments = (script, flags, str(cwd), environment, ends, own_session)
+            self._process = context.Process(target=run_here, args=arguments)
             self._process.start()
         self.pid = self._process.pid
+        while own_session and self.poll() is None and os.getpgid(self.pid) != self.pid:
+            time.sleep(0.001)
         atexit.register(self.kill)  # a test that fails may leave it running
+        for end in set(ends):
+            end.close()
         for output in self._outputs:
-            output.end.close()
             output.start()
 
     def poll(self):
         """Its exit code, or minus the signal that ended it; None while it runs."""
         return self._process.poll() if isinstance(self._process, subprocess.Popen) else self._process.exitcode
+
+    returncode = property(poll)
 
     def send_signal(self, number):
         """Send a signal, unless it has ended."""
