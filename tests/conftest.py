@@ -1,6 +1,7 @@
 """What several test files share: a generated dataset, a tiny base, and running a script as a user does."""
 
 import contextlib
+import gc
 import importlib
 import io
 import signal
@@ -60,6 +61,7 @@ def call(script, *flags):
     """
     module = importlib.import_module(script)
     printed = io.StringIO()
+    imported = len(sys.modules)
     arguments, sys.argv = sys.argv, [f"{script}.py", *map(str, flags)]
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -69,7 +71,21 @@ def call(script, *flags):
                 return stop.code or 0, printed.getvalue()
     finally:
         sys.argv = arguments
+        if len(sys.modules) > imported + 50:
+            leave_out_libraries()
     return 0, printed.getvalue()
+
+
+def leave_out_libraries():
+    """Have searches for garbage, of which each stage starts several, leave out what is imported: 0.4 s each."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish():
+    import hypothesis  # noqa: F401 - when imported it looks for what refers to other libraries' random numbers
+
+    leave_out_libraries()
 
 
 # The files that take longest, longest first: begun last, one of them would keep a single process busy at the end.
