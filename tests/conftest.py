@@ -91,12 +91,26 @@ def pytest_collection_finish():
 # The files that take longest, longest first: begun last, one of them would keep a single process busy at the end.
 SLOW_FILES = (
     "test_stages",
-    "test_survival",
     "test_distributed",
+    "test_survival",
     "test_learn",
-    "test_bad_input",
-    "test_reruns",
+    "test_readme",
+    "test_benchmark_scale",
+    "test_folded_lora",
+    "test_torture",
     "test_evaluate",
+    "test_policy_guard",
+    "test_pretraining",
+    "test_reruns",
+    "test_run_guards",
+    "test_notebook",
+    "test_policy_trainer",
+    "test_bad_input",
+    "test_scan",
+    "test_report",
+    "test_demo",
+    "test_merge_tools",
+    "test_inference_tools",
 )
 
 
