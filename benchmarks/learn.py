@@ -44,7 +44,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -379,7 +379,7 @@ def run_job(job: Job, chain: Chain, deadline: float) -> int:
     print(f"{job.name}: {job.shown()}", flush=True)
     begin, begin_of_log = time.monotonic(), log.stat().st_size if log.exists() else 0
     with log.open("ab") as file:
-        process = subprocess.Popen([sys.executable, *job.command], stdout=file, stderr=subprocess.STDOUT)
+        process = start(job, file)
         chain.running.append(process)
         stopped = False
         try:
@@ -443,6 +443,11 @@ def run_jobs(jobs: Sequence[Job], chain: Chain, deadline: float) -> int:
                 stop(process)
             raise
     return next((code for code in codes if code not in (0, NOT_DONE)), max(codes, default=0))
+
+
+def start(job: Job, log: BinaryIO) -> subprocess.Popen:
+    """Start a job's script; what it prints goes to the log."""
+    return subprocess.Popen([sys.executable, *job.command], stdout=log, stderr=subprocess.STDOUT)
 
 
 def stop(process: subprocess.Popen) -> None:

@@ -222,17 +222,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 # Running and killing
 
 
+def environment(temporary: Path) -> dict[str, str]:
+    """Variables of a script: one thread, no network, its log as it goes, a folder of its own for temporary files."""
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    others = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**one_thread, **others, "TMPDIR": str(temporary), "ARC_LOADER_CACHE": "off"}
+
+
 def start(script: str, flags: Sequence[str], log: Path, temporary: Path) -> subprocess.Popen[bytes]:
     """Start a script in a process group of its own, on one thread."""
     temporary.mkdir(parents=True, exist_ok=True)
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    others = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    places = {"TMPDIR": str(temporary), "ARC_LOADER_CACHE": "off"}
     with log.open("wb") as file:
         return subprocess.Popen(
             [sys.executable, str(ROOT / script), *flags],
             stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, **one_thread, **others, **places},
+            env={**os.environ, **environment(temporary)},
         )  # fmt: skip
 
 

@@ -1,15 +1,15 @@
 """What several test files share: a generated dataset, a tiny base, and running a script as a user does."""
 
 import contextlib
+import gc
 import importlib
 import io
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from script_processes import Script
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -21,16 +21,11 @@ SHARED = (
 )  # larger inputs that a checkout may have beside it; tests that need them say so when it has not
 
 
-def run(script, *flags, cwd=ROOT, expect=0):
+def run(script, *flags, expect=0, **how):
     """Run a script of the project; returns what it printed (both streams), after checking its exit code."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, flags)],
-        capture_output=True, text=True, encoding="utf-8", cwd=cwd, env=environment,
-        stdin=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
-    printed = done.stdout + done.stderr
-    assert done.returncode == expect, f"{script} ended with {done.returncode}:\n{printed[-5000:]}"
+    process = Script(script, *flags, **how)
+    code, printed = process.wait(), process.printed()
+    assert code == expect, f"{script} ended with {code}:\n{printed[-5000:]}"
     return printed
 
 
@@ -50,6 +45,15 @@ def demo_base(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def taught_policy(tmp_path_factory):
+    """Dataset and model of tiny_models.taught_policy, as flags; a training of 400 steps, which nothing changes."""
+    import tiny_models
+
+    dataset, model = tiny_models.taught_policy(tmp_path_factory.mktemp("policy"))
+    return ("--dataset_dir", dataset, "--base_model", model)
+
+
 def call(script, *flags):
     """Run a stage's main in this process; returns its exit code and what it printed (both streams).
 
@@ -57,6 +61,7 @@ def call(script, *flags):
     """
     module = importlib.import_module(script)
     printed = io.StringIO()
+    imported = len(sys.modules)
     arguments, sys.argv = sys.argv, [f"{script}.py", *map(str, flags)]
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
@@ -66,18 +71,46 @@ def call(script, *flags):
                 return stop.code or 0, printed.getvalue()
     finally:
         sys.argv = arguments
+        if len(sys.modules) > imported + 50:
+            leave_out_libraries()
     return 0, printed.getvalue()
+
+
+def leave_out_libraries():
+    """Have searches for garbage, of which each stage starts several, leave out what is imported: 0.4 s each."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish():
+    import hypothesis  # noqa: F401 - when imported it looks for what refers to other libraries' random numbers
+
+    leave_out_libraries()
 
 
 # The files that take longest, longest first: begun last, one of them would keep a single process busy at the end.
 SLOW_FILES = (
     "test_stages",
-    "test_survival",
     "test_distributed",
+    "test_survival",
     "test_learn",
-    "test_bad_input",
-    "test_reruns",
+    "test_readme",
+    "test_benchmark_scale",
+    "test_folded_lora",
+    "test_torture",
     "test_evaluate",
+    "test_policy_guard",
+    "test_pretraining",
+    "test_reruns",
+    "test_run_guards",
+    "test_notebook",
+    "test_policy_trainer",
+    "test_bad_input",
+    "test_scan",
+    "test_report",
+    "test_demo",
+    "test_merge_tools",
+    "test_inference_tools",
 )
 
 

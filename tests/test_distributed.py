@@ -1,4 +1,7 @@
-"""Several processes that do one run together, started by torchrun on the CPU (gloo): the same result as of one."""
+"""Several processes that do one run together, started by torchrun on the CPU (gloo): the same result as of one.
+
+The launcher is what some tests are about; the others start the processes themselves, as it does.
+"""
 
 import json
 import os
@@ -15,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, call
 from safetensors.torch import load_file
+from script_processes import Script
 from test_stages import SMALL, artifact
 
 from arc_loader import ArcDataset, format_options
@@ -56,6 +60,16 @@ def launch(script, *flags, expect=0):
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == expect, printed[-6000:]
     return printed
+
+
+def launch_quickly(script, *flags):
+    """What two processes of a script print, started as torchrun starts them: with a store and these variables."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    together |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
+    processes = [Script(script, *flags, RANK=rank, LOCAL_RANK=rank, **together) for rank in "01"]
+    assert [process.wait(120) for process in processes] == [0, 0], "".join(p.printed()[-3000:] for p in processes)
+    return "".join(process.printed() for process in processes)
 
 
 def exit_codes(printed):
@@ -205,7 +219,7 @@ def test_stage_2_with_measurements_and_packed_rows(tmp_path, trained):
     for output in (one, two):
         shutil.copytree(artifact(trained[0], "Base-merged"), artifact(output, "Base-merged"))
     alone("base_finetune_final.py", *flags, "--output_dir", one)
-    launch("base_finetune_final.py", *flags, "--output_dir", two)
+    launch_quickly("base_finetune_final.py", *flags, "--output_dir", two)
     assert_same_training(one, two, "Final-lora")
 
 
@@ -238,7 +252,7 @@ def test_reinforcement_learning_by_two_samples_the_same_completions(tmp_path, tr
     flags = (*GRPO, "--base_model", artifact(trained[0], "Base-merged"), "--dataset_dir", demo_dataset)
     alone("train_grpo.py", *flags, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "one")
     more = ("--gradient_accumulation_steps", 2, "--shared_prompts", True)
-    launch("train_grpo.py", *flags, *more, "--output_dir", tmp_path / "two")
+    launch_quickly("train_grpo.py", *flags, *more, "--output_dir", tmp_path / "two")
     one, two = (records(tmp_path / name, "Final-RL-lora") for name in ("one", "two"))
     for name in ("num_tokens", "completions/mean_length", "completions/max_length", "reward", "eval_decodable"):
         found = [[r[name] for r in part if name in r] for part in (one, two)]
@@ -258,7 +272,7 @@ def test_an_evaluation_by_two_finds_what_one_finds(tmp_path, trained, demo_datas
     )
     flags = (*flags, "--views", 3, "--max_new_tokens", 40)
     alone("evaluate_arc.py", *flags, "--output_dir", tmp_path / "one")
-    printed = launch("evaluate_arc.py", *flags, "--output_dir", tmp_path / "two")
+    printed = launch_quickly("evaluate_arc.py", *flags, "--output_dir", tmp_path / "two")
     assert printed.count("5 test inputs") >= 1 and printed.count("report.html") == 1
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     for results in (one, two):

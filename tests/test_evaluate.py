@@ -4,12 +4,9 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 import zlib
 
@@ -18,7 +15,8 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from conftest import ROOT, call
+from conftest import call
+from script_processes import Script
 from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -211,9 +209,7 @@ def test_a_killed_evaluation_goes_on(taught, challenges, tmp_path):
     """SIGKILL once some replies are kept: they are not computed again, and the results are an uninterrupted run's."""
     flags = ["--models", taught, "--challenges", challenges, "--views", 8, *SMALL[:-1], 2]
     out, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, str(ROOT / "evaluate_arc.py"), *map(str, flags), "--output_dir", str(out)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    process = Script("evaluate_arc.py", *flags, "--output_dir", out, OMP_NUM_THREADS="1")
     deadline = time.monotonic() + 120
     while entries_of(out) < 15 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

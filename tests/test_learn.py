@@ -9,10 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import yaml
 from conftest import ROOT, SHARED
+from script_processes import Script
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -71,6 +73,11 @@ def chain_of(inputs, *more):
     return learn.Chain(learn.parse_flags(flags_of(inputs, *more)))
 
 
+def start_quickly(job, log):
+    """Start a job's script, as learn.start does."""
+    return Script(*job.command, log=log)
+
+
 def start(inputs, *more):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
@@ -81,7 +88,10 @@ def start(inputs, *more):
 
 @pytest.fixture(scope="module")
 def learned(inputs):
-    """The main run: told to stop in the middle of stage 1, then started again; what both have printed."""
+    """The main run: told to stop in the middle of stage 1, then started again; what both have printed.
+
+    The first start is a user's; what the others start need not import the libraries again.
+    """
     process = start(inputs)
     metrics = inputs / "output" / f"{learn.PREFIX}-Base-checkpoints" / "metrics.jsonl"
     while process.poll() is None and not metrics.is_file():
@@ -91,7 +101,8 @@ def learned(inputs):
     codes = [process.returncode]
     for pieces in (["--pieces", *learn.PIECES[:5]], ["--pieces", "search", "--sets", "seen"]):
         output = io.StringIO()
-        with contextlib.redirect_stdout(output):  # in this process: what it starts are processes of their own
+        # In this process: what it starts are processes of their own.
+        with contextlib.redirect_stdout(output), mock.patch.object(learn, "start", start_quickly):
             codes.append(learn.main(flags_of(inputs, *pieces)))
         printed.append(output.getvalue())
     assert codes == [143, 0, 0], "\n".join(printed)[-6000:]
@@ -168,8 +179,9 @@ def test_the_gain_leaves_out_the_puzzles_that_chose_the_adapter(learned):
     assert gain["ci"][0] <= gain["points"] <= gain["ci"][1] and gain["unseen"]["left_out"] == 0
 
 
-def test_what_is_done_is_not_done_again_unless_its_settings_change(learned, capsys):
+def test_what_is_done_is_not_done_again_unless_its_settings_change(learned, capsys, monkeypatch):
     inputs, _ = learned
+    monkeypatch.setattr(learn, "start", start_quickly)
     before = json.loads((inputs / "learn.json").read_text(encoding="utf-8"))
     assert learn.main(flags_of(inputs, "--sets", "seen")) == 0
     printed = capsys.readouterr().out

@@ -39,10 +39,8 @@ COLLAPSE = ("--learning_rate", 0.3, "--max_steps", 30)
 
 
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    """Dataset and model of tiny_models.taught_policy, as flags."""
-    dataset, model = tiny_models.taught_policy(tmp_path_factory.mktemp("policy"))
-    return (*SMALL, "--dataset_dir", dataset, "--base_model", model)
+def policy(taught_policy):
+    return (*SMALL, *taught_policy)
 
 
 def artifact(output, name):

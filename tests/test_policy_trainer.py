@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from conftest import call
 from safetensors.torch import load_file
@@ -27,9 +26,8 @@ SMALL = (
 
 
 @pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    dataset, model = tiny_models.taught_policy(tmp_path_factory.mktemp("policy"))
-    return (*SMALL, "--dataset_dir", dataset, "--base_model", model)
+def policy(taught_policy):
+    return (*SMALL, *taught_policy)
 
 
 def trained(output, *flags):

@@ -26,13 +26,6 @@ SMALL = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    """Dataset and model of tiny_models.taught_policy, as flags."""
-    dataset, model = tiny_models.taught_policy(tmp_path_factory.mktemp("policy"))
-    return ("--dataset_dir", dataset, "--base_model", model)
-
-
 def begun(output, policy, *flags):
     """A run as train_grpo has it when it scans: model with LoRA, run, data, longest reply."""
     given = map(str, (*SMALL, *policy, "--output_dir", output, *flags))
@@ -77,8 +70,8 @@ def test_always_and_never_solved_prompts_are_set_aside_and_counted():
     assert "warning: no prompt was solved sometimes" in hopeless.describe()
 
 
-def test_what_the_model_knows_decides(tmp_path, policy, capsys):
-    model, run, data, longest = begun(tmp_path, policy)
+def test_what_the_model_knows_decides(tmp_path, taught_policy, capsys):
+    model, run, data, longest = begun(tmp_path, taught_policy)
     before = {name: p.clone() for name, p in model.named_parameters()}
     state = torch.random.get_rng_state()
     scan = scan_prompts(model, run, data, longest)
@@ -128,16 +121,16 @@ def test_what_the_model_knows_decides(tmp_path, policy, capsys):
     assert file.read_text() == whole and len(list(run.work.glob("scan-*.json"))) == 5
 
 
-def test_the_plain_copy_of_fast_rollouts_finds_the_same(tmp_path, policy):
-    model, run, data, longest = begun(tmp_path, policy)
+def test_the_plain_copy_of_fast_rollouts_finds_the_same(tmp_path, taught_policy):
+    model, run, data, longest = begun(tmp_path, taught_policy)
     rows = rows_to_scan(len(data.samples), 24, 1).tolist()
     direct = sampler(model, run, data, longest)(rows)
     assert sampler(model, run, data, longest, from_copy=True)(rows) == direct
 
 
-def test_a_models_own_generate_samples_the_same_distribution(tmp_path, policy):
+def test_a_models_own_generate_samples_the_same_distribution(tmp_path, taught_policy):
     # The way of the Unsloth engine, on a model of transformers.
-    model, run, data, longest = begun(tmp_path, policy)
+    model, run, data, longest = begun(tmp_path, taught_policy)
     coins = np.flatnonzero(kinds(data, np.arange(len(data.samples))) == "coin")[:2]
     keys = [row["key"] for row in data.samples.__getitems__(coins.tolist())]
     prompts = [row["input_ids"] for row in data.encoder.encode(data.split.train, keys, reply=False)]
@@ -161,8 +154,8 @@ def test_a_models_own_generate_samples_the_same_distribution(tmp_path, policy):
         )  # 4 standard errors
 
 
-def test_further_epochs_hold_the_chosen_puzzles_in_other_views(tmp_path, policy):
-    _, _, data, _ = begun(tmp_path, (*policy, "--perm", True))
+def test_further_epochs_hold_the_chosen_puzzles_in_other_views(tmp_path, taught_policy):
+    _, _, data, _ = begun(tmp_path, (*taught_policy, "--perm", True))
     chosen = np.array([11, 3, 40])
     rows = PromptRows(data, chosen).__getitems__([0, 1, 2, 3, 4, 5])
     first = data.samples.__getitems__([11, 3, 40])
@@ -173,8 +166,8 @@ def test_further_epochs_hold_the_chosen_puzzles_in_other_views(tmp_path, policy)
         assert ArcDataset.get_base_key(later["key"]) == ArcDataset.get_base_key(one["key"])
 
 
-def test_the_script_trains_on_what_is_left_and_a_continued_run_does_not_scan_again(tmp_path, policy):
-    flags = (*SMALL, *policy, "--output_dir", tmp_path, "--save_steps", 2)
+def test_the_script_trains_on_what_is_left_and_a_continued_run_does_not_scan_again(tmp_path, taught_policy):
+    flags = (*SMALL, *taught_policy, "--output_dir", tmp_path, "--save_steps", 2)
     code, printed = call("train_grpo", *flags)
     assert code == 0 and "scan: 48 prompts" in printed, printed
     lora, work = tmp_path / "Llama-3.2-1B-Final-RL-lora", tmp_path / "Llama-3.2-1B-Final-RL-checkpoints"
@@ -196,9 +189,9 @@ def test_the_script_trains_on_what_is_left_and_a_continued_run_does_not_scan_aga
     assert (lora / "adapter_model.safetensors").read_bytes() == once
 
 
-def test_without_signal_all_are_used_with_a_warning_and_skipping_is_said(tmp_path, policy):
+def test_without_signal_all_are_used_with_a_warning_and_skipping_is_said(tmp_path, taught_policy):
     untaught = tiny_models.prepared_base(tmp_path)
-    flags = (*SMALL, *policy[:2], "--base_model", untaught, "--max_steps", 1, "--save_steps", 0)
+    flags = (*SMALL, *taught_policy[:2], "--base_model", untaught, "--max_steps", 1, "--save_steps", 0)
     code, printed = call("train_grpo", *flags, "--output_dir", tmp_path / "warned")
     assert code == 0 and "warning: no prompt was solved sometimes" in printed, printed
     code, printed = call("train_grpo", *flags, "--output_dir", tmp_path / "skipped", "--skip_scan")
@@ -209,7 +202,7 @@ def test_without_signal_all_are_used_with_a_warning_and_skipping_is_said(tmp_pat
 
 
 @pytest.mark.parametrize("flags", [("--scan_samples", 1), ("--scan_prompts", 0)])
-def test_settings_that_cannot_be_are_refused(tmp_path, policy, flags):
-    code, printed = call("train_grpo", *SMALL, *policy, "--output_dir", tmp_path / "output", *flags)
+def test_settings_that_cannot_be_are_refused(tmp_path, taught_policy, flags):
+    code, printed = call("train_grpo", *SMALL, *taught_policy, "--output_dir", tmp_path / "output", *flags)
     assert code == 2 and f"{flags[0]} is {flags[1]}: expected a whole number from" in printed
     assert not (tmp_path / "output").exists()

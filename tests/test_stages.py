@@ -40,19 +40,19 @@ def contents(folder):
     return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def chain(base, dataset, output, extra=()):
+def chain(base, dataset, output, extra=(), **how):
     printed = {}
     for script, name, flags in STAGES:
         start = ("--base_model", base) if name == "Base" else ()
-        printed[name] = run(script, *flags, *start, "--dataset_dir", dataset, "--output_dir", output, *extra)
+        printed[name] = run(script, *flags, *start, "--dataset_dir", dataset, "--output_dir", output, *extra, **how)
     return printed
 
 
 @pytest.fixture(scope="module")
 def chained(tmp_path_factory, demo_base, demo_dataset):
-    """Output folder and printed text of the three stages on the demo's data."""
+    """Output folder and printed text of the three stages on the demo's data, each started as a user starts it."""
     output = tmp_path_factory.mktemp("chain") / "output"
-    return output, chain(demo_base, demo_dataset, output)
+    return output, chain(demo_base, demo_dataset, output, fresh=True)
 
 
 def check_chain(output):
@@ -276,11 +276,8 @@ def test_grpo_learns_from_its_rewards(tmp_path, coins, fast_rollouts):
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real tokenizer and the course dataset beside the checkout")
 def test_three_stages_with_the_real_tokenizer_and_course_puzzles(tmp_path):
-    import subprocess
-
     base, output = tmp_path / "base", tmp_path / "output"
-    script = SHARED / "llama32_1b" / "make_standin.py"
-    subprocess.run([sys.executable, script, base, "--layers", "2", "--hidden", "64"], check=True, capture_output=True)
+    run(SHARED / "llama32_1b" / "make_standin.py", base, "--layers", 2, "--hidden", 64)
     extra = ("--max_seq_length", 1024, "--max_steps", 2, "--n", 200, "--eval_puzzles", 2)
     printed = chain(base, SHARED / "data" / "course_dataset", output, extra)
     check_chain(output)
@@ -341,7 +338,7 @@ def test_help_is_quick_and_complete(script):
         return used.ru_utime + used.ru_stime
 
     before = cpu_seconds()
-    printed = run(script, "--help")
+    printed = run(script, "--help", fresh=True)
     needed = cpu_seconds() - before
     subprocess.run([sys.executable, "-c", "from transformers.hf_argparser import HfArgumentParser"], check=True)
     parser_alone = cpu_seconds() - before - needed

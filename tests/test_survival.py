@@ -1,33 +1,22 @@
 """Runs that survive: signals, checkpoints that are whole, losses that are no numbers, full disks, pickles."""
 
 import json
-import os
 import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, call
+from conftest import call, run
 from safetensors.torch import load_file
+from script_processes import Script
 from test_stages import SFT, artifact
 
 from run_guards import complete_checkpoints, mark_complete
 
 QUICK = (*SFT, "--eval_steps", 0, "--logging_steps", 1, "--lr_scheduler_type", "constant_with_warmup")
-
-
-def start(*flags):
-    """Start stage 1 in a process of its own; its output goes to a file, so that no pipe can fill up."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "base_finetune.py"), *map(str, flags)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
 
 
 def wait_for_step(work, step, process):
@@ -36,7 +25,7 @@ def wait_for_step(work, step, process):
         lines = (work / "metrics.jsonl").read_text().splitlines() if (work / "metrics.jsonl").exists() else []
         if any(f'"step": {step},' in line for line in lines):
             return
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, process.printed()
         time.sleep(0.01)
     raise AssertionError(f"step {step} did not come")
 
@@ -54,11 +43,11 @@ def uninterrupted(tmp_path_factory, demo_base, demo_dataset):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_a_signal_saves_first_and_the_same_command_continues(tmp_path, uninterrupted, number):
     whole, flags = uninterrupted
-    process = start(*flags, "--output_dir", tmp_path)
+    process = Script("base_finetune.py", *flags, "--output_dir", tmp_path)
     wait_for_step(artifact(tmp_path, "Base-checkpoints"), 3, process)
     process.send_signal(number)
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, printed
+    code, printed = process.wait(120), process.printed()
+    assert code == 128 + number, printed
     stopped = re.search(rf"{number.name}: stopped; the same command continues from (\S+checkpoint-\d+)", printed)
     assert stopped, printed
     assert not artifact(tmp_path, "Base-lora").exists()
@@ -103,13 +92,13 @@ def test_a_loss_that_is_no_number_stops_the_run_and_is_never_saved(tmp_path, cap
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, demo_base, demo_dataset):
     flags = (*QUICK, "--base_model", demo_base, "--dataset_dir", demo_dataset, "--output_dir", tmp_path)
     flags = (*flags, "--max_steps", 400, "--save_steps", 5)
-    process = start(*flags)
+    process = Script("base_finetune.py", *flags)
     work = artifact(tmp_path, "Base-checkpoints")
     wait_for_step(work, 6, process)
     # No file may grow beyond this any more: as for a full disk, a write fails.
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 1, printed
+    code, printed = process.wait(120), process.printed()
+    assert code == 1, printed
     message = printed[printed.index("error: ") :]
     assert re.match(r"error: cannot write \S+ while training \(", message) and " free: make room" in message, message
     assert "Traceback" not in printed
@@ -131,35 +120,42 @@ class Planted:
         return (open, (self.path, "w"))
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_planted_pickle_in_a_checkpoint_does_not_run(tmp_path, uninterrupted, name):
-    _, flags = uninterrupted
-    flags = (*flags, "--output_dir", tmp_path, "--save_steps", 4)
-    code, printed = call("base_finetune", *flags, "--max_steps", 8)
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory, uninterrupted):
+    """The output folder of a run of eight steps that has come to the checkpoint of the fourth, and its flags."""
+    output, flags = tmp_path_factory.mktemp("stopped"), (*uninterrupted[1], "--save_steps", 4, "--max_steps", 8)
+    code, printed = call("base_finetune", *flags, "--output_dir", output)
     assert code == 0, printed
-    for path in (artifact(tmp_path, "Base-lora"), artifact(tmp_path, "Base-merged")):
-        shutil.rmtree(path)
-    checkpoint = complete_checkpoints(artifact(tmp_path, "Base-checkpoints"))[1]
-    shutil.rmtree(checkpoint.parent / "checkpoint-8")
+    for name in ("Base-lora", "Base-merged", "Base-checkpoints/checkpoint-8"):
+        shutil.rmtree(artifact(output, name))
+    return output, flags
+
+
+@pytest.fixture
+def stopped(tmp_path, stopped_run):
+    """The flags of a copy of it, and its checkpoint."""
+    output = shutil.copytree(stopped_run[0], tmp_path / "output")
+    [checkpoint] = complete_checkpoints(artifact(output, "Base-checkpoints"))
+    return (*stopped_run[1], "--output_dir", output), checkpoint
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_planted_pickle_in_a_checkpoint_does_not_run(tmp_path, stopped, name):
+    flags, checkpoint = stopped
     torch.save(Planted(tmp_path / "ran"), checkpoint / name)
     torch.save(Planted(tmp_path / "ran"), checkpoint / "training_args.bin")
     mark_complete(checkpoint)
-    code, printed = call("base_finetune", *flags, "--max_steps", 8)
+    code, printed = call("base_finetune", *flags)
     assert code == 2 and f"{name} holds more than tensors" in printed, printed
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_planted_training_args_is_never_loaded(tmp_path, uninterrupted):
-    _, flags = uninterrupted
-    flags = (*flags, "--output_dir", tmp_path, "--save_steps", 4, "--max_steps", 8)
-    assert call("base_finetune", *flags)[0] == 0
-    for name in ("Base-lora", "Base-merged", "Base-checkpoints/checkpoint-8"):
-        shutil.rmtree(artifact(tmp_path, name))
-    checkpoint = artifact(tmp_path, "Base-checkpoints") / "checkpoint-4"
+def test_a_planted_training_args_is_never_loaded(tmp_path, stopped):
+    flags, checkpoint = stopped
     torch.save(Planted(tmp_path / "ran"), checkpoint / "training_args.bin")
     mark_complete(checkpoint)
     code, printed = call("base_finetune", *flags)
-    assert code == 0 and "continuing from" in printed, printed
+    assert code == 0 and f"continuing from {checkpoint}" in printed, printed
     assert not (tmp_path / "ran").exists()
 
 
@@ -174,13 +170,22 @@ def test_final_folders_hold_no_pickles_and_checkpoints_are_marked(tmp_path, unin
     assert {"adapter_model.safetensors", "optimizer.pt", "trainer_state.json"} <= set(sizes)
 
 
+@pytest.fixture(scope="module")
+def three_steps(tmp_path_factory, uninterrupted):
+    """The output folder of a run of three steps that nothing stopped, and the flags."""
+    output, flags = tmp_path_factory.mktemp("three"), (*uninterrupted[1], "--max_steps", 3)
+    code, printed = call("base_finetune", *flags, "--output_dir", output)
+    assert code == 0, printed
+    return output, flags
+
+
 @pytest.mark.parametrize("moment", [1, 2, 3, 4, 5, 6])
-def test_killed_just_before_or_after_a_folder_gets_its_name(tmp_path, uninterrupted, demo_base, demo_dataset, moment):
+def test_killed_just_before_or_after_a_folder_gets_its_name(tmp_path, three_steps, moment):
     # The three renames of stage 1: -prepared, -lora, -merged. Dying right there leaves no time to tidy up.
-    _, flags = uninterrupted
-    flags = (*flags, "--max_steps", 3, "--output_dir", tmp_path)
-    code = (
-        "import os, sys\nfrom pathlib import Path\nimport base_finetune\n"
+    whole, flags = three_steps
+    output, script = tmp_path / "output", tmp_path / "dies.py"
+    script.write_text(
+        "import os\nfrom pathlib import Path\nimport base_finetune\n"
         "real, seen = Path.rename, []\n"
         "def rename(self, target):\n"
         "    if self.name.endswith('.incomplete'):\n"
@@ -189,18 +194,13 @@ def test_killed_just_before_or_after_a_folder_gets_its_name(tmp_path, uninterrup
         f"            {'pass' if moment % 2 else 'real(self, target)'}\n"
         "            os._exit(137)\n"
         "    return real(self, target)\n"
-        "Path.rename = rename\nsys.argv = ['base_finetune.py', *sys.argv[1:]]\nbase_finetune.main()\n"
+        "Path.rename = rename\nbase_finetune.main()\n"
     )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, *map(str, flags)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 137, done.stdout + done.stderr
-    exit_code, printed = call("base_finetune", *flags)
+    run(script, *flags, "--output_dir", output, expect=137)
+    exit_code, printed = call("base_finetune", *flags, "--output_dir", output)
     assert exit_code == 0, printed
     assert ("training skipped" in printed) == (moment >= 4), printed
     assert ("merge skipped" in printed) == (moment == 6), printed
-    assert not list(tmp_path.glob("*.incomplete"))
-    whole = tmp_path / "whole"
-    assert call("base_finetune", *flags[:-1], whole)[0] == 0
+    assert not list(output.glob("*.incomplete"))
     for name, file in (("Base-lora", "adapter_model.safetensors"), ("Base-merged", "model.safetensors")):
-        assert artifact(whole, name).joinpath(file).read_bytes() == artifact(tmp_path, name).joinpath(file).read_bytes()
+        assert artifact(whole, name).joinpath(file).read_bytes() == artifact(output, name).joinpath(file).read_bytes()
