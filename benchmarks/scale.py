@@ -210,7 +210,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
-    """Speed and memory over each of the things that were changed, from the run with most rows of it."""
+    """Speed and memory over each of the things that were changed, from the run with most rows of it, the last such."""
     from matplotlib.figure import Figure
 
     panels = [("gpus", "GPUs"), ("tokens_per_sample", "tokens a sample"), ("model", "model"), ("lora_r", "r")]
@@ -223,7 +223,7 @@ def plot_rows(rows: list[dict[str, Any]], path: Path) -> None:
         others = [other for other in ("gpus", "tokens_per_sample", "model", "lora_r") if other != name]
         runs = [[row for row in rows if row["run"] == run] for run in dict.fromkeys(row["run"] for row in rows)]
         runs = [[row for row in run if all(row[other] == run[0][other] for other in others)] for run in runs]
-        chosen = max(runs, key=len)
+        chosen = max(reversed(runs), key=len)
         if name != "model":
             chosen.sort(key=lambda row, name=name: row[name])
         values = [str(row[name]) if name == "model" else f"{row[name]:,.0f}" for row in chosen]

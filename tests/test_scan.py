@@ -1,6 +1,7 @@
 """The scan before reinforcement learning: which prompts are set aside, and that a continued run has the same ones."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -17,6 +18,7 @@ from model_tools import add_lora, load_model
 from policy_trainer import PromptRows
 from run_settings import parse_settings
 from scan_tools import Scan, generate_samples, prompts_of_training, rows_to_scan, sampler, scan_prompts
+from task_augmentation import MARK
 from training_tools import StageRun, load_data, lora_options
 
 SMALL = (
@@ -206,3 +208,17 @@ def test_settings_that_cannot_be_are_refused(tmp_path, taught_policy, flags):
     code, printed = call("train_grpo", *SMALL, *taught_policy, "--output_dir", tmp_path / "output", *flags)
     assert code == 2 and f"{flags[0]} is {flags[1]}: expected a whole number from" in printed
     assert not (tmp_path / "output").exists()
+
+
+def test_prompts_of_new_tasks_are_scanned_sampled_and_rewarded(tmp_path, taught_policy):
+    flags = (*SMALL, *taught_policy, "--output_dir", tmp_path, "--task_augmentation", 1, "--max_steps", 1)
+    code, printed = call("train_grpo", *flags)
+    assert code == 0, printed[-3000:]
+    assert re.search(r"task_augmentation: (\d+) puzzles of new tasks, made of \1\n", printed)
+    scans = list(tmp_path.glob("*/scan-*.json"))
+    made_for = json.loads(scans[0].read_text())["made_for"]
+    assert len(scans) == 1 and made_for["task_augmentation"] == 1
+    _, _, data, _ = begun(tmp_path / "other", taught_policy, "--task_augmentation", 1)
+    keys = {row["key"] for row in data.samples.__getitems__(list(range(len(data.samples))))}
+    assert {MARK in key for key in keys} == {True, False}
+    assert not any(MARK in key for key in data.split.train.keys + data.heldout.keys)
