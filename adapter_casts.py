@@ -7,7 +7,8 @@ what is made, and all gradients are widened by one call when the backward pass h
 
 The numbers are the same, bit for bit: each matrix is rounded once from float32, each gradient is made in 16 bits and
 widened, and gradients of several passes add up in float32. What it takes is memory: the rounded matrices live until the
-backward pass is done with them, 2 bytes a weight of all adapters.
+backward pass is done with them, 2 bytes a weight of all adapters, and their gradients until its end, as many more, and
+4 more where a step has several passes.
 """
 
 from __future__ import annotations

@@ -556,6 +556,28 @@ class ArcDataset:
             raise ValueError(f"{n:,} keys asked for, expected 1 to the maximum of {len(self.keys):,}")
         return self._derived(self.keys[:n], self.is_orig)
 
+    def append(self, *others: ArcDataset) -> ArcDataset:
+        """This dataset with the puzzles and keys of others behind its own.
+
+        Raises:
+            ValueError: a puzzle id that two of them have.
+
+        Source: ARChitects' append, which keeps the last of several puzzles of one id.
+        """
+        challenge: dict[str, Any] = {}
+        solutions: dict[str, Any] = {}
+        tasks: dict[str, str] = {}
+        for ds in (self, *others):
+            if clash := challenge.keys() & ds.challenge.keys():
+                raise ValueError(f"puzzle {min(clash)!r} is there already, expected each id once")
+            challenge |= ds.challenge
+            solutions |= ds.solutions
+            tasks |= {puzzle: ds.task_of(puzzle) for puzzle in ds.challenge}
+        keys = [key for ds in (self, *others) for key in ds.keys]
+        is_orig = all(ds.is_orig for ds in (self, *others))
+        parts = _collect(challenge, solutions)
+        return object.__new__(type(self))._assign(*parts, keys, is_orig, tasks, self.left_out)
+
     def select_puzzles(self, puzzles: Iterable[str]) -> ArcDataset:
         """The keys of some puzzles, in the order that they have here; an original dataset stays one.
 

@@ -380,7 +380,7 @@ def _run_checks(settings: RunSettings) -> dict[str, tuple[bool, str]]:
     check("weight_decay", math.isfinite(settings.weight_decay) and settings.weight_decay >= 0, "a number from 0")
     check("adam_beta2", 0 <= settings.adam_beta2 < 1, "a share from 0 to below 1")
     check("warmup_ratio", 0 <= settings.warmup_ratio < 1, "a share from 0 to below 1")
-    check("task_augmentation", 0 <= settings.task_augmentation < float("inf"), "a number from 0")
+    check("task_augmentation", 0 <= settings.task_augmentation <= 100, "a number from 0 to 100")
     check("perm_share", 0 <= settings.perm_share <= 1, "a share from 0 to 1")
     check("lora_dropout", 0 <= settings.lora_dropout < 1, "a share from 0 to below 1")
     unknown = [m for m in settings.target_modules if m not in LINEAR_MODULES + EMBEDDING_MODULES]

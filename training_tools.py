@@ -108,7 +108,7 @@ class StageData:
 
     @property
     def puzzles(self) -> ArcDataset:
-        """What is trained on: those of `split.train` that fit, and those made of them (task_augmentation)."""
+        """What is trained on: those that fit, of `split.train` and of those made of them (task_augmentation)."""
         return self.samples.views.ds
 
     def prompts(self, count: int, max_tokens: int) -> list[dict[str, Any]]:

@@ -2,21 +2,24 @@
 
 To import torch, transformers, peft and trl takes a script longer than all that it does in a test. So one process
 imports them once and waits; each script runs in a fork of it, with arguments, environment, folder, output, signals and
-exit code of its own. `fresh=True` starts a new interpreter instead, as a user does.
+exit code of its own. `fresh=True` starts a new interpreter instead, as a user does. Forks share what an interpreter
+draws when it starts: hashes of strings, and numpy's global generator. An exception that nothing catches is exit code 1.
 """
 
 import atexit
 import contextlib
 import gc
+import math
 import multiprocessing
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver, process, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
@@ -26,6 +29,7 @@ LIBRARIES = ("trl.trainer.grpo_trainer", "transformers.hf_argparser", "diskcache
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # read when the libraries are imported
 
 _forks = None
+_starting = threading.Lock()
 
 
 def forks():
@@ -54,6 +58,11 @@ def run_here(script, flags, folder, environment, outputs, own_session):
     sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # found out anew, from the environment
+    if threads := environment.get("OMP_NUM_THREADS"):  # read when torch was imported
+        import torch
+
+        torch.set_num_threads(int(threads))
     os.chdir(folder)
     sys.argv = [script, *flags]
     sys.path[:0] = [str(Path(script).parent), str(ROOT)]
@@ -94,8 +103,10 @@ class Script:
 
     def __init__(self, script, *flags, cwd=ROOT, fresh=False, own_session=False, log=None, **environment):
         """See the class."""
-        script, flags = str(ROOT / script), [str(flag) for flag in flags]
+        self.script = script = str(ROOT / script)
+        flags = [str(flag) for flag in flags]
         environment = {**os.environ, **OFFLINE, "PYTHONPATH": str(ROOT), "COLUMNS": "200", **environment}
+        self._asking = threading.Lock()
         self._outputs = [] if log else [Output(), Output()]
         ends = [output.end for output in self._outputs]
         if log:
@@ -109,10 +120,13 @@ class Script:
         else:
             arguments = (script, flags, str(cwd), environment, ends, own_session)
             self._process = context.Process(target=run_here, args=arguments)
-            self._process.start()
+            with _starting:
+                self._process.start()
+                process._children.discard(self._process)  # else the start of another one asks how this one ended
         self.pid = self._process.pid
-        while own_session and self.poll() is None and os.getpgid(self.pid) != self.pid:
-            time.sleep(0.001)
+        with contextlib.suppress(ProcessLookupError):  # it has ended, and the waiting process knows before this one
+            while own_session and self.poll() is None and os.getpgid(self.pid) != self.pid:
+                time.sleep(0.001)
         atexit.register(self.kill)  # a test that fails may leave it running
         for end in set(ends):
             end.close()
@@ -121,14 +135,18 @@ class Script:
 
     def poll(self):
         """Its exit code, or minus the signal that ended it; None while it runs."""
-        return self._process.poll() if isinstance(self._process, subprocess.Popen) else self._process.exitcode
+        if isinstance(self._process, subprocess.Popen):
+            return self._process.poll()
+        with self._asking:  # it comes through a pipe, once
+            return self._process.exitcode
 
     returncode = property(poll)
 
     def send_signal(self, number):
         """Send a signal, unless it has ended."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self):
         """End it."""
@@ -139,10 +157,16 @@ class Script:
         return "".join(output.content.decode("utf-8", "replace") for output in self._outputs)
 
     def wait(self, timeout=None):
-        """Wait for its end, which has to come within these seconds; returns the exit code."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            (self._process.wait if isinstance(self._process, subprocess.Popen) else self._process.join)(timeout)
-        assert self.poll() is not None, f"still running after {timeout} s:\n{self.printed()[-5000:]}"
+        """Wait for its end; returns the exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it is still running after so many seconds.
+        """
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.script, timeout, self.printed()[-5000:])
+            time.sleep(0.01)
         for output in self._outputs:
             output.join(timeout)
         atexit.unregister(self.kill)

@@ -721,6 +721,18 @@ def test_holdout_asks_for_what_there_is(folder):
         ds.subset(21)
 
 
+def test_append_keeps_keys_tasks_and_grids():
+    names = dict.fromkeys(("b", "a"), PUZZLE)
+    one, two = ArcDataset(names, is_orig=True), ArcDataset({"c": PUZZLE}, keys=["c_0.tp", "c_0"])
+    both = one.append(two, ArcDataset({"d": PUZZLE}))
+    assert both.keys == [*one.keys, "c_0.tp", "c_0", *(key.replace("a", "d") for key in one.keys if key[0] == "a")]
+    assert both.select_puzzles(names).content_hash() == one.content_hash() and both.task_of("c_0") == "c"
+    assert both["c_0.tp"]["train"][0][1].tolist() == two["c_0.tp"]["train"][0][1].tolist() == [[3]]
+    assert len({id(window.store) for part in both.challenge.values() for window in part.values()}) == 1
+    with pytest.raises(ValueError, match="puzzle 'a' is there already"):
+        one.append(two, ArcDataset({"a": PUZZLE}))
+
+
 def test_split_repeat_and_groups():
     challenge = {name: {**PUZZLE, "train": PUZZLE["train"][: i + 1]} for i, name in enumerate("abc")}
     ds = ArcDataset(challenge, dict.fromkeys("abc", SOLUTIONS), is_orig=True)

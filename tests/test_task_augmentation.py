@@ -98,6 +98,25 @@ def test_no_colour_is_asked_for_that_no_demonstration_shows():
         assert bits and all(a == b for a, b in colours.items()), "turned only"
 
 
+def test_every_new_puzzle_is_new():
+    grid = np.random.default_rng(0).integers(0, 10, size=(3, 3))
+    pairs = [{"input": grid, "output": [[colour]]} for colour in (1, 2, 3)]
+    rule = {"train": pairs[:2], "test": [{"input": grid, "output": [[4]]}]}  # nothing to turn, nothing to recolour
+    same = {"train": pairs[:2], "test": [{"input": grid, "output": [[2]]}]}  # can be recoloured
+    ds = ArcDataset({"rule": rule, "same": same}, is_orig=True)
+    more = augment_tasks(ds, 3, seed=0)
+    assert not [key for key in more.keys if key.startswith(f"rule{MARK}")]
+    names = [name for name in more.challenge if name.startswith("same")]
+    found = {tuple(int(grid[0, 0]) for grid in outputs(more, name)) for name in names}
+    assert len(names) == len(found) == 4 and all(a != b and b == c for a, b, c in found)
+
+
+def test_an_id_that_is_there_already():
+    ds = ArcDataset({name: puzzles(1).challenge["p000"] for name in ("a", f"a{MARK}1")}, is_orig=True)
+    with pytest.raises(ValueError, match=f"puzzle 'a{MARK}1' is there already"):
+        augment_tasks(ds, 1, seed=0)
+
+
 def test_puzzles_without_solutions():
     ds = puzzles(30, solved=False)
     more = augment_tasks(ds, 1, seed=1)
