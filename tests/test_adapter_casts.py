@@ -5,15 +5,12 @@ that reads their adapters, and what they compute with them.
 """
 
 import copy
-import importlib.util
-import subprocess
 import sys
 import types
 
 import pytest
 import tiny_models
 import torch
-from conftest import ROOT
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -407,12 +404,4 @@ print("the same")
 
 @pytest.mark.gpu
 def test_the_same_gradients_with_unsloth(tmp_path):
-    pytest.importorskip("bitsandbytes")
-    if importlib.util.find_spec("unsloth") is None:
-        pytest.skip("Unsloth is not installed")
-    base = tiny_models.prepared_base(tmp_path)
-    # In a process of its own: Unsloth changes transformers for all that comes after.
-    done = subprocess.run(
-        [sys.executable, "-c", UNSLOTH, str(ROOT), str(base)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0 and "the same" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "the same\n" in tiny_models.run_with_unsloth(UNSLOTH, tiny_models.prepared_base(tmp_path))

@@ -1,10 +1,6 @@
 """Documents in one row: each blind to the others, and the same training as with rows of their own."""
 
-import importlib.util
 import json
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,8 +20,6 @@ from packing_tools import (
     use_packed_attention,
 )
 from prompt_sharing import attend_shared, share_prompts
-
-ROOT = Path(__file__).resolve().parents[1]
 
 LENGTHS = (7, 13, 1, 5)
 
@@ -276,12 +270,4 @@ print("the same")
 
 @pytest.mark.gpu
 def test_packed_rows_give_the_logits_of_separate_ones_with_unsloth(tmp_path):
-    pytest.importorskip("bitsandbytes")
-    if importlib.util.find_spec("unsloth") is None:
-        pytest.skip("Unsloth is not installed")
-    base = tiny_models.prepared_base(tmp_path)
-    # In a process of its own: Unsloth changes transformers for all that comes after.
-    done = subprocess.run(
-        [sys.executable, "-c", UNSLOTH, str(ROOT), str(base)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0 and "the same" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "the same\n" in tiny_models.run_with_unsloth(UNSLOTH, tiny_models.prepared_base(tmp_path))

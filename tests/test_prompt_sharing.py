@@ -1,10 +1,5 @@
 """Prompts that completions share: one row gives what rows of their own give."""
 
-import importlib.util
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tiny_models
@@ -13,8 +8,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from packing_tools import use_packed_attention
 from prompt_sharing import attend_shared, reply_log_probs, share_prompts
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_model(**options):
@@ -166,11 +159,5 @@ print("the same")
 @pytest.mark.gpu
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_unsloth_shares_them_too(tmp_path, gradient_checkpointing):
-    pytest.importorskip("bitsandbytes")
-    if importlib.util.find_spec("unsloth") is None:
-        pytest.skip("Unsloth is not installed")
     base = tiny_models.prepared_base(tmp_path)
-    # In a process of its own: Unsloth changes transformers for all that comes after.
-    command = [sys.executable, "-c", UNSLOTH, str(ROOT), str(base), str(gradient_checkpointing)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "the same" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "the same\n" in tiny_models.run_with_unsloth(UNSLOTH, base, gradient_checkpointing)

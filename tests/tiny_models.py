@@ -1,9 +1,13 @@
 """Models and tokenizers small enough for any machine, for the tests of what is done with them."""
 
+import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
@@ -18,6 +22,7 @@ import model_tools
 from arc_loader import ArcDataset, format_options
 from arc_samples import SampleEncoder
 
+ROOT = Path(__file__).resolve().parents[1]
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|eom_id|>", "<|eot_id|>"]
 TEXT = ["".join(map(str, range(i, i + 40))) + "\nABC xyz+/-= the cat sat on the mat\n" for i in range(300)]
 PUZZLE = "ABCxyzI123\n456\n+/-=O12\n3\n<|eot_id|>I1\n+/-=O9\n<|eot_id|>"
@@ -168,3 +173,20 @@ def taught_policy(folder):
     for steps, rate in ((150, 5e-3), (200, 1e-3), (50, 2e-4)):
         teach_format(policy, lessons, steps, rate)
     return folders["dataset"], policy
+
+
+def run_with_unsloth(code, base, *more):
+    """Run code in a process of its own, as Unsloth changes transformers for all that comes after; what it prints.
+
+    Args:
+        code: Python; its arguments are the project's folder, `base` and `more`.
+        base: a prepared base.
+        more: anything that can be written.
+    """
+    pytest.importorskip("bitsandbytes")
+    if importlib.util.find_spec("unsloth") is None:
+        pytest.skip("Unsloth is not installed")
+    command = [sys.executable, "-c", code, *map(str, (ROOT, base, *more))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
