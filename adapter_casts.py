@@ -5,10 +5,11 @@ it and again where the backward pass does, and autograd widens each gradient. Fo
 of small kernels in each pass. Here all matrices are rounded by one call when the first is asked for, the layers get
 what is made, and all gradients are widened by one call when the backward pass has made the last of them.
 
-The numbers are the same, bit for bit: each matrix is rounded once from float32, each gradient is made in 16 bits and
-widened, and gradients of several passes add up in float32. What it takes is memory: the rounded matrices live until the
-backward pass is done with them, 2 bytes a weight of all adapters, and their gradients until its end, as many more, and
-4 more where a step has several passes.
+The numbers are the same: each matrix is rounded once from float32, each gradient is made in 16 bits and widened, and
+gradients of several passes add up in float32. On a CPU they are equal bit for bit, with layers that compute as
+Unsloth's do (tests); on CUDA losses were compared (benchmarks/README.md). What it takes is memory: the rounded matrices
+live until the backward pass is done with them, 2 bytes a weight of all adapters, and their gradients until its end, as
+many more, and 4 more where a step has several passes.
 """
 
 from __future__ import annotations

@@ -49,8 +49,9 @@ def augment_tasks(ds: ArcDataset, per_puzzle: float, seed: int) -> ArcDataset:
     new_keys: list[str] = []
     for puzzle, of_puzzle in keys.items():
         rng = seeded_rng(seed, "new tasks", puzzle)
-        train, test, solutions = *ds.challenge[puzzle].values(), ds.solutions.get(puzzle, ())
-        pairs, tests = list(train), [query["input"] for query in test]
+        pairs = list(ds.challenge[puzzle]["train"])
+        tests = [query["input"] for query in ds.challenge[puzzle]["test"]]
+        solutions = ds.solutions.get(puzzle, ())
         outputs = [*(pair["output"] for pair in pairs), *solutions]
         known = [outputs]
         for copy in range(1, 1 + int(per_puzzle + rng.random())):
@@ -62,9 +63,8 @@ def augment_tasks(ds: ArcDataset, per_puzzle: float, seed: int) -> ArcDataset:
                 known.append(changed)
                 name = f"{puzzle}{MARK}{copy}"
                 parts[name] = len(grids), len(pairs), len(tests), len(solutions) > 0
-                grids += [
-                    grid for pair, output in zip(pairs, changed, strict=False) for grid in (pair["input"], output)
-                ]
+                for pair, output in zip(pairs, changed, strict=False):  # the solutions come after the tests
+                    grids += [pair["input"], output]
                 grids += [*tests, *changed[len(pairs) :]]
                 new_keys += [name + key[len(puzzle) :] for key in of_puzzle]
                 break
