@@ -227,7 +227,10 @@ def is_there(out: Path, settings: dict[str, Any]) -> bool:
         made_with = json.loads(record.read_text(encoding="utf-8"))["settings"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise FileExistsError(f"{out} holds files that this program did not write: choose another --out") from None
-    if {"rope_theta": ROPE_THETA, **made_with} != settings:  # a record from before there was a choice
+    before = {"rope_theta": ROPE_THETA}  # what records have not from before there was a choice
+    if made_with.get("pretrain_steps"):
+        before |= {"pretrain_programs": 0.0}
+    if {**before, **made_with} != settings:
         raise FileExistsError(
             f"{out} was made with other settings ({made_with}): move it away, or choose another --out"
         )
@@ -334,6 +337,7 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     add("steps", "steps of a pretraining; 0: random weights (0)")
     add("seconds", "stop by then, the rate falling to 0 in time; compiling does not count; 0: no limit (0)")
     add("families", f"families of rules (all but {', '.join(NEW_FAMILIES)}; there are {', '.join(FAMILIES)})")
+    add("programs", "share of the puzzles whose rule is put together at random instead, see demo/rule_programs.py (0)")
     add("sizes", "demonstrations of a puzzle, drawn from these (3)")
     add("max_side", "largest side of a grid (5)")
     add("batch", "tokens of a step, padding included (32768)")

@@ -22,6 +22,7 @@ from arc_leaks import find_leaks
 from arc_loader import ArcDataset, format_options
 from arc_samples import SampleEncoder
 from demo.make_dataset import FAMILIES, MAX_SIDE, MIN_SIDE, draw_pairs
+from demo.rule_programs import program
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +37,7 @@ PRETRAINING, MEASURING = 1, 2  # streams of random numbers: no puzzle is measure
 COMPILED_BY = 20  # steps in which the code of all layers and shapes is compiled: they do not count in the seconds
 WARMUP = 0.03  # share of the steps (or seconds) in which the rate rises
 PADDING, OTHER, REPLY = 0, 1, 2  # what a token of a batch is: of a reply (its end included), or of anything else
+PROGRAM = "program"  # stands for a family's name in the ids of puzzles
 PAD_TOKEN = "<|finetune_right_pad_id|>"
 
 
@@ -46,6 +48,7 @@ class Pretraining:
     pretrain_steps: int = 0
     pretrain_seconds: float = 0.0
     pretrain_families: tuple[str, ...] = tuple(name for name in FAMILIES if name not in NEW_FAMILIES)
+    pretrain_programs: float = 0.0
     pretrain_sizes: tuple[int, ...] = (3,)
     pretrain_max_side: int = 5
     pretrain_batch: int = 32768
@@ -61,6 +64,7 @@ class Pretraining:
         whole = "a whole number from"
         checks = [
             ("families", not unknown and self.pretrain_families, f"some of {', '.join(FAMILIES)}"),
+            ("programs", 0 <= self.pretrain_programs <= 1, "a share from 0 to 1"),
             ("sizes", min(self.pretrain_sizes, default=0) >= 1, "numbers of demonstrations from 1"),
             ("steps", self.pretrain_steps >= 0, f"{whole} 0"),
             ("seconds", 0 <= self.pretrain_seconds < math.inf, "a number from 0"),
@@ -85,7 +89,12 @@ def _shown(value: Any) -> str:
 
 
 def draw_puzzles(
-    rng: np.random.Generator, families: Sequence[str], count: int, sizes: Sequence[int], max_side: int
+    rng: np.random.Generator,
+    families: Sequence[str],
+    count: int,
+    sizes: Sequence[int],
+    max_side: int,
+    programs: float = 0.0,
 ) -> ArcDataset:
     """Puzzles with a rule and examples of their own each.
 
@@ -95,17 +104,30 @@ def draw_puzzles(
         count: how many.
         sizes: numbers of demonstrations, drawn too.
         max_side: largest side of a grid.
+        programs: share of the puzzles whose rule is of no family, but a program of rule_programs.py.
 
     Returns:
-        Puzzles `FAMILY-NUMBER` of one test each, as they are drawn; views of them turn and colour them.
+        Puzzles `FAMILY-NUMBER` or `program-NUMBER` of one test each, as they are drawn; views turn and colour them.
     """
     challenge = {}
     for number in range(count):
         name, size = (choices[rng.integers(len(choices))] for choices in (families, sizes))
-        pairs = draw_pairs(FAMILIES[name](rng, max_side), rng, size + 1)
+        if programs and rng.random() < programs:
+            name = PROGRAM
+        pairs = _pairs(rng, name, size + 1, max_side)
         examples = [{"input": grid.astype(np.uint8), "output": solved.astype(np.uint8)} for grid, solved in pairs]
         challenge[f"{name}-{number:05d}"] = {"train": examples[:-1], "test": examples[-1:]}
     return ArcDataset(challenge, is_orig=True)
+
+
+def _pairs(rng: np.random.Generator, name: str, count: int, max_side: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    if name != PROGRAM:
+        return draw_pairs(FAMILIES[name](rng, max_side), rng, count)
+    while True:
+        try:
+            return draw_pairs(program(rng, max_side), rng, count)
+        except ValueError:  # a program that has not so many
+            continue
 
 
 class Chunks:
@@ -128,6 +150,8 @@ class Chunks:
         if settings.pretrain_avoid is not None:
             self.avoid = ArcDataset.load_from_local_json(settings.pretrain_avoid, sizes=settings.pretrain_sizes)
         self.puzzles = max(1, CHUNK_BATCHES * settings.pretrain_batch // ROW_TOKENS)
+        if settings.pretrain_programs:  # each takes milliseconds, and the first batch waits for a whole chunk
+            self.puzzles = -(-self.puzzles // 4)
 
     def __len__(self) -> int:
         """Chunks: as many as would do if each had but one batch."""
@@ -143,7 +167,7 @@ class Chunks:
         settings = self.settings
         rng = np.random.default_rng([settings.seed, PRETRAINING, chunk])
         families, sizes = settings.pretrain_families, settings.pretrain_sizes
-        ds = draw_puzzles(rng, families, self.puzzles, sizes, settings.pretrain_max_side)
+        ds = draw_puzzles(rng, families, self.puzzles, sizes, settings.pretrain_max_side, settings.pretrain_programs)
         avoided: set[str] = set()
         if self.avoid is not None:
             avoided = {name for names in find_leaks(self.avoid, ds).puzzles.values() for name in names}
@@ -334,7 +358,7 @@ def _mean(losses: list[torch.Tensor], step: int) -> float:
 
 
 def solved_by_family(
-    model: Any, tokenizer: Any, settings: Pretraining, count: int, families: Sequence[str] = tuple(FAMILIES)
+    model: Any, tokenizer: Any, settings: Pretraining, count: int, families: Sequence[str] | None = None
 ) -> dict[str, float]:
     """Exact match of greedy replies to fresh puzzles, by family.
 
@@ -343,7 +367,7 @@ def solved_by_family(
         tokenizer: the whole vocabulary.
         settings: sizes of puzzles, and the seed.
         count: puzzles of each family.
-        families: which.
+        families: which; PROGRAM stands for programs. Default: all, and programs if there were any in the training.
 
     Returns:
         Share of the puzzles solved, by family.
@@ -356,13 +380,17 @@ def solved_by_family(
     padded = copy.deepcopy(tokenizer)
     padded.pad_token = PAD_TOKEN
     solved = {}
+    if families is None:
+        families = (*FAMILIES, PROGRAM) if settings.pretrain_programs else tuple(FAMILIES)
     model.eval()
     with torch.compiler.set_stance("force_eager"):
-        for number, name in enumerate(FAMILIES):
+        for number, name in enumerate((*FAMILIES, PROGRAM)):
             if name not in families:
                 continue
             rng = np.random.default_rng([settings.seed, MEASURING, number])
-            ds = draw_puzzles(rng, [name], count, settings.pretrain_sizes, settings.pretrain_max_side)
+            ds = draw_puzzles(
+                rng, [name], count, settings.pretrain_sizes, settings.pretrain_max_side, float(name == PROGRAM)
+            )
             views = ds.views(settings.seed, tp=True, rt=True, perm=True)
             keys = views.keys(np.zeros(count, dtype=int), np.arange(count))
             prompts = encoder.encode(ds, keys, reply=False)
@@ -374,7 +402,8 @@ def solved_by_family(
 
 def print_measured(solved: dict[str, float], settings: Pretraining) -> None:
     """Print what `solved_by_family` found, families that are new to the model marked."""
-    new = [name for name in solved if name not in settings.pretrain_families]
+    known = {*settings.pretrain_families, *([PROGRAM] if settings.pretrain_programs else [])}
+    new = [name for name in solved if name not in known]
     line = "  ".join(f"{name}{'*' if name in new else ''} {share:.0%}" for name, share in solved.items())
     parts = []
     for what, names in (("trained on", [name for name in solved if name not in new]), ("new (*)", new)):

@@ -94,6 +94,18 @@ def test_every_puzzle_has_a_rule_of_its_own():
     assert len(rules) == 50
 
 
+def test_a_share_of_the_puzzles_has_programs_for_rules(tokenizer):
+    settings = dataclasses.replace(SMALL, pretrain_programs=0.6, pretrain_max_side=6)
+    ds = pretraining.draw_puzzles(np.random.default_rng(1), SMALL.pretrain_families, 200, (3,), 6, programs=0.6)
+    programs = sum(key.startswith("program-") for key in ds.challenge)
+    assert 90 <= programs <= 150 and len(ds.challenge) == 200
+    first, again = (chunk_of(settings, tokenizer) for _ in range(2))
+    assert all(np.array_equal(a[0], b[0]) for a, b in zip(first["batches"], again["batches"], strict=True))
+    assert first["puzzles"] < chunk_of(SMALL, tokenizer)["puzzles"]  # the first batch is there soon
+    without = pretraining.draw_puzzles(np.random.default_rng(1), SMALL.pretrain_families, 9, (3,), 6)
+    assert not any(key.startswith("program-") for key in without.challenge)
+
+
 def test_puzzles_of_a_dataset_are_avoided_however_they_are_turned(tokenizer, tmp_path):
     rng = np.random.default_rng([SMALL.seed, pretraining.PRETRAINING, 0])
     size = Chunks(SMALL, *pretraining.encoder_of(tokenizer)).puzzles
@@ -204,6 +216,7 @@ def test_new_families_are_families():
     ("flags", "expected"),
     [
         (["--pretrain_families", "flip", "flop"], "--pretrain_families is flip flop: expected some of flip, rotate"),
+        (["--pretrain_programs", "1.5"], "--pretrain_programs is 1.5: expected a share from 0 to 1"),
         (["--pretrain_sizes", "0"], "--pretrain_sizes is 0"),
         (["--pretrain_steps", "-1"], "--pretrain_steps is -1"),
         (["--pretrain_seconds", "nan"], "--pretrain_seconds is nan"),

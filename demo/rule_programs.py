@@ -1,0 +1,1233 @@
+"""Rules put together at random: a kind of scene, and one to three operations on it. For pretraining.py.
+
+The families of make_dataset.py have a handful of rules each. Here a rule is a small program: what its inputs look like
+(objects, marks, panels beside lines, patterns with a hole), and operations that follow each other, each with
+parameters of its own (which objects, which colours, which directions). The operations are about what ARC's puzzles are
+said to be about, objects, counting, symmetry, lines, inside and outside (Chollet 2019, https://arxiv.org/abs/1911.01547,
+"core knowledge"); none is made after a task.
+
+To add an operation: write a function that draws its parameters and returns them with what it does to a grid, and
+register it with @operation and the scenes that it suits (`outline` is a short one). To add a scene: @scene.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from demo.make_dataset import Grid, Random, Rule, pick
+
+Solve = Callable[[Grid], Grid]
+Draw = Callable[[Random], Grid]
+Made = tuple[dict[str, Any], Solve]  # an operation's parameters, and what it does
+
+BLACK = 0  # the background; views give it other colours
+TRIES = 12  # inputs that are drawn for one that all operations have something to do on
+CHECKED = 4  # inputs that a program has to prove itself on
+SCENES_TRIED = 6  # scenes, and operations to follow, that an operation gets until another one is drawn
+PROGRAMS = 400  # drawn until one proves itself
+LENGTHS = (1, 1, 1, 2, 2, 3)  # operations of a program
+SIDES = ((0, 1), (0, -1), (1, 0), (-1, 0))
+CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
+
+
+class Unfit(ValueError):
+    """An operation has nothing to do on a grid, or no single thing."""
+
+
+class Scene(NamedTuple):
+    """What the inputs of a rule look like.
+
+    Args:
+        parameters: what was drawn for the rule.
+        colours: that occur in it, without the background's.
+        draw: makes an input.
+    """
+
+    parameters: dict[str, Any]
+    colours: list[int]
+    draw: Draw
+
+
+SCENES: dict[str, Callable[[Random, int], Scene]] = {}
+OPERATIONS: dict[str, tuple[Callable[[Random, Sequence[int]], Made], tuple[str, ...]]] = {}
+
+
+def scene(function: Callable[[Random, int], Scene]) -> Callable[[Random, int], Scene]:
+    """Register a kind of scene under its function's name."""
+    SCENES[function.__name__] = function
+    return function
+
+
+def operation(*scenes: str) -> Callable[[Callable], Callable]:
+    """Register an operation under its function's name.
+
+    Args:
+        scenes: that it suits as the first of a program; none: all.
+    """
+
+    def register(function: Callable[[Random, Sequence[int]], Made]) -> Callable:
+        OPERATIONS[function.__name__] = function, scenes or tuple(SCENES)
+        return function
+
+    return register
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Programs
+
+
+def program(rng: Random, max_side: int) -> Rule:
+    """Draw a rule: a scene and operations.
+
+    Args:
+        rng: of all draws.
+        max_side: largest side of any grid, from 3.
+
+    Returns:
+        The rule. On inputs that it draws each operation changes the grid, no side is above `max_side`, and not all
+        outputs are alike.
+
+    Raises:
+        RuntimeError: no program was found, which does not happen by chance.
+    """
+    names = list(OPERATIONS)
+    for number in range(PROGRAMS):
+        if number % SCENES_TRIED == 0:
+            first = pick(rng, names)
+        kind = pick(rng, OPERATIONS[first][1])
+        chosen = [first, *(pick(rng, names) for _ in range(pick(rng, LENGTHS) - 1))]
+        made = SCENES[kind](rng, max_side)
+        steps = [OPERATIONS[name][0](rng, made.colours) for name in chosen]
+        rule = _rule(made, [solve for _, solve in steps], max_side)
+        try:
+            outputs = [rule.solve(rule.draw(rng)) for _ in range(CHECKED)]
+        except Unfit:
+            continue
+        if all(np.array_equal(outputs[0], output) for output in outputs[1:]):
+            continue
+        named = [{"operation": name, **parameters} for name, (parameters, _) in zip(chosen, steps, strict=True)]
+        return rule._replace(parameters={"scene": kind, **made.parameters, "operations": named})
+    raise RuntimeError(f"none of {PROGRAMS} programs does anything on grids of sides up to {max_side}")
+
+
+def _rule(made: Scene, steps: Sequence[Solve], max_side: int) -> Rule:
+    last: list[Grid] = []  # the last input that was drawn, and its output
+
+    def solve(grid: Grid) -> Grid:
+        if last and last[0] is grid:
+            return last[1]
+        for step in steps:
+            changed = step(grid)
+            if not 1 <= min(changed.shape) <= max(changed.shape) <= max_side or np.array_equal(changed, grid):
+                raise Unfit("nothing changes, or too much")
+            grid = changed
+        return grid
+
+    def draw(rng: Random) -> Grid:
+        for _ in range(TRIES):
+            grid = made.draw(rng)
+            try:
+                last[:] = grid, solve(grid)
+            except Unfit:
+                continue
+            return grid
+        raise Unfit(f"{TRIES} inputs on which not all operations have something to do")
+
+    return Rule({}, draw, solve)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scenes
+
+
+def _palette(rng: Random, most: int) -> list[int]:
+    return (rng.permutation(9)[: rng.integers(1, most + 1)] + 1).tolist()
+
+
+def _sides(rng: Random, least: int, max_side: int) -> Callable[[Random], tuple[int, int]]:
+    # Sides of a rule's inputs: the same in all, or another in each; square, or not.
+    if rng.random() < 0.3:  # room for what makes grids larger
+        max_side = max(least, max_side // 2)
+    low = int(rng.integers(least, max_side + 1))
+    high = low if rng.random() < 0.4 else int(rng.integers(low, max_side + 1))
+    square = rng.random() < 0.4
+
+    def draw(r: Random) -> tuple[int, int]:
+        rows, columns = (int(side) for side in r.integers(low, high + 1, size=2))
+        return rows, rows if square else columns
+
+    return draw
+
+
+def _scattered(rng: Random, shape: tuple[int, int], colours: Sequence[int], share: float) -> Grid:
+    grid = np.asarray(colours)[rng.integers(len(colours), size=shape)]
+    return np.where(rng.random(shape) < share, grid, BLACK)
+
+
+@scene
+def noise(rng: Random, max_side: int) -> Scene:
+    """Every cell of any colour of a palette, the background's among them or not."""
+    colours, sides = _palette(rng, 6), _sides(rng, 2, max_side)
+    black = 1.0 if len(colours) > 1 and rng.random() < 0.5 else float(rng.uniform(0.3, 0.9))
+    return Scene({"colours": colours}, colours, lambda r: _scattered(r, sides(r), colours, black))
+
+
+@scene
+def marks(rng: Random, max_side: int) -> Scene:
+    """A few single cells on the background."""
+    colours, sides, most = _palette(rng, 4), _sides(rng, 3, max_side), int(rng.integers(1, 7))
+
+    def draw(r: Random) -> Grid:
+        grid = np.zeros(sides(r), dtype=int)
+        cells = r.permutation(grid.size)[: r.integers(1, most + 1)]
+        grid.flat[cells] = np.asarray(colours)[r.integers(len(colours), size=len(cells))]
+        return grid
+
+    return Scene({"colours": colours, "most": most}, colours, draw)
+
+
+def _shape(rng: Random, kind: str, most: int) -> Grid:
+    # A mask of an object: True where it has a cell.
+    rows, columns = (int(side) for side in rng.integers(1, most + 1, size=2))
+    if kind == "line":
+        return np.ones((1, max(2, columns)) if rng.random() < 0.5 else (max(2, rows), 1), dtype=bool)
+    if kind == "box":
+        return np.ones((max(2, rows), max(2, columns)), dtype=bool)
+    if kind == "frame":
+        mask = np.ones((max(3, rows), max(3, columns)), dtype=bool)
+        mask[1:-1, 1:-1] = False
+        return mask
+    if kind == "cross":
+        mask = np.zeros((3, 3), dtype=bool)
+        mask[1] = mask[:, 1] = True
+        return mask
+    mask = np.zeros((max(2, rows), max(2, columns)), dtype=bool)  # any: a walk
+    row, column = (int(rng.integers(side)) for side in mask.shape)
+    for _ in range(int(rng.integers(2, 2 * mask.size))):
+        mask[row, column] = True
+        down, right = SIDES[rng.integers(4)]
+        row, column = (row + down) % mask.shape[0], (column + right) % mask.shape[1]
+    lines = mask[mask.any(axis=1)]
+    return lines[:, lines.any(axis=0)]
+
+
+def _place(rng: Random, grid: Grid, mask: Grid, colour: Any) -> bool:
+    # Put an object where nothing is near; whether there was room in a few tries.
+    rows, columns = mask.shape
+    if rows > grid.shape[0] or columns > grid.shape[1]:
+        return False
+    for _ in range(8):
+        top, left = (int(rng.integers(n - m + 1)) for n, m in zip(grid.shape, mask.shape, strict=True))
+        if not grid[max(0, top - 1) : top + rows + 1, max(0, left - 1) : left + columns + 1].any():
+            grid[top : top + rows, left : left + columns][mask] = colour
+            return True
+    return False
+
+
+def _objects(rng: Random, max_side: int, noisy: bool) -> Scene:
+    colours, sides = _palette(rng, 4), _sides(rng, min(5, max_side), max_side)
+    kinds = ["any", "box", "frame", "line", "cross"]
+    kinds = [kinds[i] for i in rng.permutation(5)[: rng.integers(1, 4)]]
+    most, largest = int(rng.integers(1, 6)), int(rng.integers(2, max(3, max_side // 2) + 1))
+    mixed = rng.random() < 0.2  # objects of several colours
+    dirt = int(pick(rng, [*colours, *(set(range(1, 10)) - set(colours))]))
+
+    def draw(r: Random) -> Grid:
+        grid = np.zeros(sides(r), dtype=int)
+        for _ in range(int(r.integers(1, most + 1))):
+            mask = _shape(r, pick(r, kinds), largest)
+            colour = r.choice(colours, size=int(mask.sum())) if mixed else pick(r, colours)
+            _place(r, grid, mask, colour)
+        if noisy:
+            for cell in r.permutation(grid.size)[: r.integers(1, 5)]:
+                if not grid.flat[cell]:
+                    grid.flat[cell] = dirt
+        return grid
+
+    found = {"colours": colours, "shapes": kinds, "most": most, "largest": largest, "mixed": mixed}
+    return Scene({**found, **({"dirt": dirt} if noisy else {})}, list(dict.fromkeys([*colours, dirt])), draw)
+
+
+@scene
+def objects(rng: Random, max_side: int) -> Scene:
+    """Objects that do not touch each other."""
+    return _objects(rng, max_side, noisy=False)
+
+
+@scene
+def dirty_objects(rng: Random, max_side: int) -> Scene:
+    """Objects, and single cells that may touch them."""
+    return _objects(rng, max_side, noisy=True)
+
+
+@scene
+def alike_objects(rng: Random, max_side: int) -> Scene:
+    """Objects of one shape or two that occur several times."""
+    colours, sides = _palette(rng, 3), _sides(rng, min(6, max_side), max_side)
+    largest, kind = int(rng.integers(2, 4)), pick(rng, ["any", "any", "box"])
+    fixed = [_shape(rng, kind, largest) for _ in range(2)] if rng.random() < 0.4 else None
+
+    def draw(r: Random) -> Grid:
+        grid = np.zeros(sides(r), dtype=int)
+        shapes = fixed or [_shape(r, kind, largest) for _ in range(2)]
+        for number in range(int(r.integers(2, 5))):
+            _place(r, grid, shapes[number == 0], pick(r, colours))
+        return grid
+
+    return Scene({"colours": colours, "largest": largest, "shape": kind, "fixed": fixed is not None}, colours, draw)
+
+
+@scene
+def lines(rng: Random, max_side: int) -> Scene:
+    """Whole rows and columns, and single cells."""
+    colours, sides = _palette(rng, 4), _sides(rng, min(4, max_side), max_side)
+    most, cells, across = int(rng.integers(1, 4)), int(rng.integers(0, 4)), bool(rng.integers(2))
+
+    def draw(r: Random) -> Grid:
+        grid = np.zeros(sides(r), dtype=int)
+        for cell in r.permutation(grid.size)[: r.integers(0, cells + 1)]:
+            grid.flat[cell] = pick(r, colours)
+        for _ in range(int(r.integers(1, most + 1))):
+            turned = grid.T if across and r.random() < 0.5 else grid
+            turned[r.integers(len(turned))] = pick(r, colours)
+        return grid
+
+    return Scene({"colours": colours, "most": most, "cells": cells, "across": across}, colours, draw)
+
+
+@scene
+def panels(rng: Random, max_side: int) -> Scene:
+    """Equal parts side by side, a line of one colour between each two."""
+    count = int(rng.integers(2, min(4, (max_side + 1) // 2) + 1))
+    widest = (max_side - count + 1) // count
+    colours = _palette(rng, 3)
+    line = int(pick(rng, sorted(set(range(1, 10)) - set(colours))))
+    own = len(colours) > 1 and rng.random() < 0.5  # each panel in one colour, the same in all puzzles
+    share = float(rng.uniform(0.25, 0.7))
+    width = int(rng.integers(1, widest + 1))
+    same = rng.random() < 0.5
+
+    def draw(r: Random) -> Grid:
+        columns = width if same else int(r.integers(1, widest + 1))
+        shape = int(r.integers(2, max_side + 1)), columns
+        parts: list[Grid] = []
+        for number in range(count):
+            parts.append(_scattered(r, shape, [colours[number % len(colours)]] if own else colours, share))
+            parts.append(np.full((shape[0], 1), line))
+        return np.hstack(parts[:-1])
+
+    return Scene({"panels": count, "colours": colours, "line": line, "own": own}, [*colours, line], draw)
+
+
+@scene
+def symmetric(rng: Random, max_side: int) -> Scene:
+    """A pattern that is its own mirror image, with a box over a part of it."""
+    colours, cover = _palette(rng, 6), 0
+    diagonal = bool(rng.integers(2))
+    least = int(rng.integers(2, max(2, max_side // 2) + 1))
+
+    def draw(r: Random) -> Grid:
+        half = int(r.integers(least, max(2, max_side // 2) + 1))
+        part = np.asarray(colours)[r.integers(len(colours), size=(half, half))]
+        if diagonal:
+            part = np.where(np.tri(half, dtype=bool), part, part.T)
+        rows = np.vstack([part, part[::-1]])
+        grid = np.hstack([rows, rows[:, ::-1]])[:max_side, :max_side]
+        high, wide = (int(n) for n in r.integers(1, max(2, half), size=2))
+        top, left = (int(r.integers(n - m + 1)) for n, m in zip(grid.shape, (high, wide), strict=True))
+        grid[top : top + high, left : left + wide] = cover
+        return grid
+
+    return Scene({"colours": colours, "diagonal": diagonal}, colours, draw)
+
+
+@scene
+def periodic(rng: Random, max_side: int) -> Scene:
+    """A pattern that repeats itself, with a box over a part of it or only its beginning."""
+    colours = _palette(rng, 6)
+    sides = _sides(rng, min(5, max_side), max_side)
+    begun = rng.random() < 0.5
+
+    def draw(r: Random) -> Grid:
+        rows, columns = sides(r)
+        high, wide = (int(n) for n in r.integers(1, 4, size=2))
+        part = np.asarray(colours)[r.integers(len(colours), size=(high, wide))]
+        grid = np.tile(part, (rows // high + 1, columns // wide + 1))[:rows, :columns]
+        if begun:
+            grid[:, min(columns - 1, 2 * wide) :] = BLACK
+        else:
+            high, wide = (int(n) for n in r.integers(1, 3, size=2))
+            top, left = (int(r.integers(n - m + 1)) for n, m in zip(grid.shape, (high, wide), strict=True))
+            grid[top : top + high, left : left + wide] = BLACK
+        return grid
+
+    return Scene({"colours": colours, "begun": bool(begun)}, colours, draw)
+
+
+@scene
+def bars(rng: Random, max_side: int) -> Scene:
+    """Columns of different heights on the lowest row."""
+    colours, sides = _palette(rng, 4), _sides(rng, min(4, max_side), max_side)
+    gap = int(rng.integers(1, 3))
+
+    def draw(r: Random) -> Grid:
+        grid = np.zeros(sides(r), dtype=int)
+        for column in range(int(r.integers(gap)), grid.shape[1], gap):
+            height = int(r.integers(0, len(grid) + 1))
+            grid[len(grid) - height :, column] = pick(r, colours)
+        return grid
+
+    return Scene({"colours": colours, "gap": gap}, colours, draw)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Objects of a grid
+
+
+class Part(NamedTuple):
+    """An object: cells that touch each other.
+
+    Args:
+        rows: of its cells, int (cells,).
+        columns: likewise.
+        box: the smallest slices that hold it.
+        colour: of its first cell.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    box: tuple[slice, slice]
+    colour: int
+
+    @property
+    def size(self) -> int:
+        """Cells."""
+        return len(self.rows)
+
+    def mask(self) -> Grid:
+        """True where it has a cell, in its box."""
+        mask = np.zeros([part.stop - part.start for part in self.box], dtype=bool)
+        mask[self.rows - self.box[0].start, self.columns - self.box[1].start] = True
+        return mask
+
+
+def parts_of(grid: Grid, by_colour: bool, corners: bool) -> list[Part]:
+    """The objects of a grid, from the top.
+
+    Args:
+        grid: what is not black belongs to objects.
+        by_colour: cells of one object have one colour.
+        corners: cells touch at corners too.
+    """
+    rows, columns = grid.shape
+    cells = grid.ravel().tolist()
+    steps = SIDES + CORNERS if corners else SIDES
+    seen = [not cell for cell in cells]
+    parts = []
+    for first, colour in enumerate(cells):
+        if seen[first]:
+            continue
+        seen[first] = True
+        found = [first]
+        for cell in found:
+            row, column = divmod(cell, columns)
+            for down, right in steps:
+                r, c = row + down, column + right
+                if 0 <= r < rows and 0 <= c < columns:
+                    other = r * columns + c
+                    if not seen[other] and (not by_colour or cells[other] == colour):
+                        seen[other] = True
+                        found.append(other)
+        at, across = np.divmod(found, columns)
+        box = slice(int(at.min()), int(at.max()) + 1), slice(int(across.min()), int(across.max()) + 1)
+        parts.append(Part(at, across, box, colour))
+    return parts
+
+
+def _way(rng: Random) -> tuple[bool, bool]:
+    # How a rule tells objects: by colour or not, at corners too or not.
+    return bool(rng.integers(2)), bool(rng.integers(2))
+
+
+def inside_of(grid: Grid) -> Grid:
+    """True at the black cells from which no path of black cells, side by side, leads to the edge."""
+    rows, columns = grid.shape
+    outside = np.zeros((rows + 2, columns + 2), dtype=bool)
+    free = np.ones_like(outside)
+    free[1:-1, 1:-1] = grid == BLACK
+    outside[0, 0] = True
+    while True:
+        grown = outside.copy()
+        grown[1:] |= outside[:-1]
+        grown[:-1] |= outside[1:]
+        grown[:, 1:] |= outside[:, :-1]
+        grown[:, :-1] |= outside[:, 1:]
+        grown &= free
+        if (grown == outside).all():
+            return free[1:-1, 1:-1] & ~outside[1:-1, 1:-1]
+        outside = grown
+
+
+def neighbours_of(mask: Grid, corners: bool) -> Grid:
+    """How many neighbours of each cell are True."""
+    padded = np.pad(mask.astype(int), 1)
+    rows, columns = mask.shape
+    steps = SIDES + CORNERS if corners else SIDES
+    return sum(padded[1 + down : 1 + down + rows, 1 + right : 1 + right + columns] for down, right in steps)
+
+
+def _at_edge(grid: Grid, part: Part) -> bool:
+    (rows, columns), (high, wide) = part.box, grid.shape
+    return rows.start == 0 or columns.start == 0 or rows.stop == high or columns.stop == wide
+
+
+RANKED: dict[str, Callable[[Grid, Part], int]] = {
+    "size": lambda grid, part: part.size,
+    "height": lambda grid, part: part.box[0].stop - part.box[0].start,
+    "width": lambda grid, part: part.box[1].stop - part.box[1].start,
+    "area": lambda grid, part: part.mask().size,
+    "top": lambda grid, part: -part.box[0].start,
+    "left": lambda grid, part: -part.box[1].start,
+    "colours": lambda grid, part: len(set(grid[part.rows, part.columns].tolist())),
+}
+YES_OR_NO: dict[str, Callable[[Grid, Part], bool]] = {
+    "holes": lambda grid, part: part.size < part.mask().size and bool(inside_of(part.mask().astype(int)).any()),
+    "full": lambda grid, part: part.size == part.mask().size,
+    "wide": lambda grid, part: part.mask().shape[1] > part.mask().shape[0],
+    "symmetric": lambda grid, part: bool((part.mask() == part.mask()[:, ::-1]).all()),
+    "edge": _at_edge,
+}
+
+
+def _choice(rng: Random) -> tuple[dict[str, Any], Callable[[Grid, list[Part]], list[Part]]]:
+    # A rule that chooses objects: the most of something, the least, those that are so, those of a colour or shape.
+    kind = pick(rng, ["most", "least", "yes", "no", "alone", "common"])
+    feature = pick(rng, list(RANKED if kind in ("most", "least") else YES_OR_NO))
+    if kind in ("alone", "common"):
+        feature = pick(rng, ["colour", "shape", "size"])
+
+    def choose(grid: Grid, parts: list[Part]) -> list[Part]:
+        if not parts:
+            raise Unfit("no objects")
+        if kind in ("alone", "common"):
+            of = {
+                "colour": lambda part: part.colour,
+                "shape": lambda part: (part.mask().shape, part.mask().tobytes()),
+                "size": lambda part: part.size,
+            }[feature]
+            values = [of(part) for part in parts]
+            counts = [values.count(value) for value in values]
+            wanted = 1 if kind == "alone" else max(counts)
+            chosen = [part for part, count in zip(parts, counts, strict=True) if count == wanted]
+            distinct = len({v for v, count in zip(values, counts, strict=True) if count == wanted})
+            if (kind == "alone" and len(chosen) != 1) or (kind == "common" and (distinct != 1 or wanted == 1)):
+                raise Unfit("no single choice")
+        else:
+            values = [(RANKED | YES_OR_NO)[feature](grid, part) for part in parts]
+            if kind in ("yes", "no"):
+                chosen = [part for part, value in zip(parts, values, strict=True) if value == (kind == "yes")]
+            else:
+                best = (max if kind == "most" else min)(values)
+                chosen = [part for part, value in zip(parts, values, strict=True) if value == best]
+                if len(chosen) != 1:
+                    raise Unfit("no single choice")
+        if not chosen or len(chosen) == len(parts):
+            raise Unfit("all objects, or none")
+        return chosen
+
+    return {"choice": kind, "of": feature}, choose
+
+
+OBJECTS = ("objects", "dirty_objects", "alike_objects")
+
+
+@operation(*OBJECTS, "bars", "marks", "lines")
+def keep_objects(rng: Random, colours: Sequence[int]) -> Made:
+    """Keep the chosen objects, or all others."""
+    way, (parameters, choose), kept = _way(rng), _choice(rng), bool(rng.integers(2))
+
+    def solve(grid: Grid) -> Grid:
+        parts = parts_of(grid, *way)
+        changed = np.zeros_like(grid) if kept else grid.copy()
+        for part in choose(grid, parts):
+            changed[part.rows, part.columns] = grid[part.rows, part.columns] if kept else BLACK
+        return changed
+
+    return {"way": way, **parameters, "keep": kept}, solve
+
+
+@operation(*OBJECTS, "bars", "marks")
+def cut_out(rng: Random, colours: Sequence[int]) -> Made:
+    """Cut out the box of the one chosen object."""
+    way, (parameters, choose), alone = _way(rng), _choice(rng), bool(rng.integers(2))
+
+    def solve(grid: Grid) -> Grid:
+        chosen = choose(grid, parts_of(grid, *way))
+        if len(chosen) != 1:
+            raise Unfit("several objects")
+        [part] = chosen
+        if alone:  # without what else is in its box
+            return np.where(part.mask(), grid[part.box], BLACK)
+        return grid[part.box]
+
+    return {"way": way, **parameters, "alone": alone}, solve
+
+
+@operation(*OBJECTS, "bars", "marks", "lines")
+def recolour_objects(rng: Random, colours: Sequence[int]) -> Made:
+    """Give the chosen objects a colour, and the others another one or their own."""
+    way, (parameters, choose) = _way(rng), _choice(rng)
+    first, second = (int(colour) for colour in rng.permutation(9)[:2] + 1)
+    both = bool(rng.integers(2))
+
+    def solve(grid: Grid) -> Grid:
+        changed = np.where(grid != BLACK, second, BLACK) if both else grid.copy()
+        for part in choose(grid, parts_of(grid, *way)):
+            changed[part.rows, part.columns] = first
+        return changed
+
+    return {"way": way, **parameters, "colour": first, "others": second if both else None}, solve
+
+
+@operation(*OBJECTS, "bars")
+def colour_by_rank(rng: Random, colours: Sequence[int]) -> Made:
+    """Colour objects by the order of something: the first, the second, and so on."""
+    way, feature = _way(rng), pick(rng, list(RANKED))
+    ranks = (rng.permutation(9) + 1).tolist()
+    most = int(rng.integers(2, 5))
+
+    def solve(grid: Grid) -> Grid:
+        parts = parts_of(grid, *way)
+        values = [RANKED[feature](grid, part) for part in parts]
+        order = sorted(set(values), reverse=True)
+        if not 2 <= len(order) <= most:
+            raise Unfit("too few or many ranks")
+        changed = np.zeros_like(grid)
+        for part, value in zip(parts, values, strict=True):
+            changed[part.rows, part.columns] = ranks[order.index(value)]
+        return changed
+
+    return {"way": way, "of": feature, "colours": ranks[:most]}, solve
+
+
+@operation(*OBJECTS, "marks", "bars", "noise")
+def colour_by_size(rng: Random, colours: Sequence[int]) -> Made:
+    """Colour objects by their number of cells."""
+    way, table = _way(rng), (rng.permutation(9) + 1).tolist()
+    limit = int(rng.integers(2, 5))
+
+    def solve(grid: Grid) -> Grid:
+        changed = np.zeros_like(grid)
+        for part in parts_of(grid, *way):
+            changed[part.rows, part.columns] = table[min(part.size, limit) - 1]
+        return changed
+
+    return {"way": way, "colours": table[:limit]}, solve
+
+
+@operation(*OBJECTS, "marks")
+def move_objects(rng: Random, colours: Sequence[int]) -> Made:
+    """Move objects by a step, or as far as they can until the edge or another one; all of them or those of a colour."""
+    way = _way(rng)
+    down, right = pick(rng, SIDES + CORNERS)
+    far = bool(rng.integers(2))
+    count = 10 if far else int(rng.integers(1, 4))
+    colour = int(pick(rng, colours)) if rng.random() < 0.4 else None
+
+    def solve(grid: Grid) -> Grid:
+        parts = parts_of(grid, *way)
+        # Those in front first, so that they are out of the way.
+        parts.sort(key=lambda part: -max(down * part.rows + right * part.columns))
+        changed = grid.copy()
+        for part in parts:
+            if colour not in (None, part.colour):
+                continue
+            values = grid[part.rows, part.columns]
+            changed[part.rows, part.columns] = BLACK
+            rows, columns = part.rows, part.columns
+            for _ in range(count):
+                r, c = rows + down, columns + right
+                inside = r.min() >= 0 and c.min() >= 0 and r.max() < grid.shape[0] and c.max() < grid.shape[1]
+                if not inside or changed[r, c].any():
+                    break
+                rows, columns = r, c
+            changed[rows, columns] = values
+        return changed
+
+    return {"way": way, "down": down, "right": right, "steps": None if far else count, "colour": colour}, solve
+
+
+@operation(*OBJECTS, "symmetric")
+def turn_objects(rng: Random, colours: Sequence[int]) -> Made:
+    """Mirror each object in its own box."""
+    way, axis = _way(rng), pick(rng, ["left-right", "top-bottom", "both"])
+
+    def solve(grid: Grid) -> Grid:
+        changed = grid.copy()
+        parts = parts_of(grid, *way)
+        for part in parts:
+            changed[part.rows, part.columns] = BLACK
+        for part in parts:
+            cut = np.where(part.mask(), grid[part.box], BLACK)
+            cut = cut[:, ::-1] if axis == "left-right" else cut[::-1] if axis == "top-bottom" else cut[::-1, ::-1]
+            place = changed[part.box]
+            place[cut != BLACK] = cut[cut != BLACK]
+        return changed
+
+    return {"way": way, "axis": axis}, solve
+
+
+@operation(*OBJECTS)
+def outline(rng: Random, colours: Sequence[int]) -> Made:
+    """Colour the black cells around objects."""
+    colour, corners = int(rng.integers(1, 10)), bool(rng.integers(2))
+    return {"colour": colour, "corners": corners}, lambda grid: np.where(
+        (grid == BLACK) & (neighbours_of(grid != BLACK, corners) > 0), colour, grid
+    )
+
+
+@operation(*OBJECTS, "marks")
+def fill_boxes(rng: Random, colours: Sequence[int]) -> Made:
+    """Fill the box of each object with its colour or another one, behind what is there."""
+    way, colour = _way(rng), int(rng.integers(1, 10)) if rng.random() < 0.6 else None
+
+    def solve(grid: Grid) -> Grid:
+        changed = grid.copy()
+        for part in parts_of(grid, *way):
+            box = changed[part.box]
+            box[box == BLACK] = part.colour if colour is None else colour
+        return changed
+
+    return {"way": way, "colour": colour}, solve
+
+
+@operation(*OBJECTS, "noise")
+def fill_inside(rng: Random, colours: Sequence[int]) -> Made:
+    """Colour what is enclosed; or what is not."""
+    colour, inside = int(rng.integers(1, 10)), bool(rng.random() < 0.7)
+    return {"colour": colour, "inside": inside}, lambda grid: np.where(
+        inside_of(grid) if inside else (grid == BLACK) & ~inside_of(grid), colour, grid
+    )
+
+
+@operation(*OBJECTS)
+def hollow(rng: Random, colours: Sequence[int]) -> Made:
+    """Take out the cells inside of objects, or colour them."""
+    colour, corners = (0 if rng.random() < 0.4 else int(rng.integers(1, 10))), bool(rng.integers(2))
+    return {"colour": colour, "corners": corners}, lambda grid: np.where(
+        (grid != BLACK) & (neighbours_of(grid != BLACK, corners) == (8 if corners else 4)), colour, grid
+    )
+
+
+@operation(*OBJECTS, "marks", "bars")
+def count_objects(rng: Random, colours: Sequence[int]) -> Made:
+    """Answer with as many cells as there are objects: a row, a diagonal, or the first cells of a square."""
+    way, colour, form = _way(rng), int(rng.integers(1, 10)), pick(rng, ["row", "diagonal", "square", "colours"])
+    side = 3
+
+    def solve(grid: Grid) -> Grid:
+        parts = parts_of(grid, *way)
+        if form == "colours":  # one cell of each, the largest first
+            sizes = [part.size for part in parts]
+            if len(set(sizes)) < len(sizes):
+                raise Unfit("no order")
+            parts.sort(key=lambda part: -part.size)
+            return np.array([[part.colour for part in parts]] or [[BLACK]])
+        if form == "diagonal":
+            return np.diag(np.full(max(1, len(parts)), colour))
+        if form == "row":
+            return np.full((1, max(1, len(parts))), colour)
+        if len(parts) > side * side:
+            raise Unfit("too many")
+        changed = np.zeros((side, side), dtype=int)
+        changed.flat[: len(parts)] = colour
+        return changed
+
+    return {"way": way, "colour": colour, "form": form}, solve
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cells and their neighbours
+
+
+@operation("marks", "lines")
+def stamp(rng: Random, colours: Sequence[int]) -> Made:
+    """Draw a pattern around each cell of a colour, or of any; each colour has one of its own, or all the same."""
+    patterns = {}
+    for colour in colours if rng.random() < 0.5 else [int(pick(rng, colours))]:
+        near = [step for step in SIDES + CORNERS if rng.random() < 0.5]
+        if rng.random() < 0.3:
+            near += [(2 * down, 2 * right) for down, right in near]
+        patterns[int(colour)] = near, (int(rng.integers(1, 10)) if rng.random() < 0.6 else int(colour))
+
+    def solve(grid: Grid) -> Grid:
+        changed = grid.copy()
+        for row, column in zip(*np.nonzero(grid), strict=True):
+            near, drawn = patterns.get(int(grid[row, column]), ((), 0))
+            for down, right in near:
+                r, c = row + down, column + right
+                if 0 <= r < grid.shape[0] and 0 <= c < grid.shape[1] and not grid[r, c]:
+                    changed[r, c] = drawn
+        return changed
+
+    return {"patterns": {str(colour): pattern for colour, pattern in patterns.items()}}, solve
+
+
+@operation("marks", "objects", "lines", "bars", "dirty_objects")
+def shoot(rng: Random, colours: Sequence[int]) -> Made:
+    """From each cell of a colour, or of any, draw lines in some directions, to the edge or to what is in the way."""
+    steps = [step for step in (SIDES if rng.random() < 0.6 else SIDES + CORNERS) if rng.random() < 0.4]
+    steps = steps or [pick(rng, SIDES + CORNERS)]
+    only = int(pick(rng, colours)) if rng.random() < 0.4 else None
+    drawn = int(rng.integers(1, 10)) if rng.random() < 0.4 else None
+    stops, dotted = bool(rng.integers(2)), 1 if rng.random() < 0.8 else 2
+
+    def solve(grid: Grid) -> Grid:
+        changed = grid.copy()
+        for row, column in zip(*np.nonzero(grid), strict=True):
+            colour = int(grid[row, column])
+            if only not in (None, colour):
+                continue
+            for down, right in steps:
+                r, c = row + dotted * down, column + dotted * right
+                while 0 <= r < grid.shape[0] and 0 <= c < grid.shape[1]:
+                    if grid[r, c]:
+                        if stops:
+                            break
+                    else:
+                        changed[r, c] = colour if drawn is None else drawn
+                    r, c = r + dotted * down, c + dotted * right
+        return changed
+
+    return {"steps": steps, "only": only, "colour": drawn, "stops": stops, "every": dotted}, solve
+
+
+@operation("marks", "objects")
+def connect(rng: Random, colours: Sequence[int]) -> Made:
+    """Draw lines between cells of one colour in the same row or column."""
+    drawn = int(rng.integers(1, 10)) if rng.random() < 0.5 else None
+    axes = pick(rng, [(0,), (1,), (0, 1)])
+
+    def solve(grid: Grid) -> Grid:
+        changed = grid.copy()
+        for axis in axes:
+            turned, source = (changed.T, grid.T) if axis else (changed, grid)
+            for target, line in zip(turned, source, strict=True):
+                for colour in set(line.tolist()) - {BLACK}:
+                    [places] = np.nonzero(line == colour)
+                    between = target[places[0] : places[-1] + 1]
+                    between[between == BLACK] = colour if drawn is None else drawn
+        return changed
+
+    return {"colour": drawn, "axes": axes}, solve
+
+
+@operation("marks", "noise", "objects", "lines", "bars")
+def fill_lines(rng: Random, colours: Sequence[int]) -> Made:
+    """Fill the rows, columns or both in which some colour is, or in which nothing is."""
+    axes, empty = pick(rng, [(0,), (1,), (0, 1)]), bool(rng.random() < 0.3)
+    only = int(pick(rng, colours))
+    drawn = int(rng.integers(1, 10))
+
+    def solve(grid: Grid) -> Grid:
+        changed = grid.copy()
+        for axis in axes:
+            turned, source = (changed.T, grid.T) if axis else (changed, grid)
+            hit = ~source.any(axis=1) if empty else (source == only).any(axis=1)
+            part = turned[hit]
+            part[part == BLACK] = drawn
+            turned[hit] = part
+        return changed
+
+    return {"axes": axes, "empty": empty, "only": only, "colour": drawn}, solve
+
+
+@operation("noise", "objects", "dirty_objects", "marks", "lines")
+def neighbour_rule(rng: Random, colours: Sequence[int]) -> Made:
+    """Cells that have some number of neighbours get a colour: black ones, coloured ones or those of one colour."""
+    corners, black = bool(rng.integers(2)), bool(rng.integers(2))
+    least = int(rng.integers(0, 4))
+    most = least + int(rng.integers(0, 3))
+    only = int(pick(rng, colours)) if rng.random() < 0.4 else None
+    drawn = int(rng.integers(1, 10)) if black or rng.random() < 0.6 else BLACK
+
+    def solve(grid: Grid) -> Grid:
+        near = neighbours_of(grid != BLACK if only is None else grid == only, corners)
+        return np.where((near >= least) & (near <= most) & ((grid == BLACK) == black), drawn, grid)
+
+    return {"corners": corners, "black": black, "from": least, "to": most, "only": only, "colour": drawn}, solve
+
+
+@operation("noise", "bars", "objects", "periodic")
+def colour_by_place(rng: Random, colours: Sequence[int]) -> Made:
+    """Colour cells by where they are: every second row, a checkerboard, the edge, a diagonal."""
+    kind = pick(rng, ["rows", "columns", "board", "edge", "diagonals", "corners"])
+    every, first, drawn = int(rng.integers(2, 4)), int(rng.integers(2)), int(rng.integers(1, 10))
+    over = pick(rng, ["black", "coloured", "all"])
+
+    def solve(grid: Grid) -> Grid:
+        row, column = np.indices(grid.shape)
+        last_row, last_column = grid.shape[0] - 1, grid.shape[1] - 1
+        on_rows, on_columns = (row == 0) | (row == last_row), (column == 0) | (column == last_column)
+        where = {
+            "rows": row % every == first, "columns": column % every == first, "board": (row + column) % 2 == first,
+            "edge": on_rows | on_columns, "diagonals": (row == column) | (row + column == last_column),
+            "corners": on_rows & on_columns,
+        }[kind]  # fmt: skip
+        if over != "all":
+            where = where & ((grid == BLACK) == (over == "black"))
+        return np.where(where, drawn, grid)
+
+    return {"kind": kind, "every": every, "first": first, "colour": drawn, "over": over}, solve
+
+
+@operation()
+def map_colours(rng: Random, colours: Sequence[int]) -> Made:
+    """Give some colours others, or exchange them."""
+    table = np.arange(10)
+    known = list(dict.fromkeys(int(colour) for colour in colours))
+    chosen = [colour for colour in known if rng.random() < 0.7] or known[:1]
+    if len(chosen) > 1 and rng.random() < 0.5:
+        table[chosen] = np.roll(chosen, 1)
+    else:
+        table[chosen] = rng.integers(0, 10, size=len(chosen))
+    return {"map": table.tolist()}, lambda grid: table[grid]
+
+
+@operation("noise", "marks", "objects", "symmetric", "bars")
+def invert(rng: Random, colours: Sequence[int]) -> Made:
+    """Exchange the background and the one colour that there is."""
+
+    def solve(grid: Grid) -> Grid:
+        found = set(grid.ravel().tolist()) - {BLACK}
+        if len(found) != 1:
+            raise Unfit("not one colour")
+        return np.where(grid == BLACK, found.pop(), BLACK)
+
+    return {}, solve
+
+
+@operation("dirty_objects", "noise")
+def clean(rng: Random, colours: Sequence[int]) -> Made:
+    """Take away cells that stand alone, or small objects."""
+    corners, limit = bool(rng.integers(2)), int(rng.integers(1, 4))
+
+    def solve(grid: Grid) -> Grid:
+        changed = grid.copy()
+        for part in parts_of(grid, True, corners):
+            if part.size <= limit:
+                changed[part.rows, part.columns] = BLACK
+        return changed
+
+    return {"corners": corners, "limit": limit}, solve
+
+
+@operation("noise", "marks", "bars", "objects")
+def fall(rng: Random, colours: Sequence[int]) -> Made:
+    """Let cells fall, all or those of a colour over the others; or sort the cells of each column by colour."""
+    only = int(pick(rng, colours)) if rng.random() < 0.4 else None
+
+    def solve(grid: Grid) -> Grid:
+        key = grid == only if only is not None else grid != BLACK
+        return np.take_along_axis(grid, np.argsort(key, axis=0, kind="stable"), axis=0)
+
+    return {"only": only}, solve
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole grids
+
+
+def dihedral(grid: Grid, number: int) -> Grid:
+    """One of the eight symmetries of the square: bits transpose, mirror rows, mirror columns."""
+    turned = grid.T if number & 1 else grid
+    return turned[:: -1 if number & 2 else 1, :: -1 if number & 4 else 1]
+
+
+@operation()
+def turn(rng: Random, colours: Sequence[int]) -> Made:
+    """Turn or mirror the grid."""
+    number = int(rng.integers(1, 8))
+    return {"symmetry": number}, lambda grid: dihedral(grid, number)
+
+
+@operation("noise", "marks", "objects", "bars", "alike_objects")
+def tile(rng: Random, colours: Sequence[int]) -> Made:
+    """Put copies of the grid beside each other, each turned in its own way."""
+    high, wide = pick(rng, [(1, 2), (2, 1), (2, 2), (1, 3), (3, 1), (3, 3)])
+    plain = rng.random() < 0.3
+    # Of grids that are not square only mirror images fit.
+    numbers = np.zeros((high, wide), dtype=int) if plain else 2 * rng.integers(0, 4, size=(high, wide))
+
+    def solve(grid: Grid) -> Grid:
+        return np.vstack([np.hstack([dihedral(grid, int(number)) for number in row]) for row in numbers])
+
+    return {"symmetries": numbers.tolist()}, solve
+
+
+@operation("noise", "marks")
+def tile_by_cells(rng: Random, colours: Sequence[int]) -> Made:
+    """Put a copy of the grid where it has a coloured cell (or a black one), and nothing elsewhere."""
+    black = bool(rng.random() < 0.3)
+
+    def solve(grid: Grid) -> Grid:
+        where = np.kron((grid == BLACK) == black, np.ones(grid.shape, dtype=int))
+        return where * np.tile(grid, grid.shape)
+
+    return {"black": black}, solve
+
+
+@operation("noise", "marks", "objects", "alike_objects")
+def enlarge(rng: Random, colours: Sequence[int]) -> Made:
+    """Make every cell a block."""
+    high, wide = pick(rng, [(2, 2), (3, 3), (1, 2), (2, 1)])
+    block = np.ones((high, wide), dtype=int)
+    return {"rows": high, "columns": wide}, lambda grid: np.kron(grid, block)
+
+
+@operation("noise", "symmetric", "periodic", "objects", "panels")
+def take_part(rng: Random, colours: Sequence[int]) -> Made:
+    """Take a half, a quarter, every second line, or what is inside the edge."""
+    kind = pick(rng, ["left", "right", "top", "bottom", "corner", "second", "inner"])
+    parts = {
+        "left": lambda grid: grid[:, : -(-grid.shape[1] // 2)],
+        "right": lambda grid: grid[:, grid.shape[1] // 2 :],
+        "top": lambda grid: grid[: -(-grid.shape[0] // 2)],
+        "bottom": lambda grid: grid[grid.shape[0] // 2 :],
+        "corner": lambda grid: grid[: -(-grid.shape[0] // 2), : -(-grid.shape[1] // 2)],
+        "second": lambda grid: grid[::2, ::2],
+        "inner": lambda grid: grid[1:-1, 1:-1],
+    }
+
+    def solve(grid: Grid) -> Grid:
+        part = parts[kind](grid)
+        if not part.size:
+            raise Unfit("nothing is left")
+        return part
+
+    return {"part": kind}, solve
+
+
+@operation("objects", "marks", "dirty_objects", "lines", "alike_objects")
+def squeeze(rng: Random, colours: Sequence[int]) -> Made:
+    """Take away what is black around everything, all black rows and columns, or lines like the one before."""
+    kind = pick(rng, ["around", "black", "repeated"])
+
+    def solve(grid: Grid) -> Grid:
+        if not grid.any():
+            raise Unfit("nothing is left")
+        if kind == "repeated":
+            for _ in range(2):
+                keep = np.r_[True, (grid[1:] != grid[:-1]).any(axis=1)]
+                grid = grid[keep].T
+            return grid
+        rows, columns = grid.any(axis=1), grid.any(axis=0)
+        if kind == "around":
+            rows, columns = (np.logical_or.accumulate(line) for line in (rows, columns))
+            rows = rows & np.logical_or.accumulate(grid.any(axis=1)[::-1])[::-1]
+            columns = columns & np.logical_or.accumulate(grid.any(axis=0)[::-1])[::-1]
+        return grid[rows][:, columns]
+
+    return {"what": kind}, solve
+
+
+@operation("noise", "marks", "objects", "bars")
+def surround(rng: Random, colours: Sequence[int]) -> Made:
+    """Put a frame around the grid, or over its edge."""
+    colour, around = int(rng.integers(1, 10)), bool(rng.integers(2))
+
+    def solve(grid: Grid) -> Grid:
+        if around:
+            return np.pad(grid, 1, constant_values=colour)
+        changed = np.full_like(grid, colour)
+        changed[1:-1, 1:-1] = grid[1:-1, 1:-1]
+        return changed
+
+    return {"colour": colour, "around": around}, solve
+
+
+@operation("noise", "marks", "objects", "lines")
+def shift(rng: Random, colours: Sequence[int]) -> Made:
+    """Move everything, what leaves comes back on the other side; or each row further than the one above it."""
+    down, right, slanted = int(rng.integers(-2, 3)), int(rng.integers(-2, 3)), bool(rng.random() < 0.3)
+
+    def solve(grid: Grid) -> Grid:
+        if slanted:
+            return np.stack([np.roll(line, row * (right or 1)) for row, line in enumerate(grid)])
+        return np.roll(grid, (down, right), axis=(0, 1))
+
+    return {"down": down, "right": right, "slanted": slanted}, solve
+
+
+@operation("noise", "bars", "lines", "marks")
+def sort_lines(rng: Random, colours: Sequence[int]) -> Made:
+    """Put rows or columns in the order of how many coloured cells they have."""
+    axis, upwards = int(rng.integers(2)), bool(rng.integers(2))
+
+    def solve(grid: Grid) -> Grid:
+        turned = grid.T if axis else grid
+        counts = np.count_nonzero(turned, axis=1)
+        turned = turned[np.argsort(counts if upwards else -counts, kind="stable")]
+        return turned.T if axis else turned
+
+    return {"axis": axis, "upwards": upwards}, solve
+
+
+@operation("symmetric", "objects", "marks", "dirty_objects")
+def complete(rng: Random, colours: Sequence[int]) -> Made:
+    """Fill black cells with what their mirror images show."""
+    numbers = pick(rng, [(4,), (2,), (2, 4, 6), (6,)])
+
+    def solve(grid: Grid) -> Grid:
+        changed = grid.copy()
+        for number in numbers:
+            mirrored = dihedral(grid, number)
+            changed = np.where(changed == BLACK, mirrored, changed)
+        return changed
+
+    return {"symmetries": numbers}, solve
+
+
+@operation("symmetric")
+def show_covered(rng: Random, colours: Sequence[int]) -> Made:
+    """Answer with what the black box of a symmetric pattern covers."""
+
+    def solve(grid: Grid) -> Grid:
+        rows, columns = np.nonzero(grid == BLACK)
+        if not len(rows):
+            raise Unfit("no box")
+        filled = grid
+        for number in (4, 2, 6, 1):
+            if number != 1 or grid.shape[0] == grid.shape[1]:
+                filled = np.where(filled == BLACK, dihedral(filled, number), filled)
+        part = filled[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        if (part == BLACK).any():
+            raise Unfit("not shown elsewhere")
+        return part
+
+    return {}, solve
+
+
+@operation("periodic")
+def continue_pattern(rng: Random, colours: Sequence[int]) -> Made:
+    """Fill the black cells of a pattern that repeats itself, by its smallest period."""
+
+    def solve(grid: Grid) -> Grid:
+        rows, columns = np.indices(grid.shape)
+        known = grid != BLACK
+        for area in range(1, 10):
+            for high in range(1, 4):
+                wide, rest = divmod(area, high)
+                if rest or wide > 3:
+                    continue
+                place = (rows % high) * wide + columns % wide
+                best = np.zeros(high * wide, dtype=int)
+                best[place[known]] = grid[known]
+                if (best[place][known] == grid[known]).all() and best.all():
+                    return best[place]
+        raise Unfit("no period")
+
+    return {}, solve
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Panels, counting
+
+
+def _panels(grid: Grid) -> list[Grid]:
+    # The parts beside lines of one colour from top to bottom, all of one size.
+    [lines_at] = np.nonzero((grid == grid[0]).all(axis=0) & (grid[0] != BLACK))
+    for colour in dict.fromkeys(grid[0, lines_at].tolist()):
+        at = [int(place) for place in lines_at if grid[0, place] == colour]
+        parts = np.split(grid, [i for place in at for i in (place, place + 1)], axis=1)[::2]
+        if len(parts) > 1 and len({part.shape for part in parts}) == 1 and parts[0].size:
+            return parts
+    raise Unfit("no panels")
+
+
+@operation("panels")
+def combine_panels(rng: Random, colours: Sequence[int]) -> Made:
+    """Lay the panels over each other: colour cells by how many of them have one there."""
+    colour = int(rng.integers(1, 10))
+    kind = pick(rng, ["all", "any", "one", "none", "first", "differ"])
+
+    def solve(grid: Grid) -> Grid:
+        masks = np.stack([part != BLACK for part in _panels(grid)])
+        count = masks.sum(axis=0)
+        where = {
+            "all": count == len(masks), "any": count > 0, "one": count == 1, "none": count == 0,
+            "first": masks[0] & (count == 1), "differ": (count > 0) & (count < len(masks)),
+        }[kind]  # fmt: skip
+        return np.where(where, colour, BLACK)
+
+    return {"kind": kind, "colour": colour}, solve
+
+
+@operation("panels")
+def overlay_panels(rng: Random, colours: Sequence[int]) -> Made:
+    """Lay the panels over each other, the first or the last on top."""
+    last = bool(rng.integers(2))
+
+    def solve(grid: Grid) -> Grid:
+        parts = _panels(grid)
+        changed = np.zeros_like(parts[0])
+        for part in parts if last else reversed(parts):
+            changed = np.where(part != BLACK, part, changed)
+        return changed
+
+    return {"top": "last" if last else "first"}, solve
+
+
+@operation("panels")
+def choose_panel(rng: Random, colours: Sequence[int]) -> Made:
+    """Answer with the panel that has most or fewest coloured cells, or colours, or is symmetric as no other."""
+    kind = pick(rng, ["cells", "fewest", "colours", "symmetric", "first", "last"])
+
+    def solve(grid: Grid) -> Grid:
+        parts = _panels(grid)
+        if kind in ("first", "last"):
+            return parts[0 if kind == "first" else -1]
+        values = [
+            len(set(part.ravel().tolist())) if kind == "colours"
+            else int((part == part[::-1]).all()) if kind == "symmetric"
+            else np.count_nonzero(part) * (-1 if kind == "fewest" else 1)
+            for part in parts
+        ]  # fmt: skip
+        if values.count(max(values)) != 1:
+            raise Unfit("no single choice")
+        return parts[int(np.argmax(values))]
+
+    return {"kind": kind}, solve
+
+
+@operation("noise", "marks", "objects", "bars", "lines", "dirty_objects")
+def count_colours(rng: Random, colours: Sequence[int]) -> Made:
+    """Answer with the colours by how often they occur: the most or least common one, or bars of their cells."""
+    kind = pick(rng, ["most", "least", "order", "bars", "fill"])
+
+    def solve(grid: Grid) -> Grid:
+        counts = np.bincount(grid.ravel(), minlength=10)
+        counts[BLACK] = 0
+        found = np.nonzero(counts)[0]
+        if not len(found) or len(set(counts[found].tolist())) != len(found):
+            raise Unfit("no order")
+        order = found[np.argsort(-counts[found])]
+        if kind in ("most", "least", "fill") and len(order) < 2:
+            raise Unfit("one colour")
+        if kind == "most":
+            return np.array([[order[0]]])
+        if kind == "least":
+            return np.array([[order[-1]]])
+        if kind == "fill":
+            return np.where(grid != BLACK, order[0], BLACK)
+        if kind == "order":
+            return order[:, None]
+        changed = np.zeros((len(order), int(counts[order[0]])), dtype=int)
+        for row, colour in enumerate(order):
+            changed[row, : counts[colour]] = colour
+        return changed
+
+    return {"kind": kind}, solve

@@ -1,0 +1,154 @@
+"""Rules put together at random: that programs do what they promise, and operations what they say."""
+
+import json
+
+import numpy as np
+import pytest
+
+from demo import rule_programs
+from demo.make_dataset import draw_pairs
+from demo.rule_programs import OPERATIONS, SCENES, Unfit, inside_of, neighbours_of, parts_of, program
+
+
+def grid(text):
+    """A grid of digits, "." black, a word for each row."""
+    return np.array([[0 if cell == "." else int(cell) for cell in row] for row in text.split()])
+
+
+class Choosing:
+    """Stands in for the random numbers of a rule's parameters: every choice is given, in order."""
+
+    def __init__(self, monkeypatch, *choices):
+        left = list(choices)
+
+        def choose(*_, **__):
+            return left.pop(0)
+
+        monkeypatch.setattr(rule_programs, "pick", lambda _, among: choose())
+        self.integers = self.random = choose
+        self.permutation = lambda n: np.arange(n)
+        self.left = left
+
+
+def drawn(count, max_side, seed=0):
+    rng = np.random.default_rng(seed)
+    return [program(rng, max_side) for _ in range(count)], rng
+
+
+@pytest.mark.parametrize("max_side", [3, 6, 10])
+def test_programs_change_every_input_stay_in_bounds_and_answer_differently(max_side):
+    rules, rng = drawn(60, max_side)
+    whole = 0
+    for rule in rules:
+        json.dumps(rule.parameters)
+        try:
+            pairs = draw_pairs(rule, rng, 4)
+        except ValueError:  # few have not so many; whoever draws puzzles takes another one
+            continue
+        whole += 1
+        for given, solved in pairs:
+            before = given.copy()
+            again = rule.solve(given.copy())
+            assert np.array_equal(again, solved) and np.array_equal(given, before), rule.parameters
+            assert not np.array_equal(given, solved)
+            assert all(1 <= side <= max_side for side in (*given.shape, *solved.shape))
+            assert min(given.min(), solved.min()) >= 0 and max(given.max(), solved.max()) <= 9
+    assert whole >= 0.8 * len(rules)
+
+
+def test_programs_depend_on_the_seed_alone_and_hardly_ever_repeat():
+    first, again, other = (drawn(100, 10, seed)[0] for seed in (1, 1, 2))
+    texts = [[json.dumps(rule.parameters) for rule in rules] for rules in (first, again, other)]
+    assert texts[0] == texts[1] != texts[2]
+    assert len({*texts[0], *texts[2]}) >= 195
+
+
+def test_every_scene_and_operation_occurs_about_as_often():
+    rules, _ = drawn(1500, 10)
+    scenes = [rule.parameters["scene"] for rule in rules]
+    firsts = [rule.parameters["operations"][0]["operation"] for rule in rules]
+    assert {*scenes} == {*SCENES} and {*firsts} == {*OPERATIONS}
+    assert max(map(firsts.count, OPERATIONS)) < 6 * np.mean(list(map(firsts.count, OPERATIONS)))
+    lengths = [len(rule.parameters["operations"]) for rule in rules]
+    assert {*lengths} == {1, 2, 3}
+    assert all({*suits} <= {*SCENES} for _, suits in OPERATIONS.values())
+
+
+def test_objects_touch_by_sides_or_corners_and_by_colour_or_not():
+    cells = grid("11.2 .12. ...3")
+    assert [(part.size, part.colour) for part in parts_of(cells, True, False)] == [(3, 1), (1, 2), (1, 2), (1, 3)]
+    assert [(part.size, part.colour) for part in parts_of(cells, True, True)] == [(3, 1), (2, 2), (1, 3)]
+    assert [part.size for part in parts_of(cells, False, False)] == [4, 1, 1]
+    [whole] = parts_of(cells, False, True)
+    assert whole.size == 6 and whole.box == (slice(0, 3), slice(0, 4))
+    assert (whole.mask() == (cells != 0)).all()
+    assert parts_of(np.zeros((2, 2), dtype=int), True, True) == []
+
+
+def test_what_is_inside_cannot_be_left_by_sides():
+    cells = grid("...... .111.. .1.1.. .11... ......")
+    assert np.argwhere(inside_of(cells)).tolist() == [[2, 2]]
+    assert not inside_of(grid("111 1.. 111")).any()
+    assert neighbours_of(grid("11. ... ..1") > 0, corners=False).tolist() == [[1, 1, 1], [1, 1, 1], [0, 1, 0]]
+    assert neighbours_of(grid("11. ... ..1") > 0, corners=True).tolist() == [[1, 1, 1], [2, 3, 2], [0, 1, 0]]
+
+
+# Each operation with the choices that it makes, in order, and what it does to a grid: None where it has to refuse it.
+EXAMPLES = [
+    ("outline", [3, 0], "..... ..1.. .....", "..3.. .313. ..3.."),
+    ("outline", [3, 1], "..... ..1.. .....", ".333. .313. .333."),
+    ("fill_inside", [4, 0.5], "111. 1.1. 111.", "111. 141. 111."),
+    ("fill_inside", [4, 0.9], "111. 1.1. 111.", "1114 1.14 1114"),
+    ("hollow", [0.0, 0], "1111 1111 1111", "1111 1..1 1111"),
+    ("turn", [2], "12 3.", "3. 12"),
+    ("turn", [1], "12 3.", "13 2."),
+    ("tile", [(1, 2), 0.0], "12", "1212"),
+    ("tile_by_cells", [0.9], "1. .2", "1... .2.. ..1. ...2"),
+    ("enlarge", [(1, 2)], "12 3.", "1122 33.."),
+    ("take_part", ["inner"], "111 1.2 111", "."),
+    ("take_part", ["left"], "123 456", "12 45"),
+    ("squeeze", ["around"], "... .12 ...", "12"),
+    ("squeeze", ["black"], "1.2 ... 3.4", "12 34"),
+    ("squeeze", ["repeated"], "112 112 33.", "12 3."),
+    ("squeeze", ["around"], "...", None),
+    ("surround", [5, 1], "1", "555 515 555"),
+    ("surround", [5, 0], "1111 1111 1111", "5555 5115 5555"),
+    ("sort_lines", [0, 1], "111 1.. 11.", "1.. 11. 111"),
+    ("complete", [(4,)], "1.. .2.", "1.1 .2."),
+    ("show_covered", [], "1221 2..2 2332 1221", "33"),
+    ("show_covered", [], "12 21", None),
+    ("continue_pattern", [], "1212... 2121...", "1212121 2121212"),
+    ("combine_panels", [7, "all"], "1.521 .152. ..5.2", "7. .. .."),
+    ("combine_panels", [7, "none"], "1.5.. .15..", ".7 7."),
+    ("combine_panels", [7, "all"], "1. .1", None),
+    ("overlay_panels", [1], "115.2 ..52.", "12 2."),
+    ("overlay_panels", [0], "115.2 ..52.", "11 2."),
+    ("choose_panel", ["cells"], "1.522 .15.2", "22 .2"),
+    ("choose_panel", ["cells"], "1.52. .15.2", None),
+    ("count_colours", ["most"], "122 .2.", "2"),
+    ("count_colours", ["least"], "122 .2.", "1"),
+    ("count_colours", ["order"], "122 .2.", "2 1"),
+    ("count_colours", ["bars"], "122 .2.", "222 1.."),
+    ("count_colours", ["most"], "12", None),
+    ("invert", [], ".1 1.", "1. .1"),
+    ("invert", [], ".1 2.", None),
+    ("fall", [0.9], "12. .3. 4..", "... 12. 43."),
+    ("colour_by_place", ["board", 2, 0, 6, "black"], ".1. ...", "616 .6."),
+    ("connect", [0.9, (0,)], "2..2 1..2", "2222 1..2"),
+    ("connect", [0.1, 8, (0, 1)], "2..2 .... ...2", "2882 ...8 ...2"),
+]
+
+
+@pytest.mark.parametrize(("name", "choices", "given", "expected"), EXAMPLES)
+def test_operations_by_hand(monkeypatch, name, choices, given, expected):
+    rng = Choosing(monkeypatch, *choices)
+    made, _ = OPERATIONS[name]
+    if name == "tile":
+        rng.integers = lambda *_, size: np.zeros(size, dtype=int)
+    _, solve = made(rng, [1, 2])
+    assert rng.left == []
+    if expected is None:
+        with pytest.raises(Unfit):
+            solve(grid(given))
+    else:
+        assert solve(grid(given)).tolist() == grid(expected).tolist()
