@@ -18,7 +18,8 @@ Held out are puzzles of the tasks that are trained on (`seen`) and whole tasks (
 is written down in split.json. What is done already is not done again, and an interrupted piece goes on: with
 --time_limit, calls of a few minutes each can be chained (exit code 3: run the same command again). --together 3 runs
 three at a time of what does not need each other, on a GPU that one of them does not fill: stage 3, its other seeds,
-ablations, and evaluations of the models that are there.
+ablations, and evaluations of the models that are there. --gpus 4 spreads them over four GPUs, and trains the first
+ablations beside stage 2, which keeps a GPU for itself.
 
 Writes --results after each evaluation, every number from a results.json of evaluate_arc.py, and curves beside it.
 "rows" of each model and set: exact_1 (n test inputs, one greedy guess), exact_2 (n_2 of them, two guesses from 16
@@ -42,7 +43,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -84,6 +86,7 @@ ABLATIONS: dict[str, tuple[str, list[str], str]] = {
 }  # fmt: skip
 NOT_DONE = 3  # exit code: the time limit came first
 GRACE = 60.0  # seconds for a script to save what it has after it was told to stop
+WHOLE_GPU = 1000  # jobs for which one counts that is to have a GPU for itself
 LEAST = 20.0  # seconds without which nothing is begun
 
 
@@ -102,6 +105,7 @@ class Job:
         result: a file that is there when it is done.
         whole: seconds that it needs at one go; 0: it goes on where it was stopped.
         prepare: called before the command.
+        alone: it fills a GPU: of several it gets one for itself.
     """
 
     name: str
@@ -110,6 +114,7 @@ class Job:
     result: Path
     whole: float = 0.0
     prepare: Callable[[], None] | None = None
+    alone: bool = False
 
     def identity(self) -> str:
         """A hash of the command and of what it reads."""
@@ -141,6 +146,7 @@ class Chain:
         self.path = self.output / "jobs.json"
         self.running: list[subprocess.Popen] = []
         self.lock, self.stopping = threading.Lock(), threading.Event()
+        self.on_gpu = [0] * args.gpus  # jobs that run on each
         self.state: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
             self.state = json.loads(self.path.read_text(encoding="utf-8"))
@@ -167,6 +173,24 @@ class Chain:
             }  # fmt: skip
             write_json(self.path, self.state)
 
+    @contextmanager
+    def gpu_for(self, job: Job) -> Iterator[dict[str, str] | None]:
+        """The environment of a job's script: of several GPUs (those of CUDA_VISIBLE_DEVICES) it sees the least busy."""
+        if len(self.on_gpu) == 1:
+            yield None
+            return
+        weight = WHOLE_GPU if job.alone else 1
+        with self.lock:
+            gpu = self.on_gpu.index(min(self.on_gpu))
+            self.on_gpu[gpu] += weight
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        visible = given.split(",") if given else [str(number) for number in range(len(self.on_gpu))]
+        try:
+            yield {**os.environ, "CUDA_VISIBLE_DEVICES": visible[gpu]}
+        finally:
+            with self.lock:
+                self.on_gpu[gpu] -= weight
+
     # -- the jobs
 
     def jobs(self, pieces: Sequence[str]) -> Iterator[list[Job]]:
@@ -175,7 +199,8 @@ class Chain:
             yield [self.base()]
         for piece in ("stage1", "stage2"):
             if piece in pieces:
-                yield [self.stage(piece)]
+                beside = piece == "stage2" and "ablations" in pieces and min(self.args.gpus, self.args.together) > 1
+                yield [self.stage(piece), *(self.ablations()[0] if beside else [])]
         if self.args.together > 1:
             yield from self.side_by_side(pieces)
             return
@@ -247,7 +272,8 @@ class Chain:
             flags = ["--base_model", str(self.output / "base")]
         else:
             needed = self.manifest(self.output / f"{PREFIX}-{parent}-merged")
-        return self.training(name, script, self.config(name), needed, self.output, artifact, flags)
+        job = self.training(name, script, self.config(name), needed, self.output, artifact, flags)
+        return replace(job, alone=name != "stage3")
 
     def training(
         self, name: str, script: str, config: Path, needed: Path, output: Path, artifact: str, flags: list[str]
@@ -327,7 +353,7 @@ class Chain:
                 ["--base_model", str(merged), *flags],
             )  # fmt: skip
             if name == "4bit-original":  # the same adapter, merged in another way
-                then.append(Job(**{**vars(job), "prepare": self.copy_the_quantised_adapter}))
+                then.append(replace(job, prepare=self.copy_the_quantised_adapter))
             else:
                 first.append(job)
         return first, then
@@ -378,8 +404,8 @@ def run_job(job: Job, chain: Chain, deadline: float) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{job.name}: {job.shown()}", flush=True)
     begin, begin_of_log = time.monotonic(), log.stat().st_size if log.exists() else 0
-    with log.open("ab") as file:
-        process = start(job, file)
+    with log.open("ab") as file, chain.gpu_for(job) as environment:
+        process = start(job, file, environment)
         chain.running.append(process)
         stopped = False
         try:
@@ -445,9 +471,9 @@ def run_jobs(jobs: Sequence[Job], chain: Chain, deadline: float) -> int:
     return next((code for code in codes if code not in (0, NOT_DONE)), max(codes, default=0))
 
 
-def start(job: Job, log: BinaryIO) -> subprocess.Popen:
+def start(job: Job, log: BinaryIO, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
     """Start a job's script; what it prints goes to the log."""
-    return subprocess.Popen([sys.executable, *job.command], stdout=log, stderr=subprocess.STDOUT)
+    return subprocess.Popen([sys.executable, *job.command], stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -554,13 +580,19 @@ def right(results: Mapping[str, Any], model: str) -> dict[str, bool]:
     return {key: entry[model]["correct"][:1] == [True] for key, entry in results["puzzles"].items()}
 
 
+def probabilities(results: Mapping[str, Any], model: str) -> dict[str, float]:
+    """Test input -> the probability that a model gives its solution, of a results.json."""
+    found = {key: entry[model]["prob_truth"] for key, entry in results["puzzles"].items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
 def paired_gain(
-    before: Mapping[str, bool], after: Sequence[Mapping[str, bool]], group: Callable[[str], str] = str
+    before: Mapping[str, float], after: Sequence[Mapping[str, float]], group: Callable[[str], str] = str
 ) -> dict[str, Any]:
     """How much more is solved afterwards, of the same test inputs, in points (hundredths).
 
     Args:
-        before: test input -> solved.
+        before: test input -> solved, or how probable its solution is.
         after: the same for each seed.
         group: test input -> what is resampled as one: puzzles, or tasks.
 
@@ -643,7 +675,8 @@ def score_rows(chain: Chain) -> list[dict[str, Any]]:
                     "n": found["n"], "tasks": len(tasks), "tasks_solved": len(some), "exact_1": found["exact_1"],
                     "ci_1": found["exact_1_interval"], "ci_1_tasks": interval, "n_new": len(new),
                     "exact_1_new": sum(new) / len(new) if new else None, "decodable": found["decodable"],
-                    "cell_accuracy": found["cell_accuracy"], "seconds_1": found["seconds"],
+                    "cell_accuracy": found["cell_accuracy"], "prob_truth": found["prob_truth"],
+                    "seconds_1": found["seconds"],
                 }  # fmt: skip
             found = _table_row(search, model)
             if found:
@@ -682,12 +715,16 @@ def grpo_gain(chain: Chain) -> dict[str, Any] | None:
             continue
         models = [name for name in results["models"] if name.startswith("stage3")]
         known = guards_puzzles(chain) if which == "seen" else set()
-        before, *after = (
-            {key: solved for key, solved in right(results, name).items() if key not in known}
-            for name in ("stage2", *models)
+        (before, *after), sampled = (
+            [
+                {key: value for key, value in of(results, name).items() if key not in known}
+                for name in ("stage2", *models)
+            ]
+            for of in (right, probabilities)
         )
         record[which] = {
             **paired_gain(before, after, by_puzzle),
+            "sampled": paired_gain(sampled[0], sampled[1:], by_puzzle),
             "ci_tasks": paired_gain(before, after, by_task)["ci"],
             "left_out": sum(key in known for key in results["puzzles"]),
             "seeds": {name: paired_gain(before, [one], by_puzzle) for name, one in zip(models, after, strict=True)},
@@ -800,7 +837,9 @@ def write_record(chain: Chain, split: Mapping[str, Any]) -> None:
             "ci_1, ci_2": "95%, Wilson's, of puzzles",
             "ci_1_tasks": "95%, tasks resampled",
             "exact_1_new": "exact_1 of those n_new test inputs whose pair stands in no training puzzle",
-            "grpo_gain": "stage 3 minus stage 2, one greedy guess, points, mean over seeds; 95%, puzzles resampled",
+            "prob_truth": "mean probability of the solution: the share of samples at temperature 1 that are right",
+            "grpo_gain": "stage 3 minus stage 2, one greedy guess, points, mean over seeds; 95%, puzzles resampled; "
+            "sampled: the same of prob_truth",
         },
         "settings": {config.stem: read_yaml(config) for config in sorted(chain.configs.glob("*.yaml"))},
         "split": split,
@@ -883,11 +922,13 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--together", type=int, default=1, help="jobs at a time, of those that need nothing of each other"
     )
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that jobs at a time are spread over")
     parser.add_argument("--time_limit", type=float, default=np.inf, help="seconds after which it stops, to go on later")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "learn.json")
     args = parser.parse_args(argv)
-    if args.together < 1:
-        parser.error(f"--together is {args.together}: expected a whole number from 1")
+    for name in ("together", "gpus"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}: expected a whole number from 1")
     args.configs = Path(os.path.relpath(args.configs))
     return args
 

@@ -73,8 +73,9 @@ def chain_of(inputs, *more):
     return learn.Chain(learn.parse_flags(flags_of(inputs, *more)))
 
 
-def start_quickly(job, log):
-    """Start a job's script, as learn.start does."""
+def start_quickly(job, log, environment=None):
+    """Start a job's script, as learn.start does with one GPU."""
+    assert environment is None
     return Script(*job.command, log=log)
 
 
@@ -259,6 +260,44 @@ def test_jobs_that_need_nothing_of_each_other_run_together(tmp_path):
     failing = learn.Job("three", [str(tmp_path / "nothing.py")], [], tmp_path / "three")
     assert learn.run_jobs([failing, *jobs], chain, float("inf")) == 2
     assert learn.run_jobs([failing], chain, time.monotonic()) == learn.NOT_DONE
+
+
+def test_jobs_at_a_time_are_spread_over_the_gpus(tmp_path, monkeypatch):
+    # Each writes which GPU it sees, once all have begun.
+    script, count = tmp_path / "gpu.py", 5
+    script.write_text(
+        "import os, pathlib, sys, time\n"
+        "own = pathlib.Path(sys.argv[1])\n"
+        "own.with_suffix('.begun').touch()\n"
+        "end = time.monotonic() + 60\n"
+        f"while len(list(own.parent.glob('*.begun'))) < {count} and time.monotonic() < end:\n"
+        "    time.sleep(0.05)\n"
+        "own.write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
+    )
+    jobs = [
+        learn.Job(f"job{i}", [str(script), str(tmp_path / f"job{i}")], [], tmp_path / f"job{i}", alone=i == 0)
+        for i in range(count)
+    ]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,2")
+    flags = ["--dataset_dir", "any", "--output_dir", str(tmp_path / "output"), "--together", "5", "--gpus", "3"]
+    chain = learn.Chain(learn.parse_flags(flags))
+    assert learn.run_jobs(jobs, chain, float("inf")) == 0
+    alone, *others = [job.result.read_text() for job in jobs]
+    assert sorted([alone, *others]) in (["2", "2", "5", "7", "7"], ["2", "2", "5", "5", "7"], ["2", "5", "5", "7", "7"])
+    assert alone not in others and chain.on_gpu == [0, 0, 0]
+
+
+def test_ablations_run_beside_stage_2_where_there_are_gpus_for_both(inputs, tmp_path):
+    merged = tmp_path / learn.MODELS["stage1"]
+    merged.mkdir()
+    (merged / "manifest.json").write_text("{}")
+    flags = ["--output_dir", str(tmp_path), "--together", "6", "--gpus", "2"]
+    stage_2, *beside = next(chain_of(inputs, *flags).jobs(["stage2", "ablations"]))
+    assert stage_2.name == "stage2" and stage_2.alone
+    assert [job.name for job in beside] == [f"ablation-{name}" for name in learn.ABLATIONS if name != "4bit-original"]
+    assert not any(job.alone for job in beside)
+    [alone] = next(chain_of(inputs, *flags[:-2]).jobs(["stage2", "ablations"]))
+    assert alone.name == "stage2"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -461,7 +500,7 @@ def test_the_gain_of_several_seeds_is_their_mean(learned, tmp_path):
     chain = chain_of(inputs)
     found = results(inputs, "greedy-unseen")
     found = {"models": ["stage2", "stage3", "stage3-seed45"], "puzzles": found["puzzles"], "table": []}
-    right = [{"correct": [True]}, {"correct": [False]}]
+    right = [{"correct": [True], "prob_truth": 0.75}, {"correct": [False], "prob_truth": 0.25}]
     for entry in found["puzzles"].values():
         entry["stage2"], entry["stage3"], entry["stage3-seed45"] = right[1], right[0], right[1]
     path = inputs / "output" / "evaluation" / "seeds-unseen" / "results.json"
@@ -471,4 +510,5 @@ def test_the_gain_of_several_seeds_is_their_mean(learned, tmp_path):
     finally:
         path.unlink()
     assert gain["points"] == 50 and gain["n"] == len(found["puzzles"])
+    assert gain["sampled"]["points"] == 25 and gain["sampled"]["ci"][0] < 25 < gain["sampled"]["ci"][1]
     assert {name: one["points"] for name, one in gain["seeds"].items()} == {"stage3": 100, "stage3-seed45": 0}
