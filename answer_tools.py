@@ -455,6 +455,7 @@ class Answer:
         shortened: of how many views demonstrations were left out to fit.
         left_out: how many views did not fit with one demonstration; 0 where the first did not.
         greedy: the grid of the greedy reply to the first view, None: it is no grid.
+        greedy_log_prob: log probability of that reply; None: there is none.
         candidates: different grids, scored under all views.
         truth: log probability of the solution in the first view; None: unknown.
     """
@@ -463,6 +464,7 @@ class Answer:
     shortened: int = 0
     left_out: int = 0
     greedy: np.ndarray | None = None
+    greedy_log_prob: float | None = None
     candidates: list[Candidate] = field(default_factory=list)
     truth: float | None = None
 
@@ -548,6 +550,7 @@ def _answer(
     rows = [(key, row) for key, views in asked.items() for row in views]
     for key in asked:
         answers[key].greedy = grid_of(greedy[key], asked[key][0].key)
+        answers[key].greedy_log_prob = greedy[key].log_prob
     prompts = [row.prompt for _, row in rows]
     guesses = [
         row.guess if answers[key].greedy is None else reply_of(answers[key].greedy, row.key) for key, row in rows

@@ -27,7 +27,7 @@ from result_cache import UntrustedCacheError, cache_errors, open_cache
 from run_settings import user_errors
 from training_tools import load_dataset, load_split, split_dataset
 
-SCHEMA = 1  # of results.json
+SCHEMA = 2  # of results.json
 NOT_THE_RESULT = ("output_dir", "cache_dir", "batch_size")  # settings that say where and how, not what comes out
 
 
@@ -253,6 +253,7 @@ def _judge(answer: Answer, solution: np.ndarray | None, rule: str) -> dict[str, 
         "right_shape": None,
         "cell_accuracy": None,
         "prob_truth": None,
+        "prob_greedy": 0.0 if answer.greedy_log_prob is None else math.exp(answer.greedy_log_prob),
         "rules": None,
         "views": answer.views,
     }
@@ -284,8 +285,8 @@ def write_results(results: dict[str, Any], dataset: ArcDataset, folder: str | Pa
     results.json holds, next to schema, settings, versions and data: "models", the names; "puzzles", for each test input
     {"puzzle", "train", "input", "solution", "leaked", "seen_test", MODEL: {"guesses": up to two grids, best first,
     "correct": which of them are right, "greedy", "greedy_correct", "decodable", "candidates", "found", "right_shape",
-    "cell_accuracy", "prob_truth", "rules", "views"}}; "table", see scoring_tools.score_table; "rules", see
-    scoring_tools.rule_table.
+    "cell_accuracy", "prob_truth", "prob_greedy", "rules", "views"}}; "table", see scoring_tools.score_table; "rules",
+    see scoring_tools.rule_table.
     Grids are lists of rows; what needs a solution is null where there is none.
 
     A results.json of another evaluation is moved aside first, with its submissions and report.
@@ -394,6 +395,7 @@ TITLES = {
     "right_shape": "right shape",
     "cell_accuracy": "right cells",
     "prob_truth": "P(truth)",
+    "prob_greedy": "P(greedy)",
     "found": "truth found",
 }
 

@@ -105,7 +105,7 @@ def draw_curves(axis: Any, title: str, lines: dict[str, list[tuple[int, float]]]
 # ---------------------------------------------------------------------------------------------------------------------
 # The report of an evaluation
 
-SCHEMA = 1  # of the results that `write_report` reads
+SCHEMA = 2  # of the results that `write_report` reads
 TEMPLATE = Path(__file__).with_name("report_template.html")
 MEASURES = (
     ("exact_1", "Exact, one guess", "test inputs whose first guess is right in every cell"),
@@ -121,6 +121,11 @@ MEASURES = (
     ("right_shape", "Right shape", "test inputs whose first guess has the rows and columns of the truth"),
     ("cell_accuracy", "Right cells", "of the first guess, mean over test inputs; none for a wrong shape"),
     ("prob_truth", "Probability of the truth", "as a reply to the first view, mean over test inputs"),
+    (
+        "prob_greedy",
+        "Probability of the greedy reply",
+        "mean over test inputs; of a model that knows what it knows about the share of right ones, Greedy",
+    ),
 )
 RULES = {
     "first_view": "first view",

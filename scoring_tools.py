@@ -15,7 +15,7 @@ GUESSES = 2  # of each test input, as in the competition
 RESAMPLES = 4000
 # Shares of the test inputs that are true, and means of numbers between 0 and 1.
 SHARES = ("exact_1", "exact_2", "greedy", "decodable", "right_shape", "found")
-MEANS = ("score", "cell_accuracy", "prob_truth")
+MEANS = ("score", "cell_accuracy", "prob_truth", "prob_greedy")
 
 
 def cell_accuracy(guess: np.ndarray | None, solution: np.ndarray) -> float:
@@ -111,6 +111,7 @@ def score_table(models: Sequence[str], puzzles: dict[str, dict[str, Any]], secon
             "found": [answer["found"] for answer in answers.values()],
             "cell_accuracy": [answer["cell_accuracy"] for answer in answers.values()],
             "prob_truth": [answer["prob_truth"] for answer in answers.values()],
+            "prob_greedy": [answer["prob_greedy"] for answer in answers.values()],
         }
         row: dict[str, Any] = {"model": model, "n": len(known), "puzzles": len(set(parts))}
         for name in SHARES:
@@ -121,7 +122,7 @@ def score_table(models: Sequence[str], puzzles: dict[str, dict[str, Any]], secon
             shares.setdefault(puzzle, []).append(is_solved)
         # Wilson's interval, of shares that are between 0 and 1 too: wide enough, since such vary less than 0 and 1 do.
         row |= _measured("score", [float(np.mean(share)) for share in shares.values()], _share_interval)
-        for name in ("cell_accuracy", "prob_truth"):
+        for name in ("cell_accuracy", "prob_truth", "prob_greedy"):
             row |= _measured(name, values[name], lambda v: mean_interval(v, parts))
         row |= {"gained": None, "lost": None, "change": None, "change_interval": None}
         if before is not None and known:

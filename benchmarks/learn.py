@@ -676,6 +676,7 @@ def score_rows(chain: Chain) -> list[dict[str, Any]]:
                     "ci_1": found["exact_1_interval"], "ci_1_tasks": interval, "n_new": len(new),
                     "exact_1_new": sum(new) / len(new) if new else None, "decodable": found["decodable"],
                     "cell_accuracy": found["cell_accuracy"], "prob_truth": found["prob_truth"],
+                    "prob_greedy": found["prob_greedy"],
                     "seconds_1": found["seconds"],
                 }  # fmt: skip
             found = _table_row(search, model)
@@ -838,6 +839,7 @@ def write_record(chain: Chain, split: Mapping[str, Any]) -> None:
             "ci_1_tasks": "95%, tasks resampled",
             "exact_1_new": "exact_1 of those n_new test inputs whose pair stands in no training puzzle",
             "prob_truth": "mean probability of the solution: the share of samples at temperature 1 that are right",
+            "prob_greedy": "mean probability of the greedy reply: about exact_1, where a model knows what it knows",
             "grpo_gain": "stage 3 minus stage 2, one greedy guess, points, mean over seeds; 95%, puzzles resampled; "
             "sampled: the same of prob_truth",
         },

@@ -288,8 +288,14 @@ def test_what_the_stages_held_out_is_evaluated(taught, demo_dataset, tmp_path):
     evaluate(*flags, "--puzzles", 6, "--output_dir", tmp_path / "all")
     chosen = list(results_of(tmp_path / "all")["puzzles"])
     assert len(chosen) == 6 and set(chosen) <= set(split.seen.keys + split.unseen.keys)
-    table = results_of(tmp_path / "all")["table"][0]
+    results = results_of(tmp_path / "all")
+    [name], [table] = results["models"], results["table"]
     assert table["n"] == 6 and 0 <= table["prob_truth"] <= 1
+    for answer in (entry[name] for entry in results["puzzles"].values()):
+        if answer["greedy_correct"]:
+            assert answer["prob_greedy"] == pytest.approx(answer["prob_truth"], rel=1e-3)
+        else:
+            assert answer["prob_greedy"] > 0 and answer["prob_greedy"] + answer["prob_truth"] <= 1.001
 
 
 @pytest.mark.parametrize("decoding", ["sample", "greedy"])

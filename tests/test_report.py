@@ -42,6 +42,7 @@ def judged(guesses, solution, greedy=None):
         "right_shape": None if solution is None else bool(guesses),
         "cell_accuracy": None if solution is None else 0.9,
         "prob_truth": None if solution is None else 0.3,
+        "prob_greedy": 0.4,
         "rules": None if solution is None else dict.fromkeys(RULES, correct),
         "views": 8,
     }
@@ -50,7 +51,7 @@ def judged(guesses, solution, greedy=None):
 def results_of(puzzles, models, **data):
     names = {entry["puzzle"] for entry in puzzles.values()}
     return {
-        "schema": 1,
+        "schema": 2,
         "settings": {"views": 8, "models": list(models), "solutions": None},
         "versions": {"torch": "2.13.0"},
         "data": {
@@ -240,7 +241,7 @@ def test_what_is_said_of_the_data(tmp_path, data, expected):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "schema 2"),
+        ({"schema": 1}, "schema 1"),
         ({"models": []}, "no model"),
         ({"models": ["Final-merged", "prepared", "Base-merged"]}, "one row for each"),
     ],

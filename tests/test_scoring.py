@@ -10,10 +10,10 @@ from arc_loader import ArcDataset
 from scoring_tools import bootstrap_interval, cell_accuracy, mean_interval, rule_table, score_table, wilson_interval
 
 
-def answer(correct, *, greedy=False, found=None, shape=True, cells=1.0, probability=0.5, rules=None):
+def answer(correct, *, greedy=False, found=None, shape=True, cells=1.0, probability=0.5, sure=0.5, rules=None):
     return {
         "correct": correct, "greedy_correct": greedy, "decodable": True, "right_shape": shape, "cell_accuracy": cells,
-        "prob_truth": probability, "found": any(correct) if found is None else found,
+        "prob_truth": probability, "prob_greedy": sure, "found": any(correct) if found is None else found,
         "rules": rules or {"product": correct, "max": correct[::-1]},
     }  # fmt: skip
 
@@ -23,7 +23,7 @@ def puzzles():
     """Puzzle a has two test inputs, b one; c has no solution."""
     grid = [[1]]
     first = {
-        "a_0": answer([True, False], greedy=True, cells=1.0, probability=0.5),
+        "a_0": answer([True, False], greedy=True, cells=1.0, probability=0.5, sure=0.75),
         "a_1": answer([False, False], shape=False, cells=0.0, probability=0.0),
         "b_0": answer([False, True], cells=0.25, probability=0.25, found=True),
     }
@@ -50,6 +50,7 @@ def test_table(puzzles):
     assert one["right_shape"] == pytest.approx(2 / 3)
     assert one["cell_accuracy"] == pytest.approx(1.25 / 3)
     assert one["prob_truth"] == pytest.approx(0.25)
+    assert one["prob_greedy"] == pytest.approx((0.75 + 0.5 + 0.5) / 3)
     assert one["gained"] is one["lost"] is one["change"] is None
     assert one["exact_2_interval"] == pytest.approx(wilson_interval(2, 3))
     assert two["exact_1"] == pytest.approx(1 / 3)
