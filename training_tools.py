@@ -7,6 +7,7 @@ imported inside functions, Unsloth before the libraries that it patches.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -220,8 +221,7 @@ def load_data(run: StageRun, solved_only: bool = False) -> StageData:
         )
     if len(samples) == 0:
         raise ValueError(f"no puzzle fits --max_seq_length {settings.max_seq_length}: raise it, or lower --sizes")
-    # New puzzles of trained tasks tell whether training works; whole held-out tasks are kept for the evaluation.
-    heldout = fitting(split.seen if len(split.seen.keys) else split.unseen, encoder, settings.max_seq_length)
+    heldout = _measured_on(split, encoder, settings)
     return StageData(split, samples, encoder, tokenizer, heldout)
 
 
@@ -247,7 +247,29 @@ def heldout_puzzles(settings: RunSettings, tokenizer: Any) -> tuple[ArcDataset, 
     """What a stage with these settings measures on: new puzzles of trained tasks, else those of held-out tasks."""
     encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
     split = load_split(settings, quiet=True)
-    return fitting(split.seen if len(split.seen.keys) else split.unseen, encoder, settings.max_seq_length), encoder
+    return _measured_on(split, encoder, settings), encoder
+
+
+def _measured_on(split: Holdout, encoder: SampleEncoder, settings: RunSettings) -> ArcDataset:
+    # New puzzles of trained tasks tell whether training works; whole held-out tasks are kept for the evaluation.
+    heldout = split.seen if len(split.seen.keys) else split.unseen
+    return tasks_in_turn(fitting(heldout, encoder, settings.max_seq_length), settings.holdout_seed)
+
+
+def tasks_in_turn(ds: ArcDataset, seed: int) -> ArcDataset:
+    """The dataset with its keys in a random order, one of each task before the second of any: the first stand for all.
+
+    In the dataset's own order the lowest numbers come first, and tasks with few puzzles have no others.
+
+    Args:
+        ds: the dataset.
+        seed: of the order of tasks and of the puzzles of each.
+    """
+    of_task: dict[str, list[str]] = {}
+    for place in np.random.default_rng(seed).permutation(len(ds.keys)):
+        of_task.setdefault(ds.task_of(ds.keys[place]), []).append(ds.keys[place])
+    rounds = itertools.zip_longest(*of_task.values())
+    return ds.change_keys(key for part in rounds for key in part if key is not None)
 
 
 def report_masks(run: StageRun, data: StageData, collator: InputMaskingDataCollator) -> None:

@@ -23,8 +23,9 @@ ablations beside stage 2, which keeps a GPU for itself.
 
 Writes --results after each evaluation, every number from a results.json of evaluate_arc.py, and curves beside it.
 "rows" of each model and set: exact_1 (n test inputs, one greedy guess), exact_2 (n_2 of them, two guesses from 16
-views), with 95% intervals ci_1 and ci_2; ci_1_tasks, where tasks are resampled. "grpo_gain": stage 3 minus stage 2,
-paired, in points, mean over the seeds; puzzles that stage 3 chose its adapter by are left out. Logs: OUTPUT/logs.
+views), with 95% intervals ci_1 and ci_2; ci_1_tasks, where tasks are resampled; prob_truth, how probable solutions
+are. "grpo_gain": stage 3 minus stage 2, paired, in points, mean over the seeds, and of prob_truth as "sampled"; puzzles
+that stage 3 chose its adapter by are left out. Logs: OUTPUT/logs.
 """
 
 from __future__ import annotations
@@ -147,6 +148,7 @@ class Chain:
         self.running: list[subprocess.Popen] = []
         self.lock, self.stopping = threading.Lock(), threading.Event()
         self.on_gpu = [0] * args.gpus  # jobs that run on each
+        self.placed: dict[str, int] = {}  # the GPUs of jobs that have not begun
         self.state: dict[str, dict[str, Any]] = {}
         if self.path.is_file():
             self.state = json.loads(self.path.read_text(encoding="utf-8"))
@@ -179,17 +181,24 @@ class Chain:
         if len(self.on_gpu) == 1:
             yield None
             return
-        weight = WHOLE_GPU if job.alone else 1
-        with self.lock:
-            gpu = self.on_gpu.index(min(self.on_gpu))
-            self.on_gpu[gpu] += weight
-        given = os.environ.get("CUDA_VISIBLE_DEVICES")
-        visible = given.split(",") if given else [str(number) for number in range(len(self.on_gpu))]
+        gpu = self.placed.pop(job.name, None)
+        if gpu is None:
+            gpu = self.place(job)
         try:
-            yield {**os.environ, "CUDA_VISIBLE_DEVICES": visible[gpu]}
+            yield {
+                **os.environ,
+                "CUDA_VISIBLE_DEVICES": (visible_gpus() or list(map(str, range(len(self.on_gpu)))))[gpu],
+            }
         finally:
             with self.lock:
-                self.on_gpu[gpu] -= weight
+                self.on_gpu[gpu] -= WHOLE_GPU if job.alone else 1
+
+    def place(self, job: Job) -> int:
+        """Choose the GPU on which fewest jobs run, and count the job there."""
+        with self.lock:
+            gpu = self.on_gpu.index(min(self.on_gpu))
+            self.on_gpu[gpu] += WHOLE_GPU if job.alone else 1
+        return gpu
 
     # -- the jobs
 
@@ -458,6 +467,8 @@ def run_jobs(jobs: Sequence[Job], chain: Chain, deadline: float) -> int:
     if chain.args.together == 1:
         codes: Iterator[int] | list[int] = (run_job(job, chain, deadline) for job in waiting)
         return next((code for code in codes if code), 0)
+    # Before any other can take a GPU, whichever thread is the first.
+    chain.placed = {job.name: chain.place(job) for job in waiting if job.alone and chain.args.gpus > 1}
     with ThreadPoolExecutor(chain.args.together) as pool:
         started = [pool.submit(run_job, job, chain, deadline) for job in waiting]
         try:
@@ -474,6 +485,12 @@ def run_jobs(jobs: Sequence[Job], chain: Chain, deadline: float) -> int:
 def start(job: Job, log: BinaryIO, environment: Mapping[str, str] | None = None) -> subprocess.Popen:
     """Start a job's script; what it prints goes to the log."""
     return subprocess.Popen([sys.executable, *job.command], stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def visible_gpus() -> list[str] | None:
+    """What CUDA_VISIBLE_DEVICES names; None where it is not set."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if given is None else [name for name in given.split(",") if name]
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -728,7 +745,10 @@ def grpo_gain(chain: Chain) -> dict[str, Any] | None:
             "sampled": paired_gain(sampled[0], sampled[1:], by_puzzle),
             "ci_tasks": paired_gain(before, after, by_task)["ci"],
             "left_out": sum(key in known for key in results["puzzles"]),
-            "seeds": {name: paired_gain(before, [one], by_puzzle) for name, one in zip(models, after, strict=True)},
+            "seeds": {
+                name: {**paired_gain(before, [one], by_puzzle), "sampled": paired_gain(sampled[0], [other], by_puzzle)}
+                for name, one, other in zip(models, after, sampled[1:], strict=True)
+            },
         }
     if not record:
         return None
@@ -755,7 +775,11 @@ def ablation_rows(chain: Chain) -> list[dict[str, Any]]:
                     continue
                 row[which] = {"n": one["n"], "exact_1": one["exact_1"], "ci_1": one["exact_1_interval"]}
                 if name not in (first, "stage1") and first in found["models"]:
-                    row[which][f"to_{first}"] = paired_gain(right(found, first), [right(found, name)], by_puzzle)
+                    before, after = right(found, first), [right(found, name)]
+                    row[which][f"to_{first}"] = {
+                        **paired_gain(before, after, by_puzzle),
+                        "ci_tasks": paired_gain(before, after, by_task)["ci"],
+                    }
             rows.append(row)
     return rows
 
@@ -931,6 +955,9 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("together", "gpus"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}: expected a whole number from 1")
+    visible = visible_gpus()
+    if args.gpus > 1 and visible is not None and len(visible) < args.gpus:
+        parser.error(f"--gpus is {args.gpus}, and CUDA_VISIBLE_DEVICES names {len(visible)}")
     args.configs = Path(os.path.relpath(args.configs))
     return args
 

@@ -59,6 +59,10 @@ class Rule(NamedTuple):
     solve: Callable[[Grid], Grid]
 
 
+class TooFewExamplesError(ValueError):
+    """A rule has fewer different examples than are asked for."""
+
+
 FAMILIES: dict[str, Callable[[Random, int], Rule]] = {}  # name -> function (random numbers, largest side) -> a rule
 
 
@@ -352,7 +356,7 @@ def draw_pairs(rule: Rule, rng: Random, count: int) -> list[tuple[Grid, Grid]]:
     """Draw pairs with distinct inputs, each of which shows the rule at work (its output differs from its input).
 
     Raises:
-        ValueError: the rule has not so many.
+        TooFewExamplesError: the rule has not so many.
     """
     pairs: list[tuple[Grid, Grid]] = []
     seen: set[tuple[tuple[int, ...], bytes]] = set()
@@ -364,7 +368,7 @@ def draw_pairs(rule: Rule, rng: Random, count: int) -> list[tuple[Grid, Grid]]:
         if identity in seen or np.array_equal(grid, solved):
             misses += 1
             if misses == MISSES:
-                raise ValueError(
+                raise TooFewExamplesError(
                     f"found only {len(pairs)} distinct examples of {count}: "
                     "ask for fewer --examples or a larger --max_side"
                 )

@@ -9,6 +9,7 @@ Puzzles depend on (seed, number of the chunk) alone, not on how many processes m
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
@@ -21,8 +22,8 @@ import numpy as np
 from arc_leaks import find_leaks
 from arc_loader import ArcDataset, format_options
 from arc_samples import SampleEncoder
-from demo.make_dataset import FAMILIES, MAX_SIDE, MIN_SIDE, draw_pairs
-from demo.rule_programs import program
+from demo.make_dataset import FAMILIES, MAX_SIDE, MIN_SIDE, TooFewExamplesError, draw_pairs
+from demo.rule_programs import PROGRAMS, Unfit, program
 
 if TYPE_CHECKING:
     import torch
@@ -123,11 +124,10 @@ def draw_puzzles(
 def _pairs(rng: np.random.Generator, name: str, count: int, max_side: int) -> list[tuple[np.ndarray, np.ndarray]]:
     if name != PROGRAM:
         return draw_pairs(FAMILIES[name](rng, max_side), rng, count)
-    while True:
-        try:
+    for _ in range(PROGRAMS):
+        with contextlib.suppress(TooFewExamplesError, Unfit):
             return draw_pairs(program(rng, max_side), rng, count)
-        except ValueError:  # a program that has not so many
-            continue
+    raise RuntimeError(f"none of {PROGRAMS} programs has {count} examples with sides up to {max_side}")
 
 
 class Chunks:
@@ -402,7 +402,8 @@ def solved_by_family(
 
 def print_measured(solved: dict[str, float], settings: Pretraining) -> None:
     """Print what `solved_by_family` found, families that are new to the model marked."""
-    known = {*settings.pretrain_families, *([PROGRAM] if settings.pretrain_programs else [])}
+    known = {*(settings.pretrain_families if settings.pretrain_programs < 1 else [])}
+    known |= {PROGRAM} if settings.pretrain_programs else set()
     new = [name for name in solved if name not in known]
     line = "  ".join(f"{name}{'*' if name in new else ''} {share:.0%}" for name, share in solved.items())
     parts = []

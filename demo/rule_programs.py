@@ -171,8 +171,8 @@ def _scattered(rng: Random, shape: tuple[int, int], colours: Sequence[int], shar
 def noise(rng: Random, max_side: int) -> Scene:
     """Every cell of any colour of a palette, the background's among them or not."""
     colours, sides = _palette(rng, 6), _sides(rng, 2, max_side)
-    black = 1.0 if len(colours) > 1 and rng.random() < 0.5 else float(rng.uniform(0.3, 0.9))
-    return Scene({"colours": colours}, colours, lambda r: _scattered(r, sides(r), colours, black))
+    share = 1.0 if len(colours) > 1 and rng.random() < 0.5 else float(rng.uniform(0.3, 0.9))
+    return Scene({"colours": colours}, colours, lambda r: _scattered(r, sides(r), colours, share))
 
 
 @scene
@@ -209,7 +209,7 @@ def _shape(rng: Random, kind: str, most: int) -> Grid:
     for _ in range(int(rng.integers(2, 2 * mask.size))):
         mask[row, column] = True
         down, right = SIDES[rng.integers(4)]
-        row, column = (row + down) % mask.shape[0], (column + right) % mask.shape[1]
+        row, column = min(max(row + down, 0), mask.shape[0] - 1), min(max(column + right, 0), mask.shape[1] - 1)
     lines = mask[mask.any(axis=1)]
     return lines[:, lines.any(axis=0)]
 
@@ -248,7 +248,9 @@ def _objects(rng: Random, max_side: int, noisy: bool) -> Scene:
         return grid
 
     found = {"colours": colours, "shapes": kinds, "most": most, "largest": largest, "mixed": mixed}
-    return Scene({**found, **({"dirt": dirt} if noisy else {})}, list(dict.fromkeys([*colours, dirt])), draw)
+    if noisy:
+        found["dirt"] = dirt
+    return Scene(found, list(dict.fromkeys([*colours, dirt])) if noisy else colours, draw)
 
 
 @scene
@@ -273,7 +275,7 @@ def alike_objects(rng: Random, max_side: int) -> Scene:
     def draw(r: Random) -> Grid:
         grid = np.zeros(sides(r), dtype=int)
         shapes = fixed or [_shape(r, kind, largest) for _ in range(2)]
-        for number in range(int(r.integers(2, 5))):
+        for number in range(int(r.integers(3, 6))):
             _place(r, grid, shapes[number == 0], pick(r, colours))
         return grid
 
@@ -327,15 +329,16 @@ def symmetric(rng: Random, max_side: int) -> Scene:
     """A pattern that is its own mirror image, with a box over a part of it."""
     colours, cover = _palette(rng, 6), 0
     diagonal = bool(rng.integers(2))
-    least = int(rng.integers(2, max(2, max_side // 2) + 1))
+    least = int(rng.integers(3, max_side + 1))
 
     def draw(r: Random) -> Grid:
-        half = int(r.integers(least, max(2, max_side // 2) + 1))
+        side = int(r.integers(least, max_side + 1))
+        half = -(-side // 2)
         part = np.asarray(colours)[r.integers(len(colours), size=(half, half))]
         if diagonal:
             part = np.where(np.tri(half, dtype=bool), part, part.T)
-        rows = np.vstack([part, part[::-1]])
-        grid = np.hstack([rows, rows[:, ::-1]])[:max_side, :max_side]
+        mirrored = np.minimum(np.arange(side), np.arange(side)[::-1])  # of an odd number the middle one once
+        grid = part[np.ix_(mirrored, mirrored)]
         high, wide = (int(n) for n in r.integers(1, max(2, half), size=2))
         top, left = (int(r.integers(n - m + 1)) for n, m in zip(grid.shape, (high, wide), strict=True))
         grid[top : top + high, left : left + wide] = cover
@@ -634,7 +637,7 @@ def move_objects(rng: Random, colours: Sequence[int]) -> Made:
     way = _way(rng)
     down, right = pick(rng, SIDES + CORNERS)
     far = bool(rng.integers(2))
-    count = 10 if far else int(rng.integers(1, 4))
+    count = int(rng.integers(1, 4))
     colour = int(pick(rng, colours)) if rng.random() < 0.4 else None
 
     def solve(grid: Grid) -> Grid:
@@ -648,7 +651,7 @@ def move_objects(rng: Random, colours: Sequence[int]) -> Made:
             values = grid[part.rows, part.columns]
             changed[part.rows, part.columns] = BLACK
             rows, columns = part.rows, part.columns
-            for _ in range(count):
+            for _ in range(max(grid.shape) if far else count):
                 r, c = rows + down, columns + right
                 inside = r.min() >= 0 and c.min() >= 0 and r.max() < grid.shape[0] and c.max() < grid.shape[1]
                 if not inside or changed[r, c].any():
@@ -724,22 +727,24 @@ def hollow(rng: Random, colours: Sequence[int]) -> Made:
 
 @operation(*OBJECTS, "marks", "bars")
 def count_objects(rng: Random, colours: Sequence[int]) -> Made:
-    """Answer with as many cells as there are objects: a row, a diagonal, or the first cells of a square."""
+    """Answer with a cell for each object: a row, a diagonal, the first cells of a square, or their colours in order."""
     way, colour, form = _way(rng), int(rng.integers(1, 10)), pick(rng, ["row", "diagonal", "square", "colours"])
     side = 3
 
     def solve(grid: Grid) -> Grid:
         parts = parts_of(grid, *way)
+        if not parts:
+            raise Unfit("no objects")
         if form == "colours":  # one cell of each, the largest first
             sizes = [part.size for part in parts]
             if len(set(sizes)) < len(sizes):
                 raise Unfit("no order")
             parts.sort(key=lambda part: -part.size)
-            return np.array([[part.colour for part in parts]] or [[BLACK]])
+            return np.array([[part.colour for part in parts]])
         if form == "diagonal":
-            return np.diag(np.full(max(1, len(parts)), colour))
+            return np.diag(np.full(len(parts), colour))
         if form == "row":
-            return np.full((1, max(1, len(parts))), colour)
+            return np.full((1, len(parts)), colour)
         if len(parts) > side * side:
             raise Unfit("too many")
         changed = np.zeros((side, side), dtype=int)
@@ -755,7 +760,7 @@ def count_objects(rng: Random, colours: Sequence[int]) -> Made:
 
 @operation("marks", "lines")
 def stamp(rng: Random, colours: Sequence[int]) -> Made:
-    """Draw a pattern around each cell of a colour, or of any; each colour has one of its own, or all the same."""
+    """Draw a pattern around each cell of one colour, or around all, each colour having a pattern of its own."""
     patterns = {}
     for colour in colours if rng.random() < 0.5 else [int(pick(rng, colours))]:
         near = [step for step in SIDES + CORNERS if rng.random() < 0.5]
@@ -792,14 +797,14 @@ def shoot(rng: Random, colours: Sequence[int]) -> Made:
             if only not in (None, colour):
                 continue
             for down, right in steps:
-                r, c = row + dotted * down, column + dotted * right
+                r, c, number = row + down, column + right, 1
                 while 0 <= r < grid.shape[0] and 0 <= c < grid.shape[1]:
                     if grid[r, c]:
                         if stops:
                             break
-                    else:
+                    elif number % dotted == 0:
                         changed[r, c] = colour if drawn is None else drawn
-                    r, c = r + dotted * down, c + dotted * right
+                    r, c, number = r + down, c + right, number + 1
         return changed
 
     return {"steps": steps, "only": only, "colour": drawn, "stops": stops, "every": dotted}, solve
@@ -927,7 +932,7 @@ def clean(rng: Random, colours: Sequence[int]) -> Made:
 
 @operation("noise", "marks", "bars", "objects")
 def fall(rng: Random, colours: Sequence[int]) -> Made:
-    """Let cells fall, all or those of a colour over the others; or sort the cells of each column by colour."""
+    """Let the cells of each column fall, all coloured ones or those of one colour, which the others make room for."""
     only = int(pick(rng, colours)) if rng.random() < 0.4 else None
 
     def solve(grid: Grid) -> Grid:
@@ -1053,10 +1058,12 @@ def surround(rng: Random, colours: Sequence[int]) -> Made:
 def shift(rng: Random, colours: Sequence[int]) -> Made:
     """Move everything, what leaves comes back on the other side; or each row further than the one above it."""
     down, right, slanted = int(rng.integers(-2, 3)), int(rng.integers(-2, 3)), bool(rng.random() < 0.3)
+    if slanted:
+        down, right = 0, right or 1
 
     def solve(grid: Grid) -> Grid:
         if slanted:
-            return np.stack([np.roll(line, row * (right or 1)) for row, line in enumerate(grid)])
+            return np.stack([np.roll(line, row * right) for row, line in enumerate(grid)])
         return np.roll(grid, (down, right), axis=(0, 1))
 
     return {"down": down, "right": right, "slanted": slanted}, solve
@@ -1191,7 +1198,7 @@ def choose_panel(rng: Random, colours: Sequence[int]) -> Made:
         if kind in ("first", "last"):
             return parts[0 if kind == "first" else -1]
         values = [
-            len(set(part.ravel().tolist())) if kind == "colours"
+            len(set(part.ravel().tolist()) - {BLACK}) if kind == "colours"
             else int((part == part[::-1]).all()) if kind == "symmetric"
             else np.count_nonzero(part) * (-1 if kind == "fewest" else 1)
             for part in parts

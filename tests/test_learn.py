@@ -262,7 +262,7 @@ def test_jobs_that_need_nothing_of_each_other_run_together(tmp_path):
     assert learn.run_jobs([failing], chain, time.monotonic()) == learn.NOT_DONE
 
 
-def test_jobs_at_a_time_are_spread_over_the_gpus(tmp_path, monkeypatch):
+def test_jobs_at_a_time_are_spread_over_the_gpus(tmp_path, monkeypatch, capsys):
     # Each writes which GPU it sees, once all have begun.
     script, count = tmp_path / "gpu.py", 5
     script.write_text(
@@ -275,16 +275,21 @@ def test_jobs_at_a_time_are_spread_over_the_gpus(tmp_path, monkeypatch):
         "own.write_text(os.environ['CUDA_VISIBLE_DEVICES'])\n"
     )
     jobs = [
-        learn.Job(f"job{i}", [str(script), str(tmp_path / f"job{i}")], [], tmp_path / f"job{i}", alone=i == 0)
+        learn.Job(f"job{i}", [str(script), str(tmp_path / f"job{i}")], [], tmp_path / f"job{i}", alone=i == 3)
         for i in range(count)
     ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7,2")
     flags = ["--dataset_dir", "any", "--output_dir", str(tmp_path / "output"), "--together", "5", "--gpus", "3"]
     chain = learn.Chain(learn.parse_flags(flags))
     assert learn.run_jobs(jobs, chain, float("inf")) == 0
-    alone, *others = [job.result.read_text() for job in jobs]
+    seen = [job.result.read_text() for job in jobs]
+    alone, others = seen[3], [*seen[:3], *seen[4:]]
     assert sorted([alone, *others]) in (["2", "2", "5", "7", "7"], ["2", "2", "5", "5", "7"], ["2", "5", "5", "7", "7"])
-    assert alone not in others and chain.on_gpu == [0, 0, 0]
+    assert alone not in others and chain.on_gpu == [0, 0, 0] and not chain.placed
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    with pytest.raises(SystemExit):
+        learn.parse_flags(flags)
+    assert "--gpus is 3, and CUDA_VISIBLE_DEVICES names 2" in capsys.readouterr().err
 
 
 def test_ablations_run_beside_stage_2_where_there_are_gpus_for_both(inputs, tmp_path):

@@ -68,7 +68,8 @@ def test_every_scene_and_operation_occurs_about_as_often():
     scenes = [rule.parameters["scene"] for rule in rules]
     firsts = [rule.parameters["operations"][0]["operation"] for rule in rules]
     assert {*scenes} == {*SCENES} and {*firsts} == {*OPERATIONS}
-    assert max(map(firsts.count, OPERATIONS)) < 6 * np.mean(list(map(firsts.count, OPERATIONS)))
+    counts = [firsts.count(name) for name in OPERATIONS]
+    assert min(counts) > 0.3 * np.mean(counts) and max(counts) < 2 * np.mean(counts)
     lengths = [len(rule.parameters["operations"]) for rule in rules]
     assert {*lengths} == {1, 2, 3}
     assert all({*suits} <= {*SCENES} for _, suits in OPERATIONS.values())
@@ -135,8 +136,75 @@ EXAMPLES = [
     ("fall", [0.9], "12. .3. 4..", "... 12. 43."),
     ("colour_by_place", ["board", 2, 0, 6, "black"], ".1. ...", "616 .6."),
     ("connect", [0.9, (0,)], "2..2 1..2", "2222 1..2"),
+    ("fall", [0.1, 2], "2 1 3", "1 3 2"),
+    ("hollow", [0.9, 6, 1], "111 111 111", "111 161 111"),
+    ("keep_objects", [1, 0, "most", "size", 1], "11..2 .....", "11... ....."),
+    ("keep_objects", [1, 0, "most", "size", 0], "11..2 .....", "....2 ....."),
+    ("keep_objects", [1, 0, "most", "size", 1], "11.22", None),
+    ("keep_objects", [1, 0, "yes", "holes", 1], "111.2 1.1.2 111.2", "111.. 1.1.. 111.."),
+    ("keep_objects", [1, 0, "no", "edge", 0], "..... .1..2 .....", "..... ....2 ....."),
+    ("keep_objects", [1, 0, "alone", None, "colour", 1], "1.2.1", "..2.."),
+    ("keep_objects", [1, 0, "common", None, "shape", 1], "11.2.33", "11...33"),
+    ("keep_objects", [1, 0, "least", "top", 1], "1.. ... ..2", "... ... ..2"),
+    ("keep_objects", [1, 0, "most", "size", 1], "... ...", None),
+    ("cut_out", [0, 0, "most", "size", 0], "12..3 11...", "12 11"),
+    ("cut_out", [1, 0, "least", "left", 1], "11.2 1..2", "2 2"),
+    ("recolour_objects", [1, 0, "most", "size", 1], "33..4", "11..2"),
+    ("recolour_objects", [1, 0, "most", "size", 0], "33..4", "11..4"),
+    ("colour_by_rank", [1, 0, "size", 3], "33..4", "11..2"),
+    ("colour_by_rank", [1, 0, "size", 3], "3..4", None),
+    ("colour_by_size", [1, 0, 2], "33.4.555", "22.1.222"),
+    ("move_objects", [1, 0, (0, 1), 1, 1, 0.9], "1..2.", "...12"),
+    ("move_objects", [1, 0, (0, 1), 0, 2, 0.9], "1...2", "..1.2"),
+    ("move_objects", [1, 0, (0, 1), 1, 1, 0.1, 2], "1.2..", "1...2"),
+    ("move_objects", [1, 0, (0, 1), 1, 1, 0.9], "1.............", ".............1"),
+    ("turn_objects", [0, 0, "left-right"], "12.. 1...", "21.. .1.."),
+    ("fill_boxes", [1, 1, 0.9], "1.. .1. 11.", "11. 11. 11."),
+    ("fill_boxes", [1, 1, 0.1, 7], "1.. .1. 11.", "17. 71. 11."),
+    ("count_objects", [1, 0, 5, "row"], "1.1 ..1", "55"),
+    ("count_objects", [1, 0, 5, "diagonal"], "1.1 ..1", "5. .5"),
+    ("count_objects", [1, 0, 5, "square"], "1.1 ..1", "55. ... ..."),
+    ("count_objects", [1, 0, 5, "colours"], "1.22", "21"),
+    ("count_objects", [1, 0, 5, "row"], "...", None),
+    ("stamp", [0.9, 1, 0.1, *[0.9] * 7, 0.9, 0.1, 6], "1.. ..2", "16. ..2"),
+    ("stamp", [0.9, 1, 0.1, *[0.9] * 7, 0.1, 0.9], "1... ...2", "111. ...2"),
+    ("shoot", [0.1, 0.1, 0.9, 0.9, 0.9, 0.9, 0.9, 1, 0.1], "1.2.", "1122"),
+    ("shoot", [0.1, 0.1, 0.9, 0.9, 0.9, 0.9, 0.9, 1, 0.9], "1....", "1.1.1"),
+    ("shoot", [0.1, 0.1, 0.9, 0.9, 0.9, 0.1, 1, 0.9, 1, 0.9], "1..2.", "1.12."),
+    ("shoot", [0.1, 0.1, 0.9, 0.9, 0.9, 0.9, 0.1, 7, 0, 0.1], "1.2.", "1727"),
+    ("fill_lines", [(0,), 0.9, 1, 7], "1.. ..2", "177 ..2"),
+    ("fill_lines", [(0,), 0.1, 1, 7], "1.. ...", "1.. 777"),
+    ("neighbour_rule", [0, 1, 1, 0, 0.9, 5], "1.. ...", "15. 5.."),
+    ("map_colours", [0.1, 0.1, 0.1], "12.", "21."),
+    ("clean", [0, 1], "1.22", "..22"),
+    ("shift", [0, 1, 0.9], "123", "312"),
+    ("shift", [1, 1, 0.1], "123 123", "123 312"),
     ("connect", [0.1, 8, (0, 1)], "2..2 .... ...2", "2882 ...8 ...2"),
 ]
+
+
+def test_each_operation_has_an_example():
+    assert {name for name, *_ in EXAMPLES} == {*OPERATIONS}
+
+
+@pytest.mark.parametrize("max_side", [3, 4, 5, 10])
+def test_what_a_symmetric_scene_covers_can_be_found(max_side):
+    # Where the uncovered part shows it, the answer completes the pattern to its own mirror image.
+    rng, found = np.random.default_rng(max_side), 0
+    for _ in range(200):
+        made = SCENES["symmetric"](rng, max_side)
+        given = made.draw(rng)
+        _, solve = OPERATIONS["show_covered"][0](rng, made.colours)
+        try:
+            part = solve(given)
+        except Unfit:
+            continue
+        found += 1
+        rows, columns = np.nonzero(given == 0)
+        whole = given.copy()
+        whole[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] = part
+        assert (whole == whole[::-1]).all() and (whole == whole[:, ::-1]).all() and whole.all()
+    assert found > 20
 
 
 @pytest.mark.parametrize(("name", "choices", "given", "expected"), EXAMPLES)

@@ -12,6 +12,8 @@ import base_finetune
 import base_finetune_final
 import train_grpo
 import trainer_tools
+import training_tools
+from arc_loader import ArcDataset
 from run_settings import find_problems, parse_settings
 from trainer_tools import EpochSampler, loader_processes
 
@@ -164,3 +166,17 @@ def test_order_of_rows_depends_on_seed_and_epoch_alone():
     assert [row - 10 for row in second] != first
     assert list(EpochSampler(10, seed=4)) != first
     assert len(sampler) == 10
+
+
+def test_the_first_held_out_puzzles_stand_for_all_tasks():
+    grids = {"train": [{"input": [[1]], "output": [[2]]}], "test": [{"input": [[3]], "output": [[4]]}]}
+    counts = {"many": 40, "some": 9, "few": 2}
+    ds = ArcDataset({f"{task}-{i:03d}": grids for task, count in counts.items() for i in range(count)}, is_orig=True)
+    ordered = training_tools.tasks_in_turn(ds, seed=1)
+    tasks = [ds.task_of(key) for key in ordered.keys]
+    assert sorted(ordered.keys) == sorted(ds.keys)
+    assert {*tasks[:3]} == {*tasks[3:6]} == {*counts} and {*tasks[6:8]} == {"many", "some"}
+    assert tasks[20:] == ["many"] * 31
+    assert [key for key in ordered.keys if "many" in key] != [key for key in ds.keys if "many" in key]
+    assert ordered.keys == training_tools.tasks_in_turn(ds, seed=1).keys
+    assert ordered.keys != training_tools.tasks_in_turn(ds, seed=2).keys
