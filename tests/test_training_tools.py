@@ -1,6 +1,7 @@
 """Settings and order of rows; what the scripts say to a user's mistakes stands in test_stages.py."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,13 +169,15 @@ def test_order_of_rows_depends_on_seed_and_epoch_alone():
     assert len(sampler) == 10
 
 
-def test_the_first_held_out_puzzles_stand_for_all_tasks():
-    grids = {"train": [{"input": [[1]], "output": [[2]]}], "test": [{"input": [[3]], "output": [[4]]}]}
+def test_the_first_held_out_puzzles_stand_for_all_tasks(tmp_path):
     counts = {"many": 40, "some": 9, "few": 2}
-    ds = ArcDataset({f"{task}-{i:03d}": grids for task, count in counts.items() for i in range(count)}, is_orig=True)
+    for task, count in counts.items():
+        pairs = [{"input": [[i // 10, i % 10]], "output": [[i % 10]]} for i in range(2 * count)]
+        (tmp_path / f"{task}.json").write_text(json.dumps(pairs))
+    ds = ArcDataset.load_from_local_json(tmp_path, sizes=(1,), seed=0)
     ordered = training_tools.tasks_in_turn(ds, seed=1)
     tasks = [ds.task_of(key) for key in ordered.keys]
-    assert sorted(ordered.keys) == sorted(ds.keys)
+    assert sorted(ordered.keys) == sorted(ds.keys) and len(tasks) == 51
     assert {*tasks[:3]} == {*tasks[3:6]} == {*counts} and {*tasks[6:8]} == {"many", "some"}
     assert tasks[20:] == ["many"] * 31
     assert [key for key in ordered.keys if "many" in key] != [key for key in ds.keys if "many" in key]
