@@ -81,15 +81,25 @@ def augment_tasks(ds: ArcDataset, per_puzzle: float, seed: int) -> ArcDataset:
     return ds.append(ArcDataset(challenge, known_solutions, new_keys, is_orig=ds.is_orig))
 
 
+def dihedral(grid: np.ndarray, number: int) -> np.ndarray:
+    """One of the eight symmetries of the square.
+
+    Args:
+        grid: (rows, columns).
+        number: 0 to 7, bits: transpose, then mirror rows, mirror columns.
+    """
+    turned = grid.T if number & 1 else grid
+    return turned[:: -1 if number & 2 else 1, :: -1 if number & 4 else 1]
+
+
 def _changed(grid: np.ndarray, symmetry: int, colours: np.ndarray) -> np.ndarray:
-    recoloured = colours[grid.T if symmetry & 1 else grid]
-    return recoloured[:: -1 if symmetry & 2 else 1, :: -1 if symmetry & 4 else 1]
+    return dihedral(colours[grid], symmetry)
 
 
 def _draw_change(
     rng: np.random.Generator, outputs: Sequence[np.ndarray], solutions: Sequence[np.ndarray]
 ) -> tuple[int, np.ndarray]:
-    """How outputs change: a symmetry 0..7 (bits: transpose, mirror rows, mirror columns) and colours, uint8 (10,)."""
+    """How outputs change: a symmetry, see `dihedral`, and colours, uint8 (10,)."""
     colours = np.arange(10, dtype=np.uint8)
     recolour, symmetry, other = rng.random() < RECOLOURED, int(rng.integers(8)), int(rng.integers(1, 8))
     if recolour:

@@ -184,11 +184,9 @@ class Chain:
         gpu = self.placed.pop(job.name, None)
         if gpu is None:
             gpu = self.place(job)
+        names = visible_gpus() or [str(number) for number in range(len(self.on_gpu))]
         try:
-            yield {
-                **os.environ,
-                "CUDA_VISIBLE_DEVICES": (visible_gpus() or list(map(str, range(len(self.on_gpu)))))[gpu],
-            }
+            yield {**os.environ, "CUDA_VISIBLE_DEVICES": names[gpu]}
         finally:
             with self.lock:
                 self.on_gpu[gpu] -= WHOLE_GPU if job.alone else 1
@@ -693,8 +691,7 @@ def score_rows(chain: Chain) -> list[dict[str, Any]]:
                     "ci_1": found["exact_1_interval"], "ci_1_tasks": interval, "n_new": len(new),
                     "exact_1_new": sum(new) / len(new) if new else None, "decodable": found["decodable"],
                     "cell_accuracy": found["cell_accuracy"], "prob_truth": found["prob_truth"],
-                    "prob_greedy": found["prob_greedy"],
-                    "seconds_1": found["seconds"],
+                    "prob_greedy": found.get("prob_greedy"), "seconds_1": found["seconds"],  # of older ones: none
                 }  # fmt: skip
             found = _table_row(search, model)
             if found:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from demo.make_dataset import Grid, Random, Rule, pick
+from task_augmentation import dihedral
 
 Solve = Callable[[Grid], Grid]
 Draw = Callable[[Random], Grid]
@@ -944,12 +945,6 @@ def fall(rng: Random, colours: Sequence[int]) -> Made:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Whole grids
-
-
-def dihedral(grid: Grid, number: int) -> Grid:
-    """One of the eight symmetries of the square: bits transpose, mirror rows, mirror columns."""
-    turned = grid.T if number & 1 else grid
-    return turned[:: -1 if number & 2 else 1, :: -1 if number & 4 else 1]
 
 
 @operation()
