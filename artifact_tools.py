@@ -446,7 +446,8 @@ def changed_settings(
         pairs |= {name: (recorded["precision"][name], value) for name, value in precision.items()}
     changed = [f"{name} (was {_short(a)}, is {_short(b)})" for name, (a, b) in pairs.items() if a != b]
     if data is not None and recorded.get("data_fingerprint", data) != data and not changed:
-        changed.append(f"the puzzles in {settings.dataset_dir}")  # other settings choose other puzzles: said already
+        folders = ", ".join([settings.dataset_dir, *settings.extra_dataset_dirs])
+        changed.append(f"the puzzles in {folders}")  # other settings choose other puzzles: said already
     return changed
 
 

@@ -21,9 +21,9 @@ from model_tools import EMBEDDING_MODULES, LINEAR_MODULES
 
 # Settings that say where and how a run is done and watched, not what comes out of it.
 NOT_THE_COURSE = (
-    "base_model", "dataset_dir", "output_dir", "artifact_prefix", "engine", "dtype", "load_in_4bit", "dry_run",
-    "overwrite", "merge_base", "micro_batch_size", "padding_free", "compile_layers", "gradient_checkpointing",
-    "shared_prompts",
+    "base_model", "dataset_dir", "extra_dataset_dirs", "output_dir", "artifact_prefix", "engine", "dtype",
+    "load_in_4bit", "dry_run", "overwrite", "merge_base", "micro_batch_size", "padding_free", "compile_layers",
+    "gradient_checkpointing", "shared_prompts",
     "logging_steps", "eval_steps", "eval_puzzles", "per_device_eval_batch_size", "save_steps", "save_total_limit",
     "report_to", "dataloader_num_workers",
 )  # fmt: skip
@@ -54,7 +54,10 @@ class DataSettings:
         "dataset", "folder of task files: lists of input/output pairs, or official train/test files"
     )
     n: int | None = setting(
-        None, "base puzzles to train on; default: all that the files yield without using an example twice"
+        None, "base puzzles to train on, of dataset_dir; default: all that its files yield, no example used twice"
+    )
+    extra_dataset_dirs: list[str] = setting(
+        [], "more folders of task files, all of which is trained on besides: other datasets, generated puzzles"
     )
     sizes: list[int] = setting([6], "demonstration pairs of a puzzle; several: taken in turn")
     grid_sizes: list[int] = setting([], "keep only pairs whose sides lie between these two bounds; default: all")
@@ -330,6 +333,7 @@ def _data_checks(settings: DataSettings) -> dict[str, tuple[bool, str]]:
     bounds = settings.grid_sizes
     return {
         "dataset_dir": (is_name(settings.dataset_dir), "a name"),
+        "extra_dataset_dirs": (all(map(is_name, settings.extra_dataset_dirs)), "names"),
         "n": (settings.n is None or settings.n >= 1, WHOLE_FROM_1),
         "sizes": (len(settings.sizes) > 0 and min(settings.sizes) >= 1, "whole numbers from 1"),
         "grid_sizes": (

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from arc_leaks import find_leaks
 from arc_loader import ArcDataset, Holdout, format_options
 from arc_samples import SampleEncoder, TrainingSamples
 from artifact_tools import (
@@ -127,11 +128,8 @@ def load_dataset(settings: DataSettings) -> ArcDataset:
     Raises:
         ValueError, FileNotFoundError: bad data, missing folder.
     """
-    bounds = tuple(settings.grid_sizes) or None
     try:
-        return ArcDataset.load_from_local_json(
-            settings.dataset_dir, sizes=tuple(settings.sizes), seed=settings.dataset_seed, grid_sizes=bounds
-        )
+        return _load_folder(settings.dataset_dir, settings)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{error}; name yours with --dataset_dir, or make one to try with: python demo/make_dataset.py --out "
@@ -139,8 +137,15 @@ def load_dataset(settings: DataSettings) -> ArcDataset:
         ) from None
 
 
+def _load_folder(folder: str, settings: DataSettings) -> ArcDataset:
+    bounds = tuple(settings.grid_sizes) or None
+    return ArcDataset.load_from_local_json(
+        folder, sizes=tuple(settings.sizes), seed=settings.dataset_seed, grid_sizes=bounds
+    )
+
+
 def split_dataset(data: ArcDataset, settings: DataSettings, quiet: bool = False) -> Holdout:
-    """Split a dataset, the same way in every script; `n` limits what is trained on.
+    """Split a dataset, the same way in every script; `n` limits what is trained on, extra_dataset_dirs add to it.
 
     Prints how many puzzles there are, unless `quiet`.
 
@@ -160,7 +165,47 @@ def split_dataset(data: ArcDataset, settings: DataSettings, quiet: bool = False)
             f"{len(split.seen.keys):,} of the same tasks and {len(split.unseen.keys):,} of "
             f"{settings.holdout_tasks} others"
         )
-    return split._replace(train=train)
+    extras = [load_extra(folder, settings, split, quiet) for folder in settings.extra_dataset_dirs]
+    try:
+        return split._replace(train=train.append(*extras) if extras else train)
+    except ValueError as error:
+        raise ValueError(f"--extra_dataset_dirs {' '.join(settings.extra_dataset_dirs)}: {error}") from None
+
+
+def load_extra(folder: str, settings: DataSettings, split: Holdout, quiet: bool = False) -> ArcDataset:
+    """Puzzles of one of extra_dataset_dirs, without those that would give away what is held out.
+
+    Left out, counted and printed are the tasks that have the name of one that is held out whole, and puzzles that equal
+    a held-out one or have its test pair among theirs, in whatever symmetry, colours and order (see `find_leaks`).
+
+    Args:
+        folder: of task files.
+        settings: sizes, grid_sizes and dataset_seed are those of all folders.
+        split: what is held out.
+        quiet: print nothing.
+
+    Raises:
+        ValueError, FileNotFoundError: bad data, missing folder.
+    """
+    try:
+        data = _load_folder(folder, settings)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--extra_dataset_dirs: {error}") from None
+    unseen = {split.unseen.task_of(puzzle) for puzzle in split.unseen.challenge}
+    named = {puzzle for puzzle in data.challenge if data.task_of(puzzle) in unseen}
+    shared: set[str] = set()
+    for heldout in (split.seen, split.unseen):
+        leaks = find_leaks(heldout, data)
+        shared.update(*leaks.puzzles.values(), *leaks.tests.values())
+    kept = data.select_puzzles(data.challenge.keys() - named - shared)
+    if not quiet:
+        print(f"{folder}: {len(kept.keys):,} puzzles more to train on")
+        if named or shared:
+            print(
+                f"left out: {len(named):,} puzzles of tasks that are held out, and {len(shared - named):,} with a "
+                "held-out test pair"
+            )
+    return kept
 
 
 def load_split(settings: DataSettings, quiet: bool = False) -> Holdout:
@@ -246,7 +291,7 @@ def fitting(heldout: ArcDataset, encoder: SampleEncoder, max_tokens: int) -> Arc
 def heldout_puzzles(settings: RunSettings, tokenizer: Any) -> tuple[ArcDataset, SampleEncoder]:
     """What a stage with these settings measures on: new puzzles of trained tasks, else those of held-out tasks."""
     encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
-    split = load_split(settings, quiet=True)
+    split = load_split(replace(settings, extra_dataset_dirs=[]), quiet=True)  # of what is held out they change nothing
     return _measured_on(split, encoder, settings), encoder
 
 
@@ -437,7 +482,7 @@ class StageRun:
             if flag not in ("auto", None)
         }
         data = None
-        if Path(self.settings.dataset_dir).is_dir():
+        if all(Path(folder).is_dir() for folder in (self.settings.dataset_dir, *self.settings.extra_dataset_dirs)):
             data = load_split(self.settings, quiet=True).train.content_hash()
         changed = changed_settings(recorded, self.settings, asked, data)
         return f"was trained with other settings: {', '.join(changed)}" if changed else None

@@ -5,7 +5,8 @@
 
 Runs the same scripts as everybody does, each as a process of its own, with the settings of --configs (learn/*.yaml):
 
-    base        demo/make_base.py: a small Llama, pretrained on generated puzzles (base.yaml)
+    base        demo/make_base.py: a small Llama, pretrained on generated puzzles (base.yaml); and demo/make_dataset.py:
+                puzzles that stage 2 trains on besides (programs.yaml, if there is one)
     stage1      base_finetune.py (stage1.yaml)
     stage2      base_finetune_final.py (stage2.yaml)
     stage3      train_grpo.py (stage3.yaml)
@@ -203,7 +204,7 @@ class Chain:
     def jobs(self, pieces: Sequence[str]) -> Iterator[list[Job]]:
         """The jobs of some pieces in order; those of a part need nothing of each other, but the parts before it."""
         if "base" in pieces:
-            yield [self.base()]
+            yield [self.base(), *self.programs()]
         for piece in ("stage1", "stage2"):
             if piece in pieces:
                 beside = piece == "stage2" and "ablations" in pieces and min(self.args.gpus, self.args.together) > 1
@@ -259,38 +260,46 @@ class Chain:
 
     def base(self) -> Job:
         """The base model."""
-        config, flags = self.config("base"), []
+        config, folder = self.config("base"), self.output / "base"
         values = read_yaml(config)
-        for name, value in values.items():
-            if value is not False:
-                flags.append(f"--{name}")
-                flags += [] if value is True else [str(v) for v in (value if isinstance(value, list) else [value])]
-        folder = self.output / "base"
-        command = [str(ROOT / "demo" / "make_base.py"), "--out", str(folder), *flags]
+        command = [str(ROOT / "demo" / "make_base.py"), "--out", str(folder), *as_flags(values)]
         # A pretraining that is stopped begins anew. Compiling comes on top of its seconds.
         whole = float(values.get("pretrain_seconds", 0))
         return Job("base", command, [config], folder / "make_base.json", whole=1.2 * whole + 75 if whole else 0.0)
 
+    def programs(self) -> list[Job]:
+        """The puzzles that stage 2 trains on besides; none without their settings."""
+        config = self.config("programs")
+        if not config.is_file():
+            return []
+        folder = self.output / "programs"
+        command = [str(ROOT / "demo" / "make_dataset.py"), "--out", str(folder), *as_flags(read_yaml(config))]
+        return [Job("programs", command, [config], folder / "rules.txt")]
+
     def stage(self, name: str) -> Job:
         """A stage of the main run."""
         script, artifact, parent = STAGES[name]
-        flags, needed = [], self.output / "base" / "make_base.json"
+        flags, needed = [], [self.output / "base" / "make_base.json"]
         if parent is None:
             flags = ["--base_model", str(self.output / "base")]
         else:
-            needed = self.manifest(self.output / f"{PREFIX}-{parent}-merged")
+            needed = [self.manifest(self.output / f"{PREFIX}-{parent}-merged")]
+        for made in self.programs() if name == "stage2" else []:
+            flags += ["--extra_dataset_dirs", str(made.result.parent)]
+            needed.append(made.result)
         job = self.training(name, script, self.config(name), needed, self.output, artifact, flags)
         return replace(job, alone=name != "stage3")
 
     def training(
-        self, name: str, script: str, config: Path, needed: Path, output: Path, artifact: str, flags: list[str]
+        self, name: str, script: str, config: Path, needed: list[Path], output: Path, artifact: str, flags: list[str]
     ) -> Job:
-        """A run of a stage's script; `needed` is the manifest of what it starts from."""
-        if not needed.is_file():
-            raise FileNotFoundError(f"{name} starts from {needed.parent}, which is not there: run the piece before it")
+        """A run of a stage's script; `needed` are files of what it starts from and trains on."""
+        for path in needed:
+            if not path.is_file():
+                raise FileNotFoundError(f"{name} needs {path.parent}, which is not there: run the piece before it")
         fixed = ["--config", str(config), "--dataset_dir", str(self.args.dataset_dir), "--output_dir", str(output)]
         result = self.manifest(output / f"{PREFIX}-{artifact}-merged")
-        return Job(name, [str(ROOT / script), *fixed, *flags], [config, needed], result)
+        return Job(name, [str(ROOT / script), *fixed, *flags], [config, *needed], result)
 
     def models(self) -> dict[str, Path]:
         """The models of the main run that are there, by their names."""
@@ -342,7 +351,7 @@ class Chain:
         merged = self.output / f"{PREFIX}-{parent}-merged"
         return [
             self.training(
-                f"seed{seed}", script, self.config("stage3"), self.manifest(merged), self.output / f"seed{seed}",
+                f"seed{seed}", script, self.config("stage3"), [self.manifest(merged)], self.output / f"seed{seed}",
                 artifact, ["--base_model", str(merged), "--seed", str(seed)],
             )
             for seed in other_seeds(self)
@@ -356,7 +365,7 @@ class Chain:
             _, flags, like = ABLATIONS[name]
             script, artifact, _ = STAGES[like]
             job = self.training(
-                f"ablation-{name}", script, self.config("ablation"), self.manifest(merged), folder / name, artifact,
+                f"ablation-{name}", script, self.config("ablation"), [self.manifest(merged)], folder / name, artifact,
                 ["--base_model", str(merged), *flags],
             )  # fmt: skip
             if name == "4bit-original":  # the same adapter, merged in another way
@@ -510,6 +519,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """Settings of a file as flags; those that are false are left out, those that are true have no value."""
+    flags = []
+    for name, value in values.items():
+        if value is not False:
+            flags.append(f"--{name}")
+            flags += [] if value is True else [str(v) for v in (value if isinstance(value, list) else [value])]
+    return flags
 
 
 def settings_of(name: str, config: Path, dataset_dir: str | Path) -> Any:

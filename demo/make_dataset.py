@@ -2,6 +2,7 @@
 
     python demo/make_dataset.py --out demo_dataset
     python demo/make_dataset.py --out demo_dataset --tasks_per_family 4 --max_side 6 --families flip gravity
+    python demo/make_dataset.py --programs 20000 --out programs --examples 7
     python demo/make_dataset.py --from_rearc re_arc --out dataset --max_side 10
 
 With --from_rearc: reads what re-arc has generated (metadata.json, tasks/*.json) and writes OUT/TASK.json with the pairs
@@ -11,15 +12,19 @@ is there is replaced.
 Else it generates small puzzles. Reads nothing. Writes OUT/FAMILY-NUMBER.json, one a task, and OUT/rules.txt: each
 file's checksum and its rule's parameters. The files depend on the settings alone, and a task only on its family, its
 number and the settings of its examples: asking for more tasks, more examples or other families leaves what there was as
-it was.
+it was. With --programs the rules are not those of families but put together at random (rule_programs.py), each another
+one: OUT/program-NUMBER.json; such a task has other examples where more are asked for.
 
 To add a family: write a function that draws a rule's parameters and register it with @family (`flip` is the shortest).
 """
 
 import argparse
+import contextlib
+import functools
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import sys
@@ -42,6 +47,9 @@ REARC_FILE = "rearc.txt"
 HEADER = "# Made by demo/make_dataset.py, which replaces this folder only while it holds nothing else."
 REARC_HEADER = "# Made by demo/make_dataset.py from a re-arc folder."
 MIN_SIDE = 3  # below it some rules have nothing to show
+PROGRAM = "program"  # first part of the names of programs' tasks
+PROGRAMS_TRIED = 400  # programs that are drawn for one that has enough examples
+PROGRAMS_A_CALL = 50  # that a process draws at a time
 MISSES = 2000  # draws in a row that repeat an earlier input or show nothing, after which a rule counts as exhausted
 
 
@@ -429,6 +437,78 @@ def generate(
     return tasks
 
 
+def draw_program(rng: Random, count: int, max_side: int) -> tuple[dict[str, Any], list[tuple[Grid, Grid]]]:
+    """Draw a rule that is a program and has so many examples.
+
+    Args:
+        rng: of all draws.
+        count: pairs.
+        max_side: largest side of any grid.
+
+    Returns:
+        The program's parameters, and pairs as `draw_pairs` gives them.
+
+    Raises:
+        RuntimeError: none was found, which does not happen by chance.
+    """
+    from demo.rule_programs import Unfit, program
+
+    for _ in range(PROGRAMS_TRIED):
+        with contextlib.suppress(TooFewExamplesError, Unfit):
+            rule = program(rng, max_side)
+            return rule.parameters, draw_pairs(rule, rng, count)
+    raise RuntimeError(f"none of {PROGRAMS_TRIED} programs has {count} examples with sides up to {max_side}")
+
+
+def _numbered_program(number: int, examples: int, max_side: int, seed: int) -> tuple[dict[str, Any], list[dict]]:
+    rng = np.random.default_rng([seed, zlib.crc32(PROGRAM.encode()), number])
+    parameters, pairs = draw_program(rng, examples, max_side)
+    return parameters, [{"input": grid.tolist(), "output": solved.tolist()} for grid, solved in pairs]
+
+
+def generate_programs(
+    programs: int, examples: int, max_side: int, seed: int, workers: int | None = None
+) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """Draw tasks whose rules are programs, each another one.
+
+    Args:
+        programs: tasks; a program that comes a second time is left out, so that there can be fewer.
+        examples: pairs of each task.
+        max_side: largest side of any grid.
+        seed: of everything that is drawn.
+        workers: processes that draw, which makes no difference to what is drawn; None: one for each core.
+
+    Returns:
+        As `generate` does, `program-NUMBER`.
+
+    Raises:
+        ValueError: settings out of range.
+    """
+    problems = [
+        (programs < 1, f"--programs is {programs}: expected a whole number from 1"),
+        (not 1 <= examples <= MAX_EXAMPLES, f"--examples is {examples}: expected 1 to {MAX_EXAMPLES} of programs"),
+        (not MIN_SIDE <= max_side <= MAX_SIDE, f"--max_side is {max_side}: expected {MIN_SIDE} to {MAX_SIDE}"),
+        (seed < 0, f"--seed is {seed}: expected a whole number from 0"),
+        (workers is not None and workers < 1, f"--workers is {workers}: expected a whole number from 1"),
+    ]
+    if any(wrong for wrong, _ in problems):
+        raise ValueError("; ".join(message for wrong, message in problems if wrong))
+    draw = functools.partial(_numbered_program, examples=examples, max_side=max_side, seed=seed)
+    workers = min(workers or os.cpu_count() or 1, -(-programs // PROGRAMS_A_CALL))
+    if workers == 1:
+        drawn = list(map(draw, range(programs)))
+    else:
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            drawn = pool.map(draw, range(programs), chunksize=PROGRAMS_A_CALL)
+    tasks, taken = {}, set()
+    for number, (parameters, pairs) in enumerate(drawn):
+        identity = json.dumps(parameters)
+        if identity not in taken:
+            taken.add(identity)
+            tasks[f"{PROGRAM}-{number}"] = parameters, pairs
+    return tasks
+
+
 def from_rearc(
     folder: Path, max_side: int, min_pairs: int
 ) -> tuple[dict[str, tuple[dict[str, Any], list[dict[str, Any]]]], dict[str, int]]:
@@ -560,7 +640,9 @@ def write_folder(files: dict[str, bytes], out: Path, replace: bool = True) -> bo
     return True
 
 
+MAX_EXAMPLES = 40  # of a program: most have no end of them, others few
 GENERATED = {"tasks_per_family": 2, "examples": 120, "max_side": 5, "seed": 42, "families": list(FAMILIES)}
+DRAWN = {"examples": 7, "max_side": 10, "seed": 42, "workers": None}
 TAKEN = {"max_side": MAX_SIDE, "min_pairs": 7}
 
 
@@ -571,25 +653,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("demo_dataset"), help="folder to write (demo_dataset)")
     parser.add_argument("--tasks_per_family", type=int, help="tasks of each family (2)")
-    parser.add_argument("--examples", type=int, help="input/output pairs of each task (120)")
-    parser.add_argument("--max_side", type=int, help=f"largest side of a grid (5; of re-arc's {MAX_SIDE})")
+    parser.add_argument("--examples", type=int, help="input/output pairs of each task (120; of a program 7)")
+    parser.add_argument(
+        "--max_side", type=int, help=f"largest side of a grid (5; of programs 10; of re-arc's {MAX_SIDE})"
+    )
     parser.add_argument("--seed", type=int, help="of everything that is drawn (42)")
     parser.add_argument("--families", nargs="+", metavar="FAMILY", help=", ".join(FAMILIES))
+    parser.add_argument("--programs", type=int, help="tasks of programs put together at random, instead of families")
+    parser.add_argument("--workers", type=int, help="processes that draw programs (one for each core)")
     parser.add_argument("--from_rearc", type=Path, metavar="DIR", help="take re-arc's pairs instead of generating any")
     parser.add_argument("--min_pairs", type=int, help="tasks of re-arc with fewer pairs are left out (7)")
     args = parser.parse_args(argv)
-    asked = {name: value for name, value in vars(args).items() if name not in ("out", "from_rearc")}
+    asked = {name: value for name, value in vars(args).items() if name not in ("out", "programs", "from_rearc")}
     asked = {name: value for name, value in asked.items() if value is not None}
-    defaults, when = (GENERATED, "without") if args.from_rearc is None else (TAKEN, "with")
     try:
+        if args.programs is not None and args.from_rearc is not None:
+            raise ValueError("--programs and --from_rearc: expected one of them")
+        defaults, when = GENERATED, "without --from_rearc and --programs"
+        if args.from_rearc is not None:
+            defaults, when = TAKEN, "with --from_rearc"
+        elif args.programs is not None:
+            defaults, when = DRAWN, "with --programs"
         useless = [f"--{name}" for name in asked if name not in defaults]
         if useless:
-            raise ValueError(f"{' '.join(useless)}: of no use {when} --from_rearc")
+            raise ValueError(f"{' '.join(useless)}: of no use {when}")
         settings: dict[str, Any] = {**defaults, **asked}
-        if args.from_rearc is None:
-            print_generated(args.out, settings)
-        else:
+        if args.from_rearc is not None:
             print_taken(args.out, args.from_rearc, settings)
+        elif args.programs is not None:
+            print_drawn(args.out, {"programs": args.programs, **settings})
+        else:
+            print_generated(args.out, settings)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -611,6 +705,16 @@ def print_generated(out: Path, settings: dict[str, Any]) -> None:
             print(
                 f"  {name} has only {made} different rules, so {made} tasks instead of {settings['tasks_per_family']}"
             )
+
+
+def print_drawn(out: Path, settings: dict[str, Any]) -> None:
+    """Draw programs, write their tasks and say how many there are."""
+    tasks = generate_programs(**settings)
+    written = write_folder(render(tasks), out)
+    print(
+        f"{out}: {len(tasks)} tasks of different programs, {settings['examples']} examples each"
+        + ("" if written else "; there already, unchanged")
+    )
 
 
 def print_taken(out: Path, folder: Path, settings: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ Puzzles depend on (seed, number of the chunk) alone, not on how many processes m
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import time
@@ -22,8 +21,7 @@ import numpy as np
 from arc_leaks import find_leaks
 from arc_loader import ArcDataset, format_options
 from arc_samples import SampleEncoder
-from demo.make_dataset import FAMILIES, MAX_SIDE, MIN_SIDE, TooFewExamplesError, draw_pairs
-from demo.rule_programs import PROGRAMS, Unfit, program
+from demo.make_dataset import FAMILIES, MAX_SIDE, MIN_SIDE, PROGRAM, draw_pairs, draw_program
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +36,6 @@ PRETRAINING, MEASURING = 1, 2  # streams of random numbers: no puzzle is measure
 COMPILED_BY = 20  # steps in which the code of all layers and shapes is compiled: they do not count in the seconds
 WARMUP = 0.03  # share of the steps (or seconds) in which the rate rises
 PADDING, OTHER, REPLY = 0, 1, 2  # what a token of a batch is: of a reply (its end included), or of anything else
-PROGRAM = "program"  # stands for a family's name in the ids of puzzles
 PAD_TOKEN = "<|finetune_right_pad_id|>"
 
 
@@ -124,10 +121,7 @@ def draw_puzzles(
 def _pairs(rng: np.random.Generator, name: str, count: int, max_side: int) -> list[tuple[np.ndarray, np.ndarray]]:
     if name != PROGRAM:
         return draw_pairs(FAMILIES[name](rng, max_side), rng, count)
-    for _ in range(PROGRAMS):
-        with contextlib.suppress(TooFewExamplesError, Unfit):
-            return draw_pairs(program(rng, max_side), rng, count)
-    raise RuntimeError(f"none of {PROGRAMS} programs has {count} examples with sides up to {max_side}")
+    return draw_program(rng, count, max_side)[1]
 
 
 class Chunks:

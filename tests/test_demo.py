@@ -403,9 +403,49 @@ def test_bad_settings_and_files_of_rearc(rearc, tmp_path, capsys, change, flags,
     assert not (tmp_path / "d").exists()
 
 
-def test_min_pairs_needs_rearc(tmp_path, capsys):
-    assert make_dataset.main(["--out", str(tmp_path / "d"), "--min_pairs", "3"]) == 2
-    assert "--min_pairs: of no use without --from_rearc" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--min_pairs", "3"], "--min_pairs: of no use without --from_rearc and --programs"),
+        (["--programs", "3", "--families", "flip"], "--families: of no use with --programs"),
+        (["--programs", "3", "--from_rearc", "re_arc"], "--programs and --from_rearc: expected one of them"),
+        (["--programs", "0", "--examples", "99"], "--programs is 0: expected a whole number from 1; --examples is 99"),
+        (["--programs", "3", "--workers", "0"], "--workers is 0: expected a whole number from 1"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(tmp_path, capsys, flags, expected):
+    assert make_dataset.main(["--out", str(tmp_path / "d"), *flags]) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "d").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Programs
+
+
+def test_programs_are_drawn_alike_by_any_number_of_processes(tmp_path):
+    flags = ["--programs", "60", "--max_side", "8"]
+    for workers in ("1", "2"):
+        out = tmp_path / workers
+        assert make_dataset.main(["--out", str(out), *flags, "--workers", workers]) == 0
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+    assert make_dataset.main(["--out", str(tmp_path / "3"), *flags, "--workers", "1", "--seed", "7"]) == 0
+    assert contents(tmp_path / "1") != contents(tmp_path / "3")
+
+
+def test_each_program_is_another_one_and_makes_one_puzzle():
+    tasks = make_dataset.generate_programs(80, examples=7, max_side=8, seed=3, workers=1)
+    assert 76 <= len(tasks) <= 80 and {name.rpartition("-")[0] for name in tasks} == {"program"}
+    assert len({json.dumps(parameters) for parameters, _ in tasks.values()}) == len(tasks)
+    for parameters, pairs in tasks.values():
+        assert {"scene", "operations"} <= parameters.keys() and len(pairs) == 7
+        assert len({json.dumps(pair["input"]) for pair in pairs}) == 7
+        for pair in pairs:
+            assert pair["input"] != pair["output"]
+            for grid in pair.values():
+                assert 1 <= len(grid) <= 8 and 1 <= len(grid[0]) <= 8
+    more = make_dataset.generate_programs(90, examples=7, max_side=8, seed=3, workers=1)
+    assert {name: more[name] for name in tasks} == tasks, "a task stays what it is when more is asked for"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

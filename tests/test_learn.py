@@ -33,6 +33,7 @@ TRAINING = {
 }  # fmt: skip
 CONFIGS = {
     "base": {"size": "tiny", "pretrain_steps": 2, "pretrain_batch": 512, "pretrain_compile": False},
+    "programs": {"programs": 2, "examples": 3, "max_side": 3, "workers": 1},
     "stage1": TRAINING | {"max_steps": 150, "save_steps": 150},
     "stage2": TRAINING | {"max_steps": 20},
     "ablation": TRAINING | {"max_steps": 2},
@@ -186,7 +187,7 @@ def test_what_is_done_is_not_done_again_unless_its_settings_change(learned, caps
     before = json.loads((inputs / "learn.json").read_text(encoding="utf-8"))
     assert learn.main(flags_of(inputs, "--sets", "seen")) == 0
     printed = capsys.readouterr().out
-    assert printed.count("done already") == 6 and "done after" not in printed
+    assert printed.count("done already") == 7 and "done after" not in printed
     assert json.loads((inputs / "learn.json").read_text(encoding="utf-8")) == before
     path = inputs / "configs" / "stage2.yaml"
     text = path.read_text(encoding="utf-8")

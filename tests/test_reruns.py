@@ -52,6 +52,15 @@ def test_a_finished_stage_is_skipped_whatever_does_not_decide_its_weights(done):
     assert contents(output) == before
 
 
+def test_puzzles_of_more_folders_are_other_puzzles(done, tmp_path, demo_dataset):
+    folder = tmp_path / "more"
+    folder.mkdir()
+    pairs = [{"input": [[9, n % 9, n // 9]], "output": [[n % 9]]} for n in range(9)]
+    (folder / "another.json").write_text(json.dumps(pairs), encoding="utf-8")
+    code, printed = done[1]("base_finetune", "--extra_dataset_dirs", folder)
+    assert code == 2 and f"other settings: the puzzles in {demo_dataset}, {folder}; " in printed, printed
+
+
 @pytest.mark.parametrize(
     ("script", "more", "words"),
     [
