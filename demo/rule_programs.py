@@ -2,9 +2,11 @@
 
 The families of make_dataset.py have a handful of rules each. Here a rule is a small program: what its inputs look like
 (objects, marks, panels beside lines, patterns with a hole), and operations that follow each other, each with
-parameters of its own (which objects, which colours, which directions). The operations are about what ARC's puzzles are
-said to be about, objects, counting, symmetry, lines, inside and outside (Chollet 2019, https://arxiv.org/abs/1911.01547,
-"core knowledge"); none is made after a task.
+parameters of its own (which objects, which colours, which directions): 15 scenes and 72 operations. They are about what
+ARC's puzzles are said to be about, objects, counting, symmetry, lines, inside and outside (Chollet 2019,
+https://arxiv.org/abs/1911.01547, "core knowledge"), and what was lacking in them of the 16 groups of concepts that
+ConceptARC lists (Moskvichev, Odouard and Mitchell 2023, https://arxiv.org/abs/2305.07141) stands in
+concept_operations.py; none is made after a task.
 
 To add an operation: write a function that draws its parameters and returns them with what it does to a grid, and
 register it with @operation and the scenes that it suits (`outline` is a short one). To add a scene: @scene.
@@ -25,9 +27,9 @@ Draw = Callable[[Random], Grid]
 Made = tuple[dict[str, Any], Solve]  # an operation's parameters, and what it does
 
 BLACK = 0  # the background; views give it other colours
-TRIES = 12  # inputs that are drawn for one that all operations have something to do on
+TRIES = 10  # inputs that are drawn for one that all operations have something to do on
 CHECKED = 4  # inputs that a program has to prove itself on
-SCENES_TRIED = 6  # scenes, and operations to follow, that an operation gets until another one is drawn
+SCENES_TRIED = 8  # scenes, and operations to follow, that an operation gets until another one is drawn
 PROGRAMS = 400  # drawn until one proves itself
 LENGTHS = (1, 1, 1, 2, 2, 3)  # operations of a program
 SIDES = ((0, 1), (0, -1), (1, 0), (-1, 0))
@@ -207,25 +209,26 @@ def _shape(rng: Random, kind: str, most: int) -> Grid:
         return mask
     mask = np.zeros((max(2, rows), max(2, columns)), dtype=bool)  # any: a walk
     row, column = (int(rng.integers(side)) for side in mask.shape)
-    for _ in range(int(rng.integers(2, 2 * mask.size))):
+    for way in rng.integers(4, size=rng.integers(2, 2 * mask.size)).tolist():
         mask[row, column] = True
-        down, right = SIDES[rng.integers(4)]
+        down, right = SIDES[way]
         row, column = min(max(row + down, 0), mask.shape[0] - 1), min(max(column + right, 0), mask.shape[1] - 1)
     lines = mask[mask.any(axis=1)]
     return lines[:, lines.any(axis=0)]
 
 
-def _place(rng: Random, grid: Grid, mask: Grid, colour: Any) -> bool:
-    # Put an object where nothing is near; whether there was room in a few tries.
+def _place(rng: Random, grid: Grid, mask: Grid, colour: Any) -> Grid | None:
+    # Put an object where nothing is near: the part of the grid that it is in, or None without room in a few tries.
     rows, columns = mask.shape
     if rows > grid.shape[0] or columns > grid.shape[1]:
-        return False
+        return None
     for _ in range(8):
-        top, left = (int(rng.integers(n - m + 1)) for n, m in zip(grid.shape, mask.shape, strict=True))
+        top, left = int(rng.integers(grid.shape[0] - rows + 1)), int(rng.integers(grid.shape[1] - columns + 1))
         if not grid[max(0, top - 1) : top + rows + 1, max(0, left - 1) : left + columns + 1].any():
-            grid[top : top + rows, left : left + columns][mask] = colour
-            return True
-    return False
+            part = grid[top : top + rows, left : left + columns]
+            part[mask] = colour
+            return part
+    return None
 
 
 def _objects(rng: Random, max_side: int, noisy: bool) -> Scene:
@@ -387,6 +390,134 @@ def bars(rng: Random, max_side: int) -> Scene:
     return Scene({"colours": colours, "gap": gap}, colours, draw)
 
 
+@scene
+def divided(rng: Random, max_side: int) -> Scene:
+    """A line across the grid, and objects or single cells on one side of it or both."""
+    colours, sides = _palette(rng, 3), _sides(rng, min(5, max_side), max_side)
+    line = int(pick(rng, sorted(set(range(1, 10)) - set(colours))))
+    upright, middle, both = (bool(rng.random() < share) for share in (0.5, 0.5, 0.6))
+    kind, most = pick(rng, ["any", "box", "cell"]), int(rng.integers(1, 5))
+
+    def draw(r: Random) -> Grid:
+        grid = np.zeros(sides(r), dtype=int)
+        turned = grid.T if upright else grid
+        at = len(turned) // 2 if middle else int(r.integers(1, len(turned) - 1))
+        halves = [turned[:at], turned[at + 1 :]]
+        for _ in range(int(r.integers(1, most + 1))):
+            mask = np.ones((1, 1), dtype=bool) if kind == "cell" else _shape(r, kind, 2)
+            _place(r, halves[r.integers(2) if both else 0], mask, pick(r, colours))
+        turned[at] = line
+        return grid
+
+    found = {"colours": colours, "line": line, "upright": upright, "middle": middle, "both": both, "shape": kind}
+    return Scene(found, [*colours, line], draw)
+
+
+@scene
+def boxed(rng: Random, max_side: int) -> Scene:
+    """Frames with cells of other colours in some of them, and some outside."""
+    colours, sides = (rng.permutation(9)[: rng.integers(2, 5)] + 1).tolist(), _sides(rng, min(6, max_side), max_side)
+    frame = colours[0] if rng.random() < 0.6 else None  # or each of another colour
+    most, cells, outside = int(rng.integers(1, 4)), int(rng.integers(1, 4)), int(rng.integers(0, 4))
+
+    def draw(r: Random) -> Grid:
+        grid = np.zeros(sides(r), dtype=int)
+        for _ in range(int(r.integers(1, most + 1))):
+            colour = frame or pick(r, colours)
+            part = _place(r, grid, _shape(r, "frame", max(3, max_side // 2)), colour)
+            if part is not None:
+                inner, other = part[1:-1, 1:-1], pick(r, [c for c in colours if c != colour])
+                for cell in r.permutation(inner.size)[: r.integers(0, cells + 1)]:
+                    inner[np.unravel_index(cell, inner.shape)] = other
+        for _ in range(int(r.integers(0, outside + 1))):
+            _place(r, grid, np.ones((1, 1), dtype=bool), pick(r, colours[1:]))
+        return grid
+
+    found = {"colours": colours, "frame": frame, "most": most, "cells": cells, "outside": outside}
+    return Scene(found, colours, draw)
+
+
+@scene
+def stacked(rng: Random, max_side: int) -> Scene:
+    """Boxes of different colours, each over a part of the one before, or each inside the one before."""
+    colours = (rng.permutation(9)[: rng.integers(2, 5)] + 1).tolist()
+    sides, nested = _sides(rng, min(6, max_side), max_side), bool(rng.random() < 0.4)
+    count = int(rng.integers(2, min(3, len(colours)) + 1))
+
+    def draw(r: Random) -> Grid:
+        grid = np.zeros(sides(r), dtype=int)
+        order = [colours[i] for i in r.permutation(len(colours))]
+        if nested:
+            high, wide = (int(r.integers(min(side, 3), side + 1)) for side in grid.shape)
+            part = _place(r, grid, np.ones((high, wide), dtype=bool), order[0])
+            for colour in order[1:]:
+                part = part[1:-1, 1:-1]
+                part[:] = colour
+            return grid
+        below: list[int] = []
+        for colour in order[:count]:
+            for _ in range(8):
+                changed = grid.copy()
+                high, wide = (int(r.integers(2, max(3, side // 2 + 2))) for side in grid.shape)
+                top, left = (int(r.integers(max(1, n - m + 1))) for n, m in zip(grid.shape, (high, wide), strict=True))
+                changed[top : top + high, left : left + wide] = colour
+                # It hides something of the last one, and of none how far it reaches.
+                hides = not below or ((changed != grid) & (grid == below[-1])).any()
+                if hides and all(c in changed and box_of(changed == c) == box_of(grid == c) for c in below):
+                    grid = changed
+                    below.append(colour)
+                    break
+        return grid
+
+    return Scene({"colours": colours, "nested": nested, "most": count}, colours, draw)
+
+
+@scene
+def table(rng: Random, max_side: int) -> Scene:
+    """Equal panels in rows and columns, lines of one colour between them."""
+    down, right = (int(rng.integers(2, min(3, (max_side + 1) // 2) + 1)) for _ in range(2))
+    colours = _palette(rng, 3)
+    line = int(pick(rng, sorted(set(range(1, 10)) - set(colours))))
+    # Panels of any cells, of one colour each, all empty but one, or alike but one.
+    kind = pick(rng, ["any", "own", "one", "alike"])
+    share = float(rng.uniform(0.3, 0.8))
+    high, wide = (int(rng.integers(1, (max_side - count + 1) // count + 1)) for count in (down, right))
+
+    def draw(r: Random) -> Grid:
+        grid = np.full((down * (high + 1) - 1, right * (wide + 1) - 1), line)
+        model, special = _scattered(r, (high, wide), colours, share), int(r.integers(down * right))
+        for number in range(down * right):
+            top, left = number // right * (high + 1), number % right * (wide + 1)
+            part = _scattered(r, (high, wide), [pick(r, colours)] if kind == "own" else colours, share)
+            if kind in ("one", "alike") and number != special:
+                part = model if kind == "alike" else np.zeros_like(part)
+            grid[top : top + high, left : left + wide] = part
+        return grid
+
+    found = {"rows": down, "columns": right, "colours": colours, "line": line, "kind": kind}
+    return Scene(found, [*colours, line], draw)
+
+
+@scene
+def model(rng: Random, max_side: int) -> Scene:
+    """One object, and single cells of another colour."""
+    colours, sides = _palette(rng, 3), _sides(rng, min(5, max_side), max_side)
+    mark = int(pick(rng, sorted(set(range(1, 10)) - set(colours))))
+    several, most = bool(rng.random() < 0.4), int(rng.integers(1, 4))
+    fixed = _shape(rng, "any", 3) if rng.random() < 0.3 else None
+
+    def draw(r: Random) -> Grid:
+        grid = np.zeros(sides(r), dtype=int)
+        mask = _shape(r, "any", 3) if fixed is None else fixed
+        _place(r, grid, mask, r.choice(colours, size=int(mask.sum())) if several else pick(r, colours))
+        for _ in range(int(r.integers(1, most + 1))):
+            _place(r, grid, np.ones((1, 1), dtype=bool), mark)
+        return grid
+
+    found = {"colours": colours, "mark": mark, "several": several, "fixed": fixed is not None}
+    return Scene(found, [*colours, mark], draw)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Objects of a grid
 
@@ -451,9 +582,15 @@ def parts_of(grid: Grid, by_colour: bool, corners: bool) -> list[Part]:
     return parts
 
 
-def _way(rng: Random) -> tuple[bool, bool]:
-    # How a rule tells objects: by colour or not, at corners too or not.
+def draw_way(rng: Random) -> tuple[bool, bool]:
+    """How a rule tells objects: by colour or not, at corners too or not."""
     return bool(rng.integers(2)), bool(rng.integers(2))
+
+
+def box_of(mask: Grid) -> tuple[slice, slice]:
+    """The smallest slices that hold all that is True, of which there has to be something."""
+    rows, columns = np.nonzero(mask)
+    return slice(int(rows.min()), int(rows.max()) + 1), slice(int(columns.min()), int(columns.max()) + 1)
 
 
 def inside_of(grid: Grid) -> Grid:
@@ -483,6 +620,19 @@ def neighbours_of(mask: Grid, corners: bool) -> Grid:
     return sum(padded[1 + down : 1 + down + rows, 1 + right : 1 + right + columns] for down, right in steps)
 
 
+def slide(grid: Grid, part: Part, step: tuple[int, int], most: int) -> None:
+    """Move an object in the grid itself, step by step, until the edge or something else is in the way."""
+    values, (rows, columns) = grid[part.rows, part.columns], (part.rows, part.columns)
+    grid[rows, columns] = BLACK
+    for _ in range(most):
+        r, c = rows + step[0], columns + step[1]
+        inside = r.min() >= 0 and c.min() >= 0 and r.max() < grid.shape[0] and c.max() < grid.shape[1]
+        if not inside or grid[r, c].any():
+            break
+        rows, columns = r, c
+    grid[rows, columns] = values
+
+
 def _at_edge(grid: Grid, part: Part) -> bool:
     (rows, columns), (high, wide) = part.box, grid.shape
     return rows.start == 0 or columns.start == 0 or rows.stop == high or columns.stop == wide
@@ -503,6 +653,8 @@ YES_OR_NO: dict[str, Callable[[Grid, Part], bool]] = {
     "wide": lambda grid, part: part.mask().shape[1] > part.mask().shape[0],
     "symmetric": lambda grid, part: bool((part.mask() == part.mask()[:, ::-1]).all()),
     "edge": _at_edge,
+    "square": lambda grid, part: part.mask().shape[0] == part.mask().shape[1],
+    "even": lambda grid, part: part.size % 2 == 0,
 }
 
 
@@ -548,10 +700,10 @@ def _choice(rng: Random) -> tuple[dict[str, Any], Callable[[Grid, list[Part]], l
 OBJECTS = ("objects", "dirty_objects", "alike_objects")
 
 
-@operation(*OBJECTS, "bars", "marks", "lines")
+@operation(*OBJECTS, "bars", "marks", "lines", "boxed", "stacked")
 def keep_objects(rng: Random, colours: Sequence[int]) -> Made:
     """Keep the chosen objects, or all others."""
-    way, (parameters, choose), kept = _way(rng), _choice(rng), bool(rng.integers(2))
+    way, (parameters, choose), kept = draw_way(rng), _choice(rng), bool(rng.integers(2))
 
     def solve(grid: Grid) -> Grid:
         parts = parts_of(grid, *way)
@@ -563,10 +715,10 @@ def keep_objects(rng: Random, colours: Sequence[int]) -> Made:
     return {"way": way, **parameters, "keep": kept}, solve
 
 
-@operation(*OBJECTS, "bars", "marks")
+@operation(*OBJECTS, "bars", "marks", "boxed", "stacked")
 def cut_out(rng: Random, colours: Sequence[int]) -> Made:
     """Cut out the box of the one chosen object."""
-    way, (parameters, choose), alone = _way(rng), _choice(rng), bool(rng.integers(2))
+    way, (parameters, choose), alone = draw_way(rng), _choice(rng), bool(rng.integers(2))
 
     def solve(grid: Grid) -> Grid:
         chosen = choose(grid, parts_of(grid, *way))
@@ -580,10 +732,10 @@ def cut_out(rng: Random, colours: Sequence[int]) -> Made:
     return {"way": way, **parameters, "alone": alone}, solve
 
 
-@operation(*OBJECTS, "bars", "marks", "lines")
+@operation(*OBJECTS, "bars", "marks", "lines", "boxed", "stacked")
 def recolour_objects(rng: Random, colours: Sequence[int]) -> Made:
     """Give the chosen objects a colour, and the others another one or their own."""
-    way, (parameters, choose) = _way(rng), _choice(rng)
+    way, (parameters, choose) = draw_way(rng), _choice(rng)
     first, second = (int(colour) for colour in rng.permutation(9)[:2] + 1)
     both = bool(rng.integers(2))
 
@@ -599,7 +751,7 @@ def recolour_objects(rng: Random, colours: Sequence[int]) -> Made:
 @operation(*OBJECTS, "bars")
 def colour_by_rank(rng: Random, colours: Sequence[int]) -> Made:
     """Colour objects by the order of something: the first, the second, and so on."""
-    way, feature = _way(rng), pick(rng, list(RANKED))
+    way, feature = draw_way(rng), pick(rng, list(RANKED))
     ranks = (rng.permutation(9) + 1).tolist()
     most = int(rng.integers(2, 5))
 
@@ -620,7 +772,7 @@ def colour_by_rank(rng: Random, colours: Sequence[int]) -> Made:
 @operation(*OBJECTS, "marks", "bars", "noise")
 def colour_by_size(rng: Random, colours: Sequence[int]) -> Made:
     """Colour objects by their number of cells."""
-    way, table = _way(rng), (rng.permutation(9) + 1).tolist()
+    way, table = draw_way(rng), (rng.permutation(9) + 1).tolist()
     limit = int(rng.integers(2, 5))
 
     def solve(grid: Grid) -> Grid:
@@ -632,10 +784,10 @@ def colour_by_size(rng: Random, colours: Sequence[int]) -> Made:
     return {"way": way, "colours": table[:limit]}, solve
 
 
-@operation(*OBJECTS, "marks")
+@operation(*OBJECTS, "marks", "model")
 def move_objects(rng: Random, colours: Sequence[int]) -> Made:
     """Move objects by a step, or as far as they can until the edge or another one; all of them or those of a colour."""
-    way = _way(rng)
+    way = draw_way(rng)
     down, right = pick(rng, SIDES + CORNERS)
     far = bool(rng.integers(2))
     count = int(rng.integers(1, 4))
@@ -649,25 +801,16 @@ def move_objects(rng: Random, colours: Sequence[int]) -> Made:
         for part in parts:
             if colour not in (None, part.colour):
                 continue
-            values = grid[part.rows, part.columns]
-            changed[part.rows, part.columns] = BLACK
-            rows, columns = part.rows, part.columns
-            for _ in range(max(grid.shape) if far else count):
-                r, c = rows + down, columns + right
-                inside = r.min() >= 0 and c.min() >= 0 and r.max() < grid.shape[0] and c.max() < grid.shape[1]
-                if not inside or changed[r, c].any():
-                    break
-                rows, columns = r, c
-            changed[rows, columns] = values
+            slide(changed, part, (down, right), max(grid.shape) if far else count)
         return changed
 
     return {"way": way, "down": down, "right": right, "steps": None if far else count, "colour": colour}, solve
 
 
-@operation(*OBJECTS, "symmetric")
+@operation(*OBJECTS, "symmetric", "model")
 def turn_objects(rng: Random, colours: Sequence[int]) -> Made:
     """Mirror each object in its own box."""
-    way, axis = _way(rng), pick(rng, ["left-right", "top-bottom", "both"])
+    way, axis = draw_way(rng), pick(rng, ["left-right", "top-bottom", "both"])
 
     def solve(grid: Grid) -> Grid:
         changed = grid.copy()
@@ -684,7 +827,7 @@ def turn_objects(rng: Random, colours: Sequence[int]) -> Made:
     return {"way": way, "axis": axis}, solve
 
 
-@operation(*OBJECTS)
+@operation(*OBJECTS, "boxed", "stacked")
 def outline(rng: Random, colours: Sequence[int]) -> Made:
     """Colour the black cells around objects."""
     colour, corners = int(rng.integers(1, 10)), bool(rng.integers(2))
@@ -693,10 +836,10 @@ def outline(rng: Random, colours: Sequence[int]) -> Made:
     )
 
 
-@operation(*OBJECTS, "marks")
+@operation(*OBJECTS, "marks", "model")
 def fill_boxes(rng: Random, colours: Sequence[int]) -> Made:
     """Fill the box of each object with its colour or another one, behind what is there."""
-    way, colour = _way(rng), int(rng.integers(1, 10)) if rng.random() < 0.6 else None
+    way, colour = draw_way(rng), int(rng.integers(1, 10)) if rng.random() < 0.6 else None
 
     def solve(grid: Grid) -> Grid:
         changed = grid.copy()
@@ -708,7 +851,7 @@ def fill_boxes(rng: Random, colours: Sequence[int]) -> Made:
     return {"way": way, "colour": colour}, solve
 
 
-@operation(*OBJECTS, "noise")
+@operation(*OBJECTS, "noise", "boxed")
 def fill_inside(rng: Random, colours: Sequence[int]) -> Made:
     """Colour what is enclosed; or what is not."""
     colour, inside = int(rng.integers(1, 10)), bool(rng.random() < 0.7)
@@ -726,10 +869,10 @@ def hollow(rng: Random, colours: Sequence[int]) -> Made:
     )
 
 
-@operation(*OBJECTS, "marks", "bars")
+@operation(*OBJECTS, "marks", "bars", "boxed", "model")
 def count_objects(rng: Random, colours: Sequence[int]) -> Made:
     """Answer with a cell for each object: a row, a diagonal, the first cells of a square, or their colours in order."""
-    way, colour, form = _way(rng), int(rng.integers(1, 10)), pick(rng, ["row", "diagonal", "square", "colours"])
+    way, colour, form = draw_way(rng), int(rng.integers(1, 10)), pick(rng, ["row", "diagonal", "square", "colours"])
     side = 3
 
     def solve(grid: Grid) -> Grid:
@@ -759,7 +902,7 @@ def count_objects(rng: Random, colours: Sequence[int]) -> Made:
 # Cells and their neighbours
 
 
-@operation("marks", "lines")
+@operation("marks", "lines", "model")
 def stamp(rng: Random, colours: Sequence[int]) -> Made:
     """Draw a pattern around each cell of one colour, or around all, each colour having a pattern of its own."""
     patterns = {}
@@ -782,7 +925,7 @@ def stamp(rng: Random, colours: Sequence[int]) -> Made:
     return {"patterns": {str(colour): pattern for colour, pattern in patterns.items()}}, solve
 
 
-@operation("marks", "objects", "lines", "bars", "dirty_objects")
+@operation("marks", "objects", "lines", "bars", "dirty_objects", "model", "boxed")
 def shoot(rng: Random, colours: Sequence[int]) -> Made:
     """From each cell of a colour, or of any, draw lines in some directions, to the edge or to what is in the way."""
     steps = [step for step in (SIDES if rng.random() < 0.6 else SIDES + CORNERS) if rng.random() < 0.4]
@@ -811,7 +954,7 @@ def shoot(rng: Random, colours: Sequence[int]) -> Made:
     return {"steps": steps, "only": only, "colour": drawn, "stops": stops, "every": dotted}, solve
 
 
-@operation("marks", "objects")
+@operation("marks", "objects", "model", "table")
 def connect(rng: Random, colours: Sequence[int]) -> Made:
     """Draw lines between cells of one colour in the same row or column."""
     drawn = int(rng.integers(1, 10)) if rng.random() < 0.5 else None
@@ -867,7 +1010,7 @@ def neighbour_rule(rng: Random, colours: Sequence[int]) -> Made:
     return {"corners": corners, "black": black, "from": least, "to": most, "only": only, "colour": drawn}, solve
 
 
-@operation("noise", "bars", "objects", "periodic")
+@operation("noise", "bars", "objects", "periodic", "stacked")
 def colour_by_place(rng: Random, colours: Sequence[int]) -> Made:
     """Colour cells by where they are: every second row, a checkerboard, the edge, a diagonal."""
     kind = pick(rng, ["rows", "columns", "board", "edge", "diagonals", "corners"])
@@ -931,7 +1074,7 @@ def clean(rng: Random, colours: Sequence[int]) -> Made:
     return {"corners": corners, "limit": limit}, solve
 
 
-@operation("noise", "marks", "bars", "objects")
+@operation("noise", "marks", "bars", "objects", "model")
 def fall(rng: Random, colours: Sequence[int]) -> Made:
     """Let the cells of each column fall, all coloured ones or those of one colour, which the others make room for."""
     only = int(pick(rng, colours)) if rng.random() < 0.4 else None
@@ -988,7 +1131,7 @@ def enlarge(rng: Random, colours: Sequence[int]) -> Made:
     return {"rows": high, "columns": wide}, lambda grid: np.kron(grid, block)
 
 
-@operation("noise", "symmetric", "periodic", "objects", "panels")
+@operation("noise", "symmetric", "periodic", "objects", "panels", "table")
 def take_part(rng: Random, colours: Sequence[int]) -> Made:
     """Take a half, a quarter, every second line, or what is inside the edge."""
     kind = pick(rng, ["left", "right", "top", "bottom", "corner", "second", "inner"])
@@ -1011,7 +1154,7 @@ def take_part(rng: Random, colours: Sequence[int]) -> Made:
     return {"part": kind}, solve
 
 
-@operation("objects", "marks", "dirty_objects", "lines", "alike_objects")
+@operation("objects", "marks", "dirty_objects", "lines", "alike_objects", "model", "stacked")
 def squeeze(rng: Random, colours: Sequence[int]) -> Made:
     """Take away what is black around everything, all black rows and columns, or lines like the one before."""
     kind = pick(rng, ["around", "black", "repeated"])
@@ -1049,7 +1192,7 @@ def surround(rng: Random, colours: Sequence[int]) -> Made:
     return {"colour": colour, "around": around}, solve
 
 
-@operation("noise", "marks", "objects", "lines")
+@operation("noise", "marks", "objects", "lines", "model")
 def shift(rng: Random, colours: Sequence[int]) -> Made:
     """Move everything, what leaves comes back on the other side; or each row further than the one above it."""
     down, right, slanted = int(rng.integers(-2, 3)), int(rng.integers(-2, 3)), bool(rng.random() < 0.3)
@@ -1078,7 +1221,7 @@ def sort_lines(rng: Random, colours: Sequence[int]) -> Made:
     return {"axis": axis, "upwards": upwards}, solve
 
 
-@operation("symmetric", "objects", "marks", "dirty_objects")
+@operation("symmetric", "objects", "marks", "dirty_objects", "divided")
 def complete(rng: Random, colours: Sequence[int]) -> Made:
     """Fill black cells with what their mirror images show."""
     numbers = pick(rng, [(4,), (2,), (2, 4, 6), (6,)])
@@ -1205,7 +1348,7 @@ def choose_panel(rng: Random, colours: Sequence[int]) -> Made:
     return {"kind": kind}, solve
 
 
-@operation("noise", "marks", "objects", "bars", "lines", "dirty_objects")
+@operation("noise", "marks", "objects", "bars", "lines", "dirty_objects", "stacked")
 def count_colours(rng: Random, colours: Sequence[int]) -> Made:
     """Answer with the colours by how often they occur: the most or least common one, or bars of their cells."""
     kind = pick(rng, ["most", "least", "order", "bars", "fill"])
@@ -1233,3 +1376,6 @@ def count_colours(rng: Random, colours: Sequence[int]) -> Made:
         return changed
 
     return {"kind": kind}, solve
+
+
+from demo import concept_operations  # noqa: E402, F401  (registers its own, for which all of this has to be there)

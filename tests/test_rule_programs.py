@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from demo import rule_programs
+from demo import concept_operations, rule_programs
 from demo.make_dataset import draw_pairs
 from demo.rule_programs import OPERATIONS, SCENES, Unfit, inside_of, neighbours_of, parts_of, program
 
@@ -24,7 +24,8 @@ class Choosing:
         def choose(*_, **__):
             return left.pop(0)
 
-        monkeypatch.setattr(rule_programs, "pick", lambda _, among: choose())
+        for module in (rule_programs, concept_operations):
+            monkeypatch.setattr(module, "pick", lambda _, among: choose())
         self.integers = self.random = choose
         self.permutation = lambda n: np.arange(n)
         self.left = left
@@ -64,7 +65,7 @@ def test_programs_depend_on_the_seed_alone_and_hardly_ever_repeat():
 
 
 def test_every_scene_and_operation_occurs_about_as_often():
-    rules, _ = drawn(1500, 10)
+    rules, _ = drawn(2000, 10)
     scenes = [rule.parameters["scene"] for rule in rules]
     firsts = [rule.parameters["operations"][0]["operation"] for rule in rules]
     assert {*scenes} == {*SCENES} and {*firsts} == {*OPERATIONS}
@@ -180,6 +181,122 @@ EXAMPLES = [
     ("shift", [0, 1, 0.9], "123", "312"),
     ("shift", [1, 1, 0.1], "123 123", "123 312"),
     ("connect", [0.1, 8, (0, 1)], "2..2 .... ...2", "2882 ...8 ...2"),
+    ("keep_objects", [1, 0, "yes", "square", 1], "11.22 11...", "11... 11..."),
+    ("keep_objects", [1, 0, "no", "even", 1], "11.2", "...2"),
+    ("side_of_line", ["empty", 1], ".2. 111 3..", "... 111 3.."),
+    ("side_of_line", ["black", 0, 5], ".2. 111 3..", ".2. 111 355"),
+    ("side_of_line", ["objects", 1, 5], "21. .1. .1.", "51. .1. .1."),
+    ("side_of_line", ["empty", 1], ".2. ... 3..", None),
+    ("copy_over_line", [1, 0.1], "2.. ... 111 ... ..3", "2.. ... 111 ... 2.3"),
+    ("copy_over_line", [0, 0.1], "2.. ... 111 ... ..3", "2.3 ... 111 ... ..3"),
+    ("copy_over_line", [1, 0.9], "2.. ... 111 ... ..3", "2.. ... 111 2.. ..3"),
+    ("copy_over_line", [1, 0.9], "2.. 111 ... ...", None),
+    ("move_to_line", [1, 0, 0.1], "2.. ... 111 ... ..3", "... 2.. 111 ..3 ..."),
+    ("move_to_line", [1, 0, 0.1], "1..2 1... 1...", "12.. 1... 1..."),
+    ("move_to_line", [1, 0, 0.9], "... 2.. 111", "2.. ... 111"),
+    ("reach_line", ["own", 7], "2.. ... 111", "2.. 2.. 111"),
+    ("reach_line", ["line", 7], "1..2 1... 1.2.", "1112 1... 112."),
+    ("reach_line", ["other", 7], "2.. ... 111", "2.. 7.. 111"),
+    ("reduce_objects", [1, 0, "corners", 0.9], "111 111 111", "1.1 ... 1.1"),
+    ("reduce_objects", [1, 0, "middle", 0.9], "1111 1111 1111", ".... .11. ...."),
+    ("reduce_objects", [1, 0, "frame", 0.1, 5], "111 111 111", "555 515 555"),
+    ("reduce_objects", [1, 0, "row", 0.9], ".1. 111", "111 ..."),
+    ("reduce_objects", [1, 0, "column", 0.9], ".1. 111", "1.. 1.."),
+    ("align", [("first", "middle")], "... ..1 ...", ".1. ... ..."),
+    ("align", [("as it is", "last")], "1.. ...", "..1 ..."),
+    ("align", [("middle", "first")], "1. ..", None),
+    ("smooth", [1, 8], "111 1.1 111", "111 111 111"),
+    ("smooth", [0], "..... .1.2. ..22.", "..... ...2. ..22."),
+    ("complete_objects", [1, 0, (4,)], "11. 1.. ...", "11. 11. ..."),
+    ("complete_objects", [1, 0, (2, 4, 6)], ".1. .11 ...", ".11 .11 ..."),
+    ("copy_to_marks", ["middle", 0.9, 0.9], "222.. ..... ..3..", "222.. ..... .222."),
+    ("copy_to_marks", ["corner", 0.1, 0.9], "222.. ..... ..3..", "222.. ..... ..333"),
+    ("copy_to_marks", ["corner", 0.9, 0.1], "222.. ..... ..3..", "..... ..... ..222"),
+    ("copy_to_marks", ["middle", 0.9, 0.9], "3...3", None),
+    ("repeat_objects", [1, 0, (0, 1), 0, 0, 0.9], "1....", "11111"),
+    ("repeat_objects", [1, 0, (0, 1), 1, 1, 0.1, 5], "1....", "1.5.."),
+    ("repeat_objects", [1, 0, (1, -1), 0, 0, 0.9], "..1 ... ...", "..1 .1. 1.."),
+    ("reflect_objects", [1, 0, (0, 1)], "1... 11..", "1..1 1111"),
+    ("reflect_objects", [1, 0, (-1, 0)], "... 11. 1..", "11. 11. 1.."),
+    ("approach", [1, 0, 0.9], "11..2", "112.."),
+    ("approach", [1, 0, 0.1, 2], "2...1", "21..."),
+    ("approach", [1, 0, 0.9], "3.4 ... 22.", "..4 3.. 22."),
+    ("approach", [1, 0, 0.9], "1..2", None),
+    ("list_objects", [1, 0, 1, 0.9, 1], "..2 1..", "12"),
+    ("list_objects", [1, 0, 1, 0.1, 0], "..2 1..", "2 1"),
+    ("list_objects", [1, 0, 1, 0.9, 1], "1. 2.", None),
+    ("colour_like", [2, 0.9, 0.9], "11... ..... 22..1", "22... ..... 22..1"),
+    ("colour_like", [2, 0.1, 5, 0.9], "11... ..... 22..1", "11... ..... 22..5"),
+    ("colour_like", [2, 0.9, 0.1], "1.... 1.... ..22.", "2.... 2.... ..22."),
+    ("colour_like", [2, 0.9, 0.1], "1.. ..1", None),
+    ("swell", [0.1, 0], "..... ..1.. .....", "..1.. .111. ..1.."),
+    ("swell", [0.1, 1], "1.2", "1.2"),
+    ("swell", [0.1, 0], "1...2", "11.22"),
+    ("swell", [0.9, 0], "..... .111. .111. .111.", "..... ..... ..1.. ..1.."),
+    ("pattern_objects", [1, 0, "board", 0.9, 5, 0], "111 111", "515 151"),
+    ("pattern_objects", [1, 0, "rings", 0.1, 1], "111 111 111", "111 1.1 111"),
+    ("pattern_objects", [1, 0, "columns", 0.1, 1], ".111 .1.1", ".1.1 .1.1"),
+    ("pattern_objects", [1, 0, "diagonals", 0.9, 5, 0], "111 111 111", "515 151 515"),
+    ("fill_areas", ["largest"], "2222222 2..2.22 2222222", "2222222 2112.22 2222222"),
+    ("fill_areas", ["smallest"], "2222222 2..2.22 2222222", "2222222 2..2122 2222222"),
+    ("fill_areas", ["even"], "2222222 2..2.22 2222222", "2222222 2112.22 2222222"),
+    ("fill_areas", ["odd"], "2222222 2..2.22 2222222", "2222222 2..2122 2222222"),
+    ("fill_areas", ["square"], "2222222 2..2.22 2222222", "2222222 2..2122 2222222"),
+    ("fill_areas", ["sizes"], "3333333 3..3.33 3333333", "3333333 3223133 3333333"),
+    ("fill_areas", ["largest"], "222 2.2 222", None),
+    ("open_frame", ["largest", 0.9], "1111.222 1.31.2.2 1111.222", ".3"),
+    ("open_frame", ["fullest", 0.1], "1111.222 1.31.2.2 1111.222", "1111 1.31 1111"),
+    ("open_frame", ["smallest", 0.9], "1111.222 1.31.2.2 1111.222", "."),
+    ("open_frame", ["largest", 0.9], "11.", None),
+    ("empty_frames", [1, 0.1], "111.2 131.. 111..", "111.2 1.1.. 111.."),
+    ("empty_frames", [0, 0.9, 5], "111.2 131.. 111..", "111.5 131.. 111.."),
+    ("spread_mark", ["frame"], "111 131 111", "333 333 333"),
+    ("spread_mark", ["inside"], "1111 13.1 1111", "1111 1331 1111"),
+    ("spread_mark", ["exchange"], "1111 13.1 1111", "3333 31.3 3333"),
+    ("spread_mark", ["frame"], "1111 1321 1111", None),
+    ("count_in_frames", [1], "222.333 2.2.343 222.333", "111.222 1.1.242 111.222"),
+    ("list_layers", ["down", 1], "11. 133 .33", "31"),
+    ("list_layers", ["lowest", 1], "11. 133 .33", "1"),
+    ("list_layers", ["up", 0], "11. 133 .33", "1 3"),
+    ("list_layers", ["top", 0], "1.3", None),
+    ("restack", ["raise"], "11. 133 .33", "11. 113 .33"),
+    ("restack", ["lift"], "11. 133 .33", "11. 11. ..."),
+    ("restack", ["reverse"], "11... 1222. .2333 ..333", "11... 1122. .2223 ..333"),
+    ("exchange_layers", [1], "11. 133 .33", "33. 311 .11"),
+    ("exchange_layers", [0], "11111 12221 12321 12221 11111", "22222 23332 23132 23332 22222"),
+    ("summarise_panels", ["any", 7], "1.5.. ..5.. 55555 ..5.2 ..5..", "7. .7"),
+    ("summarise_panels", ["colour", 7], "1.5.. ..5.. 55555 ..5.2 ..5..", "1. .2"),
+    ("summarise_panels", ["full", 7], "115.. 55555 ..522", "7. .7"),
+    ("summarise_panels", ["fullest", 7], "1.522 55555 ..5..", ".7 .."),
+    ("summarise_panels", ["odd", 7], "1.522 55555 ..5.3", "7. .7"),
+    ("summarise_panels", ["colour", 7], "12522 55555 ..5..", None),
+    ("odd_panel", ["unlike"], "1.51. 55555 1.5.1", ".1"),
+    ("odd_panel", ["fullest"], "115.. 55555 1.5.1", "11"),
+    ("odd_panel", ["emptiest"], "115.. 55555 1.5.1", ".."),
+    ("odd_panel", ["fullest"], "1.5.1 55555 ..5..", None),
+    ("fill_panels", ["overlay", 7], "1.5.. 55555 225..", "12512 55555 12512"),
+    ("fill_panels", ["mirror", 7], "1.5.. 55555 ..5..", "1.5.1 55555 1.5.1"),
+    ("fill_panels", ["fullest", 7], "115.1 55555 ..5..", "775.1 55555 ..5.."),
+    ("fill_panels", ["used", 7], "115.1 55555 ..5..", "77577 55555 ..5.."),
+    ("fill_panels", ["fullest", 7], "1.2 ..1", None),
+    ("bounce", [0.9, 1, 1, 0.9], "1.. ... ... ...", "1.. .1. ..1 .1."),
+    ("bounce", [0.1, 2, -1, -1, 0.1, 7], "... ... 1.2", "7.. .7. 1.2"),
+    ("bounce", [0.9, 1, 1, 0.9], "1. ..", None),
+    ("stairs", [0.9, (1, 1), 1, 1, 0.9], "1.. ... ...", "11. .11 ..1"),
+    ("stairs", [0.1, 2, (1, 1), 2, 1, 0.1, 7], "2... .... 1...", "277. ..77 1..."),
+    ("crossings", [5, 0.9], "1.. ... ..2", "1.5 ... 5.2"),
+    ("crossings", [5, 0.1, 1], "1.. .2. ..1", "1.5 .2. 5.1"),
+    ("connect_bent", [1, 0.9], "1.. ... ..1", "111 ..1 ..1"),
+    ("connect_bent", [0, 0.1, 7], "1.. .2. ..1", "1.. 72. 771"),
+    ("between", ["row", 5], "1.2 ... 3..", "152 ... 3.."),
+    ("between", ["column", 5], "1. .. 3.", "1. 5. 3."),
+    ("between", ["both", 5], ".1. 1.1 .1.", ".1. 151 .1."),
+    ("between", ["either", 5], "1.1 ... 1..", "151 5.. 1.."),
+    ("enlarge_by_count", [1], "12", "1122 1122"),
+    ("enlarge_by_count", [0], "12", "1212 1212"),
+    ("frame_by_count", [1], "112", "11111 11121 11111"),
+    ("frame_by_count", [0], "112", "22222 21122 22222"),
+    ("frame_by_count", [1], "12", None),
 ]
 
 
