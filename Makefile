@@ -78,12 +78,15 @@ LEARN_DATASET ?=
 LEARN_OUTPUT ?= learn/output
 LEARN_PIECES ?= base stage1 stage2 stage3 greedy search
 LEARN_FLAGS ?=
+# Jobs at a time, of those that need nothing of each other: what follows stage 2 does not fill a large GPU.
+LEARN_TOGETHER ?= 5
 learn: env
 	@test -d '$(LEARN_DATASET)' || { \
 	  echo "error: make learn needs a folder of task files: make learn LEARN_DATASET=dataset; to make one:" >&2; \
 	  echo "  python demo/make_dataset.py --from_rearc re_arc --out dataset --max_side 10" >&2; \
 	  exit 2; }
-	$(BIN)/python benchmarks/learn.py --dataset_dir $(LEARN_DATASET) --output_dir $(LEARN_OUTPUT) --pieces $(LEARN_PIECES) $(LEARN_FLAGS)
+	$(BIN)/python benchmarks/learn.py --dataset_dir $(LEARN_DATASET) --output_dir $(LEARN_OUTPUT) --pieces $(LEARN_PIECES) \
+	  --together $(LEARN_TOGETHER) $(LEARN_FLAGS)
 
 KILLS ?= 100
 SEED ?= 0
