@@ -296,7 +296,7 @@ class Chain:
         """A run of a stage's script; `needed` are files of what it starts from and trains on."""
         for path in needed:
             if not path.is_file():
-                raise FileNotFoundError(f"{name} needs {path.parent}, which is not there: run the piece before it")
+                raise FileNotFoundError(f"{name} needs {path.parent}, which is not there: run the pieces before it")
         fixed = ["--config", str(config), "--dataset_dir", str(self.args.dataset_dir), "--output_dir", str(output)]
         result = self.manifest(output / f"{PREFIX}-{artifact}-merged")
         return Job(name, [str(ROOT / script), *fixed, *flags], [config, *needed], result)

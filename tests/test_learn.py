@@ -293,10 +293,34 @@ def test_jobs_at_a_time_are_spread_over_the_gpus(tmp_path, monkeypatch, capsys):
     assert "--gpus is 3, and CUDA_VISIBLE_DEVICES names 2" in capsys.readouterr().err
 
 
+def put(*paths):
+    """Write files that only have to be there."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}", encoding="utf-8")
+
+
+def test_stage_2_alone_trains_on_the_programs_besides(inputs, tmp_path):
+    chain = chain_of(inputs, "--output_dir", str(tmp_path))
+    models = [tmp_path / folder / "manifest.json" for folder in learn.MODELS.values()]
+    put(tmp_path / "base" / "make_base.json", *models)
+    with pytest.raises(FileNotFoundError, match="stage2 needs .*programs, which is not there: run the pieces"):
+        chain.stage("stage2")
+    put(tmp_path / "programs" / "rules.txt")
+    before = chain.stage("stage2").identity()
+    assert chain.stage("stage2").command[-2:] == ["--extra_dataset_dirs", str(tmp_path / "programs")]
+    (tmp_path / "programs" / "rules.txt").write_text("others", encoding="utf-8")
+    assert chain.stage("stage2").identity() != before, "with other programs it is not done"
+    for name in ("stage1", "stage3"):
+        assert "--extra_dataset_dirs" not in chain.stage(name).command
+    configs = write_configs(tmp_path / "configs")
+    (configs / "programs.yaml").unlink()
+    without = chain_of(inputs, "--output_dir", str(tmp_path), "--configs", str(configs))
+    assert without.programs() == [] and "--extra_dataset_dirs" not in without.stage("stage2").command
+
+
 def test_ablations_run_beside_stage_2_where_there_are_gpus_for_both(inputs, tmp_path):
-    merged = tmp_path / learn.MODELS["stage1"]
-    merged.mkdir()
-    (merged / "manifest.json").write_text("{}")
+    put(tmp_path / learn.MODELS["stage1"] / "manifest.json", tmp_path / "programs" / "rules.txt")
     flags = ["--output_dir", str(tmp_path), "--together", "6", "--gpus", "2"]
     stage_2, *beside = next(chain_of(inputs, *flags).jobs(["stage2", "ablations"]))
     assert stage_2.name == "stage2" and stage_2.alone
