@@ -446,8 +446,12 @@ def changed_settings(
         pairs |= {name: (recorded["precision"][name], value) for name, value in precision.items()}
     changed = [f"{name} (was {_short(a)}, is {_short(b)})" for name, (a, b) in pairs.items() if a != b]
     if data is not None and recorded.get("data_fingerprint", data) != data and not changed:
-        folders = ", ".join([settings.dataset_dir, *settings.extra_dataset_dirs])
-        changed.append(f"the puzzles in {folders}")  # other settings choose other puzzles: said already
+        extra = recorded.get("settings", {}).get("extra_dataset_dirs", [])
+        if extra != settings.extra_dataset_dirs:
+            named = [" ".join(folders) or "not set" for folders in (extra, settings.extra_dataset_dirs)]
+            changed.append("extra_dataset_dirs (was {}, is {})".format(*named))
+        else:  # other settings choose other puzzles: said already
+            changed.append(f"the puzzles in {', '.join([settings.dataset_dir, *extra])}")
     return changed
 
 

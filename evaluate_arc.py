@@ -76,6 +76,10 @@ class Settings(DataSettings):
         checks = {
             "models": (bool(self.models) and all(m.strip() for m in self.models), "one folder or hub name or more"),
             "challenges": (bool(self.challenges or self.dataset_dir), "a file, or else --dataset_dir"),
+            "extra_dataset_dirs": (
+                bool(self.dataset_dir) or not self.extra_dataset_dirs,
+                "nothing, without --dataset_dir",
+            ),
             "solutions": (not self.solutions or bool(self.challenges), "nothing, without --challenges"),
             "heldout": (self.heldout in ("all", "examples", "tasks"), "all, examples or tasks"),
             "decoding": (self.decoding in ("search", "sample", "greedy"), "search, sample or greedy"),

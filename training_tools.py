@@ -158,8 +158,7 @@ def split_dataset(data: ArcDataset, settings: DataSettings, quiet: bool = False)
         raise ValueError(f"--holdout_examples, --holdout_tasks: {settings.dataset_dir}: {error}") from None
     train = split.train if settings.n is None else split.train.subset(settings.n)
     if not quiet:
-        if data.left_out:
-            print("left out: " + ", ".join(f"{count:,} {what}" for what, count in data.left_out.items()))
+        _report_left_out(data)
         print(
             f"{settings.dataset_dir}: {len(data.keys):,} base puzzles; {len(train.keys):,} to train on, held out "
             f"{len(split.seen.keys):,} of the same tasks and {len(split.unseen.keys):,} of "
@@ -172,11 +171,17 @@ def split_dataset(data: ArcDataset, settings: DataSettings, quiet: bool = False)
         raise ValueError(f"--extra_dataset_dirs {' '.join(settings.extra_dataset_dirs)}: {error}") from None
 
 
+def _report_left_out(data: ArcDataset) -> None:
+    if data.left_out:
+        print("left out: " + ", ".join(f"{count:,} {what}" for what, count in data.left_out.items()))
+
+
 def load_extra(folder: str, settings: DataSettings, split: Holdout, quiet: bool = False) -> ArcDataset:
     """Puzzles of one of extra_dataset_dirs, without those that would give away what is held out.
 
     Left out, counted and printed are the tasks that have the name of one that is held out whole, and puzzles that equal
-    a held-out one or have its test pair among theirs, in whatever symmetry, colours and order (see `find_leaks`).
+    a held-out one or have its test pair among theirs, in whatever symmetry, colours and order (see `find_leaks`). A
+    task that is held out and has another name here is recognised by these alone.
 
     Args:
         folder: of task files.
@@ -185,12 +190,17 @@ def load_extra(folder: str, settings: DataSettings, split: Holdout, quiet: bool 
         quiet: print nothing.
 
     Raises:
-        ValueError, FileNotFoundError: bad data, missing folder.
+        ValueError, FileNotFoundError: bad data, missing folder, a puzzle's id that the dataset has too.
     """
     try:
         data = _load_folder(folder, settings)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--extra_dataset_dirs: {error}") from None
+    if twice := sorted(data.challenge.keys() & {*split.train.challenge, *split.seen.challenge}):
+        raise ValueError(
+            f"--extra_dataset_dirs: {folder}: {settings.dataset_dir} has a puzzle {twice[0]!r} too: expected tasks of "
+            "other names"
+        )
     unseen = {split.unseen.task_of(puzzle) for puzzle in split.unseen.challenge}
     named = {puzzle for puzzle in data.challenge if data.task_of(puzzle) in unseen}
     shared: set[str] = set()
@@ -199,6 +209,7 @@ def load_extra(folder: str, settings: DataSettings, split: Holdout, quiet: bool 
         shared.update(*leaks.puzzles.values(), *leaks.tests.values())
     kept = data.select_puzzles(data.challenge.keys() - named - shared)
     if not quiet:
+        _report_left_out(data)
         print(f"{folder}: {len(kept.keys):,} puzzles more to train on")
         if named or shared:
             print(
@@ -481,8 +492,13 @@ class StageRun:
             for name, flag, value in zip(asdict(self.precision), named, asdict(self.precision).values(), strict=True)
             if flag not in ("auto", None)
         }
-        data = None
-        if all(Path(folder).is_dir() for folder in (self.settings.dataset_dir, *self.settings.extra_dataset_dirs)):
+        data, folders = None, self.settings.extra_dataset_dirs
+        gone = [folder for folder in folders if not Path(folder).is_dir()]
+        if gone and folders != recorded.get("settings", {}).get("extra_dataset_dirs", []):
+            raise FileNotFoundError(f"--extra_dataset_dirs: {gone[0]}: no such folder")
+        if gone:  # as with a dataset that is gone: what was made of it is still good
+            print(f"note: {gone[0]} is gone, so that the puzzles that {self.lora} was trained on are not compared")
+        elif Path(self.settings.dataset_dir).is_dir():
             data = load_split(self.settings, quiet=True).train.content_hash()
         changed = changed_settings(recorded, self.settings, asked, data)
         return f"was trained with other settings: {', '.join(changed)}" if changed else None

@@ -56,6 +56,17 @@ def _paste(grid: Grid, part: Grid, top: int, left: int) -> None:
             grid[r, c] = part[row, column]
 
 
+def _step_to(aim: Part, part: Part) -> tuple[int, int] | None:
+    # The direction in which a part has the aim before it: in its columns, else in its rows, by the nearest cells.
+    cells, aims = (list(zip(each.rows.tolist(), each.columns.tolist(), strict=True)) for each in (part, aim))
+    for axis in (0, 1):
+        ahead = [to[axis] - cell[axis] for cell in cells for to in aims if to[1 - axis] == cell[1 - axis]]
+        if ahead:
+            step = 1 if min(ahead, key=abs) > 0 else -1
+            return (step, 0) if axis == 0 else (0, step)
+    return None
+
+
 def _cut(grid: Grid, part: Part) -> Grid:
     return np.where(part.mask(), grid[part.box], BLACK)
 
@@ -305,16 +316,14 @@ def approach(rng: Random, colours: Sequence[int]) -> Made:
         if not parts:
             raise Unfit("no objects")
         aim = parts.pop(_single([part.size if colour is None else part.colour == colour for part in parts]))
-        rows, columns = set(aim.rows.tolist()), set(aim.columns.tolist())
         away = [
             int(abs(part.rows - aim.rows[:, None]).min() + abs(part.columns - aim.columns[:, None]).min())
             for part in parts
         ]
         for _, part in sorted(zip(away, parts, strict=True), key=lambda pair: pair[0]):
-            if columns & set(part.columns.tolist()):
-                slide(changed, part, (1 if part.rows[0] < aim.rows[0] else -1, 0), max(grid.shape))
-            elif rows & set(part.rows.tolist()):
-                slide(changed, part, (0, 1 if part.columns[0] < aim.columns[0] else -1), max(grid.shape))
+            step = _step_to(aim, part)
+            if step:
+                slide(changed, part, step, max(grid.shape))
         return changed
 
     return {"way": way, "colour": colour}, solve
@@ -404,7 +413,7 @@ def pattern_objects(rng: Random, colours: Sequence[int]) -> Made:
 
 @operation("objects", "boxed")
 def fill_areas(rng: Random, colours: Sequence[int]) -> Made:
-    """Colour what is enclosed by size: the largest or smallest area, even, odd or square ones, or each size."""
+    """Colour what is enclosed by size: the largest or smallest area, even, odd or square ones, or each size up to 4."""
     kind = pick(rng, ["largest", "smallest", "even", "odd", "square", "sizes"])
     table = (rng.permutation(9) + 1).tolist()
 

@@ -12,8 +12,8 @@ is there is replaced.
 Else it generates small puzzles. Reads nothing. Writes OUT/FAMILY-NUMBER.json, one a task, and OUT/rules.txt: each
 file's checksum and its rule's parameters. The files depend on the settings alone, and a task only on its family, its
 number and the settings of its examples: asking for more tasks, more examples or other families leaves what there was as
-it was. With --programs the rules are not those of families but put together at random (rule_programs.py), each another
-one: OUT/program-NUMBER.json; such a task has other examples where more are asked for.
+it was. With --programs the rules are not those of families but put together at random (rule_programs.py), no two of the
+same scene and operations: OUT/program-NUMBER.json; a rule that has fewer examples than are asked for is left.
 
 To add a family: write a function that draws a rule's parameters and register it with @family (`flip` is the shortest).
 """
@@ -469,7 +469,7 @@ def _numbered_program(number: int, examples: int, max_side: int, seed: int) -> t
 def generate_programs(
     programs: int, examples: int, max_side: int, seed: int, workers: int | None = None
 ) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Draw tasks whose rules are programs, each another one.
+    """Draw tasks whose rules are programs, no two of the same scene and operations with all their parameters.
 
     Args:
         programs: tasks; a program that comes a second time is left out, so that there can be fewer.

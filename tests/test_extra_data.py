@@ -95,12 +95,57 @@ def test_what_would_give_an_answer_away_is_left_out(settings, tmp_path, capsys):
     assert "left out: 1 puzzles of tasks that are held out, and 2 with a held-out test pair" in printed
 
 
-def test_a_task_of_a_name_that_is_trained_on_already_is_an_error(settings, tmp_path):
-    name = training_tools.load_split(settings).train.keys[0].split("-")[0]
-    rng = np.random.default_rng(4)
-    folder = write(tmp_path / "more", {name: [(grid(rng), grid(rng)) for _ in range(3)]})
-    with pytest.raises(ValueError, match=f"--extra_dataset_dirs {folder}: puzzle '{name}-000' is there already"):
-        extended(settings, folder)
+def test_a_puzzle_that_the_dataset_has_too_is_an_error(settings, tmp_path):
+    split = training_tools.load_split(settings)
+    for number, ds in enumerate((split.train, split.seen)):
+        puzzle = ds.get_base_key(ds.keys[0])
+        rng = np.random.default_rng(number)
+        pairs = [{"input": grid(rng).tolist(), "output": grid(rng).tolist()} for _ in range(3)]
+        official = {"train": pairs[:2], "test": pairs[2:]}
+        folder = tmp_path / f"more{number}"
+        folder.mkdir()
+        (folder / f"{puzzle}.json").write_text(json.dumps(official), encoding="utf-8")
+        with pytest.raises(
+            ValueError, match=f"{folder}: .* has a puzzle '{puzzle}' too: expected tasks of other names"
+        ):
+            extended(settings, str(folder))
+    with pytest.raises(ValueError, match="has a puzzle 'task.*' too"):
+        extended(settings, settings.dataset_dir)
+
+
+def test_a_folder_that_is_given_twice_is_an_error(settings, tmp_path):
+    rng = np.random.default_rng(5)
+    folder = write(tmp_path / "more", {"more": [(grid(rng), grid(rng)) for _ in range(3)]})
+    with pytest.raises(ValueError, match=f"--extra_dataset_dirs {folder} {folder}: puzzle 'more-000' is there already"):
+        extended(settings, folder, folder)
+
+
+def test_what_no_puzzle_is_made_of_is_counted(settings, tmp_path, capsys):
+    rng = np.random.default_rng(6)
+    folder = write(tmp_path / "more", {"more": [(grid(rng), grid(rng)) for _ in range(8)]})
+    extended(settings, folder)
+    assert f"left out: 2 pairs that fill no puzzle\n{folder}: 2 puzzles more" in capsys.readouterr().out
+
+
+def test_an_evaluation_looks_for_leaks_in_the_extra_folders_too(settings, tmp_path):
+    import evaluate_arc
+    from evaluation_tools import load_puzzles
+    from run_settings import find_problems
+
+    rng = np.random.default_rng(7)
+    pairs = [{"input": grid(rng).tolist(), "output": grid(rng).tolist()} for _ in range(3)]
+    folder = write(tmp_path / "more", {"more": [(pair["input"], pair["output"]) for pair in pairs]})
+    queries = {"train": pairs[:2], "test": [{"input": pairs[2]["input"]}]}
+    (tmp_path / "challenges.json").write_text(json.dumps({"other": queries}), encoding="utf-8")
+    (tmp_path / "solutions.json").write_text(json.dumps({"other": [pairs[2]["output"]]}), encoding="utf-8")
+    asked = evaluate_arc.Settings(
+        models=["any"], challenges=str(tmp_path / "challenges.json"), solutions=str(tmp_path / "solutions.json"),
+        dataset_dir=settings.dataset_dir, sizes=[2], holdout_examples=2, holdout_tasks=1,
+    )  # fmt: skip
+    assert load_puzzles(asked).leaked == {}
+    assert load_puzzles(replace(asked, extra_dataset_dirs=[folder])).leaked == {"other": ("more-000",)}
+    alone = replace(asked, dataset_dir=None, extra_dataset_dirs=[folder])
+    assert "nothing, without --dataset_dir" in "\n".join(find_problems(alone))
 
 
 def test_a_folder_that_is_missing_is_named(settings, tmp_path):

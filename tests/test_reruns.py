@@ -12,7 +12,7 @@ from test_stages import GRPO, SFT, artifact, contents
 
 import artifact_tools
 from artifact_tools import OutputLock
-from model_tools import read_manifest
+from model_tools import read_manifest, write_manifest
 
 FAST = ("--max_steps", 2, "--eval_steps", 0, "--lora_r", 4, "--merge_base", "quantised")
 
@@ -57,8 +57,23 @@ def test_puzzles_of_more_folders_are_other_puzzles(done, tmp_path, demo_dataset)
     folder.mkdir()
     pairs = [{"input": [[9, n % 9, n // 9]], "output": [[n % 9]]} for n in range(9)]
     (folder / "another.json").write_text(json.dumps(pairs), encoding="utf-8")
-    code, printed = done[1]("base_finetune", "--extra_dataset_dirs", folder)
-    assert code == 2 and f"other settings: the puzzles in {demo_dataset}, {folder}; " in printed, printed
+    output, again = done
+    code, printed = again("base_finetune", "--extra_dataset_dirs", folder)
+    assert code == 2 and f"other settings: extra_dataset_dirs (was not set, is {folder}); " in printed, printed
+    code, printed = again("base_finetune", "--extra_dataset_dirs", tmp_path / "gone")
+    assert code == 2 and "--extra_dataset_dirs: " in printed and "gone: no such folder" in printed, printed
+    # Trained with a folder that is gone now, or holds other puzzles.
+    lora = artifact(output, "Base-lora")
+    manifest = read_manifest(lora)
+    manifest["settings"]["extra_dataset_dirs"] = [str(tmp_path / "gone"), str(folder)]
+    write_manifest(lora, manifest)
+    code, printed = again("base_finetune", "--extra_dataset_dirs", tmp_path / "gone", folder)
+    assert code == 0 and "gone is gone, so that the puzzles" in printed and "training skipped" in printed, printed
+    shutil.copytree(folder, tmp_path / "gone")
+    (tmp_path / "gone" / "another.json").rename(tmp_path / "gone" / "others.json")
+    code, printed = again("base_finetune", "--extra_dataset_dirs", tmp_path / "gone", folder)
+    folders = f"{demo_dataset}, {tmp_path / 'gone'}, {folder}"
+    assert code == 2 and f"other settings: the puzzles in {folders}; " in printed, printed
 
 
 @pytest.mark.parametrize(
