@@ -19,7 +19,7 @@ from distributed_tools import process_count
 from model_tools import EMBEDDING_MODULES, train_in_float32
 from packing_tools import can_pack, check_full_attention, use_packed_attention
 from prompt_sharing import reply_log_probs
-from rollout_tools import make_rollouts, plain_module
+from rollout_tools import make_rollouts, make_stopped_rollouts, plain_module
 from run_guards import count_weights
 from sampling_tools import KEPT
 from trainer_tools import (
@@ -39,7 +39,7 @@ ROOM_FOR_COPY = 6  # times the plain copy of the model: from this GPU memory on,
 
 
 class PromptRows:
-    """Prompts of the samples: row -> {"prompt": text, "key": view}, for trl's GRPOTrainer.
+    """Prompts of the samples, for trl's GRPOTrainer: "prompt" (text), "key" (view), "prompt_ids", "solution_ids".
 
     Args:
         data: gives the samples.
@@ -56,9 +56,40 @@ class PromptRows:
         if self.chosen is not None:
             epochs, places = np.divmod(np.asarray(rows, dtype=np.int64), len(self.chosen))
             rows = (epochs * len(self.data.samples) + self.chosen[places]).tolist()
-        keys = [row["key"] for row in self.data.samples.__getitems__(rows)]
-        tasks = [self.data.puzzles.fmt_task(key, **self.data.format) for key in keys]
-        return [{"prompt": task["input"], "key": task["key"]} for task in tasks]
+        different = sorted(set(rows))  # trl asks for each row once for each completion of its group
+        made = {}
+        for row, sample in zip(different, self.data.samples.__getitems__(different), strict=True):
+            task = self.data.puzzles.fmt_task(sample["key"], **self.data.format)
+            begin, end = sample["reply_spans"][-1]
+            ids = np.asarray(sample["input_ids"], dtype=np.int64)
+            made[row] = {
+                "prompt": task["input"], "key": task["key"], "prompt_ids": ids[:begin], "solution_ids": ids[begin:end],
+            }  # fmt: skip
+        return [made[row] for row in rows]
+
+
+class DecodingOnce:
+    """A tokenizer that decodes rows that are equal once: trl decodes a group's prompt, for its log, once a completion.
+
+    Args:
+        tokenizer: which does all else.
+    """
+
+    def __init__(self, tokenizer: Any):
+        """See the class."""
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        """What else there is."""
+        return getattr(self.tokenizer, name)
+
+    def batch_decode(self, sequences: Any, **options: Any) -> list[str]:
+        """As the tokenizer's; `sequences` are rows of numbers, or a tensor (rows, tokens)."""
+        rows = [tuple(row) for row in (sequences.tolist() if hasattr(sequences, "tolist") else sequences)]
+        different = list(dict.fromkeys(rows))
+        decoded = self.tokenizer.batch_decode([list(row) for row in different], **options)
+        texts = dict(zip(different, decoded, strict=True))
+        return [texts[row] for row in rows]
 
 
 def grpo_trainer(
@@ -126,8 +157,14 @@ def grpo_trainer(
     if set(settings.target_modules) & set(EMBEDDING_MODULES):
         optimizer = optimizer_with_embedding_rate(model, arguments)
     rollouts = None  # trl samples by transformers' generate
-    if from_copy:
+    if from_copy or settings.stop_at_error:
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # trl says of its rollout_func that it may change
+    if settings.stop_at_error:
+        rollouts = make_stopped_rollouts(
+            model, precision.engine, temperature=settings.temperature, seed=settings.seed,
+            batch_size=max(1, arguments.per_device_train_batch_size // settings.num_generations),
+        )  # fmt: skip
+    elif from_copy:
         rollouts = make_rollouts(
             model, data.tokenizer, dtype=precision.torch_dtype, max_new_tokens=max_completion_length,
             temperature=settings.temperature, seed=settings.seed,
@@ -146,6 +183,21 @@ def grpo_trainer(
             return self.optimizer
 
     class SharingTrainer(StageTrainer):
+        def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+            self.rows = inputs  # for rollouts along the solutions
+            own, self.processing_class = self.processing_class, DecodingOnce(self.processing_class)
+            try:
+                return super()._generate_and_score_completions(inputs)
+            finally:
+                self.processing_class = own
+
+        def _generate(self, prompts: list[Any]) -> Any:
+            found = super()._generate(prompts)
+            if settings.stop_at_error:  # what trl counts as cut off are those
+                metrics = self._metrics["train" if self.model.training else "eval"]
+                metrics["completions/stopped_ratio"].append(metrics.pop("completions/clipped_ratio")[-1])
+            return found
+
         def _prepare_inputs(self, generation_batch: Any) -> Any:
             # As trl's, but that completions are not shuffled before they are divided into passes: groups stay together.
             # Its losses are sums over all passes of a step, so that only bnpo's knows the difference.
@@ -206,6 +258,8 @@ def samples_from_copy(model: Any, settings: Any) -> bool:
 
     if settings.fast_rollouts is not None or settings.use_vllm or not torch.cuda.is_available():
         return bool(settings.fast_rollouts)
+    if settings.stop_at_error:
+        return False  # nothing is sampled token by token
     if settings.shared_prompts:
         return True  # Unsloth shares them only so
     return torch.cuda.get_device_properties(0).total_memory >= ROOM_FOR_COPY * copy_bytes(model, settings)
@@ -225,13 +279,15 @@ def shares_prompts(model: Any, run: StageRun) -> bool:
     """
     if run.settings.shared_prompts is not None or run.settings.use_vllm:  # its memory would be missing in the plan
         return bool(run.settings.shared_prompts)
+    if run.settings.stop_at_error:
+        return True
     if run.precision.engine == "unsloth" and not samples_from_copy(model, run.settings):
         return False  # Unsloth's generate, and its vLLM, are its own trainer's
     return can_pack(model, run.precision.torch_dtype)
 
 
 def check_sharing(run: StageRun) -> None:
-    """Whether --shared_prompts can be had.
+    """Whether --shared_prompts, or --stop_at_error, can be had.
 
     Raises:
         ValueError: not on this engine, with these settings or with this model.
@@ -239,11 +295,11 @@ def check_sharing(run: StageRun) -> None:
     from transformers import AutoConfig
 
     settings = run.settings
-    if not settings.shared_prompts:
+    if not settings.shared_prompts and not settings.stop_at_error:
         return
     if settings.use_vllm:
         raise ValueError("--shared_prompts true: not beside --use_vllm, which has a trainer of its own")
-    if run.precision.engine == "unsloth" and settings.fast_rollouts is False:
+    if run.precision.engine == "unsloth" and settings.fast_rollouts is False and not settings.stop_at_error:
         raise ValueError("--shared_prompts true: on the Unsloth engine not with --fast_rollouts false")
     check_full_attention(AutoConfig.from_pretrained(run.parent))
 

@@ -119,25 +119,84 @@ def reply_log_probs(
     """
     import torch
 
-    row, shared, order = share_prompts(prompts, replies)
-    lengths = np.array([len(replies[number]) for number in order])
-    count = int(lengths.sum())
-    rows = np.repeat(order, lengths)
-    columns = np.concatenate([np.arange(length) for length in lengths])
-    targets = np.concatenate([replies[number] for number in order]).astype(np.int64)
-    device = model.get_input_embeddings().weight.device if hasattr(model, "get_input_embeddings") else model.device
-    sent = torch.from_numpy(np.stack([targets, rows, columns])).to(device, non_blocking=True)
-    batch = {name: value.to(device, non_blocking=True) for name, value in row.items()}
-    batch |= engine_arguments(shared, engine, device)
-    kept = row["input_ids"].shape[1] - shared.tokens  # with what fills the row up
-    logits = model(**batch, logits_to_keep=kept, use_cache=False).logits[0, :count].float() / temperature
+    logits, rows, columns, places = _logits_of_replies(model, engine, prompts, replies)
+    logits = logits.float() / temperature
+    targets = np.concatenate(replies).astype(np.int64)
+    sent = torch.from_numpy(np.stack([targets, rows, columns, places])).to(logits.device, non_blocking=True)
     log_probs = torch.log_softmax(logits, dim=-1)
     with torch.no_grad():
         entropies = -(log_probs.exp() * log_probs).sum(-1)
-    chosen = log_probs.gather(1, sent[0][:, None])[:, 0]
     shape = (len(replies), width or max(map(len, replies)))
-    places = (sent[1], sent[2])
-    return chosen.new_zeros(shape).index_put(places, chosen), entropies.new_zeros(shape).index_put(places, entropies)
+    cells = (sent[1], sent[2])
+    chosen, entropies = log_probs[sent[3], sent[0]], entropies[sent[3]]
+    return chosen.new_zeros(shape).index_put(cells, chosen), entropies.new_zeros(shape).index_put(cells, entropies)
+
+
+def solution_logits(
+    model: Any, engine: str, prompts: Sequence[np.ndarray], solutions: Sequence[np.ndarray]
+) -> torch.Tensor:
+    """Logits that each token of solutions is chosen from, in one pass.
+
+    Args:
+        model, engine: see `reply_log_probs`.
+        prompts, solutions: token ids, int64 (tokens,) each; no prompt twice.
+
+    Returns:
+        (tokens of all solutions, vocabulary), in their order.
+    """
+    import torch
+
+    logits, _, _, places = _logits_of_replies(model, engine, prompts, solutions)
+    return logits[torch.from_numpy(places).to(logits.device)]
+
+
+def _logits_of_replies(
+    model: Any, engine: str, prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray]
+) -> tuple[torch.Tensor, np.ndarray, np.ndarray, np.ndarray]:
+    # The logits of all places of the row that tokens are chosen from; and of each token of each reply, one reply after
+    # the other: the reply's number, the token's column in it, and the place that it is chosen from.
+
+    computed, owner = covering_replies(prompts, replies)
+    row, shared, order = share_prompts([prompts[at] for at in computed], [replies[at] for at in computed])
+    begins, begin = {}, 0  # of the replies that are computed, in the row after the prompts
+    for at in order:
+        begins[computed[at]] = begin
+        begin += len(replies[computed[at]])
+    lengths = np.array([len(reply) for reply in replies])
+    rows = np.repeat(np.arange(len(replies)), lengths)
+    columns = np.concatenate([np.arange(length) for length in lengths])
+    places = np.array([begins[number] for number in owner])[rows] + columns
+    device = model.get_input_embeddings().weight.device if hasattr(model, "get_input_embeddings") else model.device
+    batch = {name: value.to(device, non_blocking=True) for name, value in row.items()}
+    batch |= engine_arguments(shared, engine, device)
+    kept = row["input_ids"].shape[1] - shared.tokens  # with what fills the row up
+    return model(**batch, logits_to_keep=kept, use_cache=False).logits[0, :begin], rows, columns, places
+
+
+def covering_replies(prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
+    """Replies that have to be computed: those of which no longer one to the same prompt has all that they depend on.
+
+    A reply's tokens are chosen after its prompt and the tokens before them; so a reply that is another one up to its
+    last token needs no place of its own. Of a group that mostly agrees, few are left.
+
+    Args:
+        prompts: token ids of each reply's prompt, int64 (tokens,).
+        replies: token ids, int64 (tokens,).
+
+    Returns:
+        The numbers of replies that are computed, ascending, and for each reply the number of the one that covers it.
+    """
+    kept: dict[bytes, list[tuple[int, bytes]]] = {}  # of each prompt: number and tokens of what is computed
+    owner = [0] * len(replies)
+    for number in sorted(range(len(replies)), key=lambda at: -len(replies[at])):
+        tokens = np.asarray(replies[number], dtype=np.int64)
+        before, group = tokens[:-1].tobytes(), kept.setdefault(prompts[number].tobytes(), [])
+        found = next((at for at, others in group if others.startswith(before)), None)
+        if found is None:
+            found = number
+            group.append((number, tokens.tobytes()))
+        owner[number] = found
+    return sorted(set(owner)), owner
 
 
 def engine_arguments(shared: SharedPrompts, engine: str, device: torch.device) -> dict[str, Any]:

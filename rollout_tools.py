@@ -1,7 +1,11 @@
-"""Completions for reinforcement learning: sampled from a plain copy of the model in training, many at a time.
+"""Completions for reinforcement learning: sampled from a plain copy of the model, or along the solutions, in one pass.
 
 A model in training is slow to sample from: its 4-bit layers are dequantised and its adapters multiplied anew for every
 token. `RolloutModel` adds them up once a step into plain 16-bit layers, which sampling_tools.DeviceSampler decodes.
+
+Where only the exact grid earns a reward, a completion is decided by its first wrong token: nothing after it can change
+the reward, so nothing after it has to be sampled, or learned from. Up to that token the completion is the solution, and
+what its tokens are chosen from is known from one forward pass over prompt and solution (`sample_until_wrong`).
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ import numpy as np
 
 from distributed_tools import process_count, process_index
 from model_tools import EMBEDDING_MODULES, Precision
+from prompt_sharing import solution_logits
 from sampling_tools import DeviceSampler
+from search_tools import draw_tokens, random_draws
 
 if TYPE_CHECKING:
     import torch
@@ -158,6 +164,19 @@ def check_vllm(precision: Precision, target_modules: Sequence[str]) -> None:
     raise ValueError(f"--use_vllm: {problem}")
 
 
+class _Numbers:
+    """Numbers of completions, on which their random numbers depend: of a step, of a call in it, of its completions."""
+
+    def __init__(self) -> None:
+        self.step, self.calls = -1, 0
+
+    def __call__(self, step: int, completions: int) -> range:
+        """Of the next call's completions; those of all processes follow each other, as one process would have them."""
+        self.step, self.calls = step, self.calls + 1 if step == self.step else 0
+        begin = completions * (process_count() * (step * CALLS + self.calls) + process_index())
+        return range(begin, begin + completions)
+
+
 def make_rollouts(
     trained: Any, tokenizer: Any, *, dtype: torch.dtype, max_new_tokens: int, temperature: float, seed: int
 ) -> Callable[[list[str], Any], dict[str, Any]]:
@@ -180,9 +199,10 @@ def make_rollouts(
     """
     rollout: list[RolloutModel] = []
     samplers: list[DeviceSampler] = []
-    done = {"step": -1, "calls": 0}  # calls of the present step: each has random numbers of its own
+    updated, numbers_of = -1, _Numbers()
 
     def roll(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        nonlocal updated
         step = trainer.state.global_step
         if not rollout:
             rollout.append(RolloutModel(trained, dtype))
@@ -191,17 +211,109 @@ def make_rollouts(
                     rollout[0].model, tokenizer.eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature
                 )
             )
-        elif step != done["step"]:
+        elif step != updated:
             rollout[0].update()
-        done.update(step=step, calls=done["calls"] + 1 if step == done["step"] else 0)
+        updated = step
         prompt_ids = tokenizer(prompts)["input_ids"]
-        # The numbers of all processes' completions follow each other, as one process would have them.
-        number = len(prompts) * (process_count() * (step * CALLS + done["calls"]) + process_index())
         replies = samplers[0].sample(
-            [np.array(ids) for ids in prompt_ids], seed=seed, seeds=range(number, number + len(prompts)),
+            [np.array(ids) for ids in prompt_ids], seed=seed, seeds=numbers_of(step, len(prompts)),
             batch_size=len(prompts),
         )  # fmt: skip
         completions = [reply.tokens.tolist() for [reply] in replies]
         return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
+
+    return roll
+
+
+def sample_until_wrong(
+    model: Any,
+    engine: str,
+    prompts: Sequence[np.ndarray],
+    solutions: Sequence[np.ndarray],
+    *,
+    seed: int,
+    numbers: Sequence[Sequence[int]],
+    temperature: float = 1.0,
+    batch_size: int = 64,
+) -> list[list[np.ndarray]]:
+    """Samples of replies, each up to its first token that is not the solution's, that one included.
+
+    They are what token by token sampling with the same random numbers gives, cut off there: until then its context is
+    the solution's, so that one forward pass knows all that its tokens are drawn from.
+
+    Args:
+        model: a model with packing_tools.use_packed_attention.
+        engine: "transformers" or "unsloth".
+        prompts: token ids, int64 (tokens,) each; no prompt twice.
+        solutions: the reply to each, the end token included.
+        seed: of the random numbers, from 0.
+        numbers: one from 0 for each sample of each prompt, (prompts, samples); each sample's random numbers depend on
+            the seed and its number alone, as in sampling_tools.DeviceSampler.sample.
+        temperature: logits are divided by it.
+        batch_size: prompts computed at once.
+
+    Returns:
+        For each prompt its samples, int64 (tokens,) each; one that is all of the solution is the solution.
+    """
+    import torch
+
+    found: list[list[np.ndarray]] = []
+    for at in range(0, len(prompts), batch_size):
+        part = slice(at, at + batch_size)
+        with torch.no_grad():
+            logits = solution_logits(model, engine, prompts[part], solutions[part])
+        draws = [
+            random_draws(seed, own, len(solution)).T
+            for own, solution in zip(numbers[part], solutions[part], strict=True)
+        ]
+        draws = torch.from_numpy(np.concatenate(draws)[..., None]).to(logits.device)  # (tokens, samples, 1)
+        tokens, _ = draw_tokens(logits[:, None].expand(-1, draws.shape[1], -1), draws, temperature)
+        begin, tokens = 0, tokens.cpu().numpy()
+        for solution in solutions[part]:
+            own = tokens[begin : begin + len(solution)].T
+            wrong = own != solution
+            ends = np.where(wrong.any(1), wrong.argmax(1), len(solution) - 1) + 1
+            found.append([path[:end].copy() for path, end in zip(own, ends, strict=True)])
+            begin += len(solution)
+    return found
+
+
+def make_stopped_rollouts(
+    model: Any, engine: str, *, temperature: float, seed: int, batch_size: int
+) -> Callable[[list[str], Any], dict[str, Any]]:
+    """What trl's GRPOTrainer calls for completions where they end with their first wrong token.
+
+    Args:
+        model: the peft model in training, with packing_tools.use_packed_attention.
+        engine: "transformers" or "unsloth".
+        temperature: of the sampling.
+        seed: of the random numbers; they depend on the step and the completion's number besides, see `make_rollouts`.
+        batch_size: prompts computed at once.
+
+    Returns:
+        A function of prompts (repeated for each completion of their group) and the trainer, whose `rows` are those of
+        the prompts, with "prompt_ids" and "solution_ids"; it returns what `make_rollouts`' does.
+    """
+    numbers_of = _Numbers()
+
+    def roll(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        numbers = numbers_of(trainer.state.global_step, len(prompts))
+        groups: dict[str, list[int]] = {}
+        for at, prompt in enumerate(prompts):
+            groups.setdefault(prompt, []).append(at)
+        firsts = [trainer.rows[places[0]] for places in groups.values()]
+        most = max(map(len, groups.values()))  # of prompts that come twice in a step, some samples are left over
+        samples = sample_until_wrong(
+            model, engine, [row["prompt_ids"] for row in firsts], [row["solution_ids"] for row in firsts],
+            seed=seed, numbers=[[numbers[at] for at in (places * most)[:most]] for places in groups.values()],
+            temperature=temperature, batch_size=batch_size,
+        )  # fmt: skip
+        completions: list[Any] = [None] * len(prompts)
+        for places, own in zip(groups.values(), samples, strict=True):
+            for at, tokens in zip(places, own, strict=False):
+                completions[at] = tokens
+        # Arrays: trl makes tensors of them, for which lists of numbers take it a tenth of a second a step.
+        ids = [row["prompt_ids"] for row in trainer.rows]
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
 
     return roll

@@ -57,6 +57,11 @@ class Settings(RunSettings):
         "compute a prompt once for all completions of its group when their gradients are computed; default: on a GPU "
         "from compute capability 8.0 on, in 16 bits; with Unsloth only beside fast_rollouts",
     )
+    stop_at_error: bool = setting(
+        False,
+        "completions end with their first wrong token, after which no exact grid can come: one forward pass samples "
+        "all of them; for rewards of the exact grid alone, with shared_prompts",
+    )
     use_vllm: bool = setting(False, "sample with vLLM, on a machine that has it")
     beta: float = setting(0.0, "weight of the KL divergence to the start; 0: none, and no reference pass")
     epsilon: float = setting(0.2, "the policy ratio is clipped below 1 - epsilon")
@@ -103,6 +108,12 @@ class Settings(RunSettings):
             "loss_type": (self.loss_type in losses, " or ".join(losses)),
             "scan_samples": (self.scan_samples >= 2, "a whole number from 2"),
             "scan_prompts": (self.scan_prompts is None or self.scan_prompts >= 1, WHOLE_FROM_1),
+            "stop_at_error": (
+                not self.stop_at_error
+                or not (any(wrong.values()) or self.use_vllm or self.fast_rollouts or self.shared_prompts is False),
+                "not beside --reward_cells, --reward_shape or --reward_format above 0 (a stopped completion has no grid "
+                "to judge), --use_vllm, --fast_rollouts or --shared_prompts false",
+            ),
             "use_vllm": (not (self.use_vllm and self.fast_rollouts), "not beside --fast_rollouts: both sample"),
             "reward_exact": (0 < self.reward_exact < float("inf"), "a number above 0"),
             **{name: (value >= 0 and (pays_most or value == 0), below) for name, value in wrong.items()},
@@ -131,9 +142,12 @@ def main() -> None:
             scan = scan_prompts(model, run, data, longest, samples_from_copy(model, settings))
         with run.machine_errors("loading the model"):
             rewards = reward_functions(data.puzzles, data.tokenizer, data.format)
+            weights = component_weights(**settings.rewards)
+            if settings.stop_at_error:  # of a completion that was stopped, the others would say nothing
+                rewards, weights = rewards[:1], weights[:1]
             trainer = grpo_trainer(
-                model, run, data, rewards, reward_weights=component_weights(**settings.rewards),
-                max_completion_length=longest, chosen=scan.chosen if scan else None,
+                model, run, data, rewards, reward_weights=weights, max_completion_length=longest,
+                chosen=scan.chosen if scan else None,
             )  # fmt: skip
             policy = PolicyGuard(model, run, data)
             watch(trainer, run, policy.measure if policy.prompts else None)
