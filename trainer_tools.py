@@ -418,8 +418,9 @@ def check_arguments(run: StageRun) -> None:
     ):
         value, names = getattr(run.settings, name), [str(member.value) for member in known]
         if value not in names and (name, value) != ("optim", MUON):
+            more = f", or {MUON}" if name == "optim" else ""
             near = ", ".join(difflib.get_close_matches(value, names) or usual)
-            raise ValueError(f"--{name} {value}: expected a name that transformers knows, such as {near}")
+            raise ValueError(f"--{name} {value}: expected a name that transformers knows, such as {near}{more}")
     try:
         arguments = TrainingArguments(**common_arguments(run))
         for callback in get_reporting_integration_callbacks(arguments.report_to):
