@@ -31,6 +31,7 @@ FILLED = 0.92  # of the GPU's free memory, at most: what is left is for fragment
 COMPILE_FROM = 600.0  # seconds of training from which compiling pays: it takes a minute, and saves a third of the time
 TIMED_BATCHES = 3  # of samples as they are trained on, after a round that is not timed
 TIMED_ROUNDS = 2  # the shortest counts
+FEW_WEIGHTS = 2**26  # an optimizer is timed on all of so few: copies, gradients and state take 1 GiB
 Batch = dict[str, Any]
 
 
@@ -445,7 +446,7 @@ def uniform_row(tokens: int, masked_replies: int, vocabulary: int) -> dict[str, 
 
 
 def optimizer_seconds(model: Any, cls: type, options: dict[str, Any], max_norm: float) -> float:
-    """Seconds of a step's optimizer, measured on copies of some of the trained weights; the weights stay as they are.
+    """Seconds of a step's optimizer, measured on copies of trained weights; the weights stay as they are.
 
     Args:
         model: with its trainable weights.
@@ -455,9 +456,12 @@ def optimizer_seconds(model: Any, cls: type, options: dict[str, Any], max_norm: 
     import torch
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # An eighth that stand together: whole layers, in which large and small matrices are mixed as everywhere.
+    # An eighth that stand together: whole layers, in which large and small matrices are mixed as everywhere. All of a
+    # few: as many kernels are started for an eighth of them, which take longer to start than to run.
+    few = sum(p.numel() for p in trained) <= FEW_WEIGHTS
     begin = len(trained) // 2
-    copies = [torch.nn.Parameter(p.detach().clone()) for p in trained[begin : begin + max(1, len(trained) // 8)]]
+    some = trained if few else trained[begin : begin + max(1, len(trained) // 8)]
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in some]
     optimizer = cls([{"params": copies}], **options)
     if hasattr(optimizer, "train"):  # schedule-free ones have two modes
         optimizer.train()

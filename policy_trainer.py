@@ -23,6 +23,7 @@ from rollout_tools import make_rollouts, make_stopped_rollouts, plain_module
 from run_guards import count_weights
 from sampling_tools import KEPT
 from trainer_tools import (
+    MUON,
     common_arguments,
     kept_in_checkpoints,
     lazy_dataset,
@@ -154,8 +155,8 @@ def grpo_trainer(
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one GPU, however many it sees
     arguments.embedding_learning_rate = settings.embedding_learning_rate
     optimizer = None  # trl makes it
-    if set(settings.target_modules) & set(EMBEDDING_MODULES):
-        optimizer = optimizer_with_embedding_rate(model, arguments)
+    if set(settings.target_modules) & set(EMBEDDING_MODULES) or settings.optim == MUON:
+        optimizer = optimizer_with_embedding_rate(model, arguments, settings.optim)
     rollouts = None  # trl samples by transformers' generate
     if from_copy or settings.stop_at_error:
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # trl says of its rollout_func that it may change

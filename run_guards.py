@@ -659,6 +659,8 @@ def count_weights(config: Any, *, target_modules: Sequence[str], r: int, vocabul
 
 def optimizer_bytes(counts: WeightCounts, optim: str) -> int:
     """Bytes of an optimizer's state; an embedding's stays in 32 bits in the 8-bit ones, see bitsandbytes."""
+    if optim == "muon":  # one of LoRA's matrices, Adam's two of the rest
+        return 4 * (counts.trained + counts.full_embeddings + counts.full_head)
     states = 1 if "lion" in optim else 2 if "adam" in optim or "ademamix" in optim else 0
     if "8bit" in optim or "bnb" in optim:
         # One byte a weight and state, with a float32 scale for each block of 256.

@@ -124,7 +124,9 @@ class RunSettings(DataSettings):
     embedding_learning_rate: float = setting(1e-5, "highest rate of embed_tokens and lm_head")
     lr_scheduler_type: str = setting("cosine", "a schedule of transformers")
     warmup_ratio: float = setting(0.25, "share of the steps in which the rate rises")
-    optim: str = setting("adamw_8bit", "an optimizer of transformers")
+    optim: str = setting(
+        "adamw_8bit", "an optimizer of transformers, or muon: for LoRA's matrices, beside adamw_torch_fused"
+    )
     adam_beta2: float = setting(0.999, "of Adam's mean of squares: lower for short trainings at high rates")
     weight_decay: float = setting(0.0, "decoupled weight decay")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")

@@ -28,6 +28,8 @@ from report_tools import read_metrics
 if TYPE_CHECKING:
     from training_tools import StageData, StageRun
 
+MUON = "muon"  # the one optimizer of --optim that is not transformers'
+FOR_THE_REST = "adamw_torch_fused"  # what transformers is told in its place, and what it has for the rest
 MANY_SAMPLES = 32  # of a step of one process: from there on other processes make its batches
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,7 +177,7 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
         train = lazy_dataset(samples, planned_rows(run, data, settings.samples_per_step) + 1)
         evaluation = lazy_dataset(heldout, len(heldout))
     arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one GPU, however many it sees
-    cls, options = base.get_optimizer_cls_and_kwargs(arguments, model)
+    cls, options = optimizer_class(model, arguments, settings.optim)
     seconds = optimizer_seconds(model, cls, options, settings.max_grad_norm)
     run.plan = replace(run.plan, seconds_per_step=run.plan.seconds_per_step + seconds)
     print(run.plan.describe(steps_ahead(run, data)))
@@ -204,10 +206,10 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
             return sampler
 
         def create_optimizer(self, model: Any = None) -> Any:
-            if precision.engine == "unsloth":  # its own has the same two groups
+            if precision.engine == "unsloth" and settings.optim != MUON:  # its own has the same two groups
                 super().create_optimizer() if model is None else super().create_optimizer(model)
             elif self.optimizer is None:
-                self.optimizer = optimizer_with_embedding_rate(self.model, self.args)
+                self.optimizer = optimizer_with_embedding_rate(self.model, self.args, settings.optim)
             let_run_ahead(self.optimizer)
             return self.optimizer
 
@@ -267,16 +269,27 @@ def steps_ahead(run: StageRun, data: StageData) -> int:
     return steps - run.steps_done()
 
 
-def optimizer_with_embedding_rate(model: Any, arguments: Any) -> Any:
+def optimizer_class(model: Any, arguments: Any, optim: str | None = None) -> tuple[type, dict[str, Any]]:
+    """Class and options of an optimizer, see `optimizer_with_embedding_rate`."""
+    from transformers import Trainer
+
+    cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    if optim == MUON:
+        from muon_tools import Muon
+
+        cls = Muon  # with AdamW's options
+    return cls, options
+
+
+def optimizer_with_embedding_rate(model: Any, arguments: Any, optim: str | None = None) -> Any:
     """An optimizer with Unsloth's two groups: fully trained embeddings at their own rate, LoRA at the main one.
 
     Args:
         model: a peft model.
         arguments: of a trainer, with `embedding_learning_rate`.
+        optim: "muon": LoRA's matrices are stepped by it; else the optimizer is the arguments' one.
     """
-    from transformers import Trainer
-
-    cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    cls, options = optimizer_class(model, arguments, optim)
     groups: dict[bool, list[Any]] = {False: [], True: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -285,6 +298,7 @@ def optimizer_with_embedding_rate(model: Any, arguments: Any) -> Any:
     optimizer = cls(
         [
             {"params": parameters, "lr": rates[embedding], "weight_decay": arguments.weight_decay}
+            | ({"use_muon": not embedding} if optim == MUON else {})
             for embedding, parameters in groups.items()
             if parameters
         ],
@@ -319,7 +333,7 @@ def common_arguments(run: StageRun) -> dict[str, Any]:
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.lr_scheduler_type,
         "warmup_steps": settings.warmup_ratio,  # transformers 5 reads a number below 1 as a share of all steps
-        "optim": settings.optim,
+        "optim": FOR_THE_REST if settings.optim == MUON else settings.optim,
         "adam_beta2": settings.adam_beta2,
         "weight_decay": settings.weight_decay,
         "max_grad_norm": settings.max_grad_norm,
@@ -403,9 +417,10 @@ def check_arguments(run: StageRun) -> None:
         ("lr_scheduler_type", SchedulerType, ["cosine", "linear"]),
     ):
         value, names = getattr(run.settings, name), [str(member.value) for member in known]
-        if value not in names:
+        if value not in names and (name, value) != ("optim", MUON):
+            more = f", or {MUON}" if name == "optim" else ""
             near = ", ".join(difflib.get_close_matches(value, names) or usual)
-            raise ValueError(f"--{name} {value}: expected a name that transformers knows, such as {near}")
+            raise ValueError(f"--{name} {value}: expected a name that transformers knows, such as {near}{more}")
     try:
         arguments = TrainingArguments(**common_arguments(run))
         for callback in get_reporting_integration_callbacks(arguments.report_to):
