@@ -14,6 +14,7 @@ register it with @operation and the scenes that it suits (`outline` is a short o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,13 +26,16 @@ from task_augmentation import dihedral
 Solve = Callable[[Grid], Grid]
 Draw = Callable[[Random], Grid]
 Made = tuple[dict[str, Any], Solve]  # an operation's parameters, and what it does
+State = tuple[Grid, list[Grid]]  # what a program makes of an input, and what programs that lack something make of it
 
 BLACK = 0  # the background; views give it other colours
-TRIES = 10  # inputs that are drawn for one that all operations have something to do on
-CHECKED = 4  # inputs that a program has to prove itself on
-SCENES_TRIED = 8  # scenes, and operations to follow, that an operation gets until another one is drawn
-PROGRAMS = 400  # drawn until one proves itself
-LENGTHS = (1, 1, 1, 2, 2, 3)  # operations of a program
+TRIES = 20  # inputs that are drawn for one that all operations have something to do on
+DRAWN, CHECKED = 8, 4  # inputs that are drawn for a program, and on how many of them it has to prove itself
+LATER_TRIED = 8  # operations that are tried at each place but the first
+PARAMETERS_TRIED = 2  # of each operation
+SCENES_TRIED = 8  # scenes that an operation gets until another one is drawn
+PROGRAMS = 400  # scenes drawn until a program proves itself
+LENGTHS = (1, 1, 2, 2, 3)  # operations of a program
 SIDES = ((0, 1), (0, -1), (1, 0), (-1, 0))
 CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
 
@@ -85,35 +89,88 @@ def operation(*scenes: str) -> Callable[[Callable], Callable]:
 def program(rng: Random, max_side: int) -> Rule:
     """Draw a rule: a scene and operations.
 
+    How many there are, and one of them with its place, is drawn first, so that hard ones are not rarer; the others are
+    tried until they fit what is there.
+
     Args:
         rng: of all draws.
         max_side: largest side of any grid, from 3.
 
     Returns:
-        The rule. On inputs that it draws each operation changes the grid, no side is above `max_side`, and not all
-        outputs are alike.
+        The rule. On inputs that it draws each operation changes the grid, no program that lacks some of its operations
+        gives the same output, no side is above `max_side`, and not all outputs are alike.
 
     Raises:
         RuntimeError: no program was found, which does not happen by chance.
     """
-    names = list(OPERATIONS)
+    length, names = pick(rng, LENGTHS), list(OPERATIONS)
     for number in range(PROGRAMS):
         if number % SCENES_TRIED == 0:
-            first = pick(rng, names)
-        kind = pick(rng, OPERATIONS[first][1])
-        chosen = [first, *(pick(rng, names) for _ in range(pick(rng, LENGTHS) - 1))]
+            aim, place = pick(rng, names), int(rng.integers(length))
+        kind = pick(rng, OPERATIONS[aim][1])
+        suiting = [name for name in names if kind in OPERATIONS[name][1] and len(OPERATIONS[name][1]) < len(SCENES)]
         made = SCENES[kind](rng, max_side)
-        steps = [OPERATIONS[name][0](rng, made.colours) for name in chosen]
-        rule = _rule(made, [solve for _, solve in steps], max_side)
-        try:
-            outputs = [rule.solve(rule.draw(rng)) for _ in range(CHECKED)]
-        except Unfit:
+        states: list[State] = [(made.draw(rng), []) for _ in range(DRAWN)]
+        chosen: list[tuple[str, Made]] = []
+        for at in range(length):
+            # An operation that comes twice often does no more than it does once, with other parameters.
+            left = {*names} - {aim, *(name for name, _ in chosen)}
+            among = [[aim]] if at == place else [[name for name in each if name in left] for each in (suiting, names)]
+            found = _next(rng, made, states, among if at else among[:1], max_side)
+            if found is None:
+                break
+            states = found[2]
+            chosen.append(found[:2])
+        if len(chosen) < length:
             continue
-        if all(np.array_equal(outputs[0], output) for output in outputs[1:]):
-            continue
-        named = [{"operation": name, **parameters} for name, (parameters, _) in zip(chosen, steps, strict=True)]
+        named = [{"operation": name, **parameters} for name, (parameters, _) in chosen]
+        rule = _rule(made, [solve for _, (_, solve) in chosen], max_side)
         return rule._replace(parameters={"scene": kind, **made.parameters, "operations": named})
     raise RuntimeError(f"none of {PROGRAMS} programs does anything on grids of sides up to {max_side}")
+
+
+def _next(
+    rng: Random, made: Scene, states: list[State], among: Sequence[Sequence[str]], max_side: int
+) -> tuple[str, Made, list[State]] | None:
+    # An operation that fits at least CHECKED of the grids: its name, what was made, and what it makes of them.
+    first = not states[0][1]
+    present = np.unique(np.concatenate([grid.ravel() for grid, _ in states])).tolist()
+    colours = made.colours if first else [colour for colour in present if colour != BLACK] or made.colours
+    for _ in range(1 if first else LATER_TRIED):
+        name = pick(rng, pick(rng, among))
+        for _ in range(PARAMETERS_TRIED):
+            tried = OPERATIONS[name][0](rng, colours)
+            reached: list[State] = []
+            for left, state in zip(range(len(states), 0, -1), states, strict=True):
+                if len(reached) + left < CHECKED:
+                    break
+                with contextlib.suppress(Unfit):
+                    reached.append(_advance(state, tried[1], max_side))
+            if len(reached) >= CHECKED and not all(np.array_equal(reached[0][0], grid) for grid, _ in reached[1:]):
+                return name, tried, reached
+    return None
+
+
+def _changed(grid: Grid, step: Solve, max_side: int) -> Grid:
+    changed = step(grid)
+    if not 1 <= min(changed.shape) <= max(changed.shape) <= max_side:
+        raise Unfit("too large, or nothing")
+    return changed
+
+
+def _advance(state: State, step: Solve, max_side: int) -> State:
+    # One operation further. What programs give that lack one operation or several comes along, the input among it.
+    grid, shorter = state
+    changed = _changed(grid, step, max_side)
+    if np.array_equal(changed, grid):
+        raise Unfit("nothing changes")
+    shorter = [*shorter, grid]
+    for other in state[1]:
+        with contextlib.suppress(Unfit):
+            shorter.append(_changed(other, step, max_side))
+    if any(np.array_equal(changed, other) for other in shorter):
+        raise Unfit("some operation does not matter")
+    return changed, shorter
 
 
 def _rule(made: Scene, steps: Sequence[Solve], max_side: int) -> Rule:
@@ -122,12 +179,10 @@ def _rule(made: Scene, steps: Sequence[Solve], max_side: int) -> Rule:
     def solve(grid: Grid) -> Grid:
         if last and last[0] is grid:
             return last[1]
+        state: State = (grid, [])
         for step in steps:
-            changed = step(grid)
-            if not 1 <= min(changed.shape) <= max(changed.shape) <= max_side or np.array_equal(changed, grid):
-                raise Unfit("nothing changes, or too much")
-            grid = changed
-        return grid
+            state = _advance(state, step, max_side)
+        return state[0]
 
     def draw(rng: Random) -> Grid:
         for _ in range(TRIES):
