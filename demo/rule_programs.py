@@ -2,7 +2,7 @@
 
 The families of make_dataset.py have a handful of rules each. Here a rule is a small program: what its inputs look like
 (objects, marks, panels beside lines, patterns with a hole), and operations that follow each other, each with
-parameters of its own (which objects, which colours, which directions): 15 scenes and 72 operations. They are about what
+parameters of its own (which objects, which colours, which directions): 15 scenes and 77 operations. They are about what
 ARC's puzzles are said to be about, objects, counting, symmetry, lines, inside and outside (Chollet 2019,
 https://arxiv.org/abs/1911.01547, "core knowledge"), and what was lacking in them of the 16 groups of concepts that
 ConceptARC lists (Moskvichev, Odouard and Mitchell 2023, https://arxiv.org/abs/2305.07141) stands in
@@ -146,7 +146,10 @@ def _next(
                     break
                 with contextlib.suppress(Unfit):
                     reached.append(_advance(state, tried[1], max_side))
-            if len(reached) >= CHECKED and not all(np.array_equal(reached[0][0], grid) for grid, _ in reached[1:]):
+            if len(reached) < CHECKED:
+                continue
+            different = len({(grid.shape, grid.tobytes()) for grid, _ in reached})
+            if different >= max(2, 0 if first else len(reached) / 2):  # the one operation may be about a single cell
                 return name, tried, reached
     return None
 
@@ -688,6 +691,12 @@ def slide(grid: Grid, part: Part, step: tuple[int, int], most: int) -> None:
     grid[rows, columns] = values
 
 
+def _touches(grid: Grid, part: Part) -> bool:
+    own = np.zeros(grid.shape, dtype=bool)
+    own[part.rows, part.columns] = True
+    return bool((~own & (grid != BLACK) & (neighbours_of(own, True) > 0)).any())
+
+
 def _at_edge(grid: Grid, part: Part) -> bool:
     (rows, columns), (high, wide) = part.box, grid.shape
     return rows.start == 0 or columns.start == 0 or rows.stop == high or columns.stop == wide
@@ -701,6 +710,7 @@ RANKED: dict[str, Callable[[Grid, Part], int]] = {
     "top": lambda grid, part: -part.box[0].start,
     "left": lambda grid, part: -part.box[1].start,
     "colours": lambda grid, part: len(set(grid[part.rows, part.columns].tolist())),
+    "number of holes": lambda grid, part: len(parts_of(inside_of(part.mask().astype(int)).astype(int), True, False)),
 }
 YES_OR_NO: dict[str, Callable[[Grid, Part], bool]] = {
     "holes": lambda grid, part: part.size < part.mask().size and bool(inside_of(part.mask().astype(int)).any()),
@@ -710,6 +720,7 @@ YES_OR_NO: dict[str, Callable[[Grid, Part], bool]] = {
     "edge": _at_edge,
     "square": lambda grid, part: part.mask().shape[0] == part.mask().shape[1],
     "even": lambda grid, part: part.size % 2 == 0,
+    "touches": _touches,
 }
 
 
@@ -959,9 +970,9 @@ def count_objects(rng: Random, colours: Sequence[int]) -> Made:
 
 @operation("marks", "lines", "model")
 def stamp(rng: Random, colours: Sequence[int]) -> Made:
-    """Draw a pattern around each cell of one colour, or around all, each colour having a pattern of its own."""
+    """Draw a pattern around each cell of one colour, or of two, each having a pattern of its own."""
     patterns = {}
-    for colour in colours if rng.random() < 0.5 else [int(pick(rng, colours))]:
+    for colour in colours[:2] if rng.random() < 0.5 else [int(pick(rng, colours))]:
         near = [step for step in SIDES + CORNERS if rng.random() < 0.5]
         if rng.random() < 0.3:
             near += [(2 * down, 2 * right) for down, right in near]
@@ -1240,6 +1251,8 @@ def surround(rng: Random, colours: Sequence[int]) -> Made:
     def solve(grid: Grid) -> Grid:
         if around:
             return np.pad(grid, 1, constant_values=colour)
+        if min(grid.shape) < 3:
+            raise Unfit("nothing is left")
         changed = np.full_like(grid, colour)
         changed[1:-1, 1:-1] = grid[1:-1, 1:-1]
         return changed
@@ -1274,6 +1287,46 @@ def sort_lines(rng: Random, colours: Sequence[int]) -> Made:
         return turned.T if axis else turned
 
     return {"axis": axis, "upwards": upwards}, solve
+
+
+@operation("noise", "marks", "symmetric", "bars", "objects")
+def fold(rng: Random, colours: Sequence[int]) -> Made:
+    """Fold the grid in the middle: the halves lie on each other, or cells get a colour by how many of them have one."""
+    axis, turned = int(rng.integers(2)), bool(rng.random() < 0.7)
+    kind, colour = pick(rng, ["over", "both", "one", "none"]), int(rng.integers(1, 10))
+
+    def solve(grid: Grid) -> Grid:
+        lines = grid.T if axis else grid
+        half = len(lines) // 2
+        if not half or len(lines) % 2:
+            raise Unfit("no halves")
+        first, second = lines[:half], lines[half:][::-1] if turned else lines[half:]
+        count = (first != BLACK).astype(int) + (second != BLACK)
+        if kind == "over":
+            changed = np.where(first != BLACK, first, second)
+        else:
+            changed = np.where(count == {"both": 2, "one": 1, "none": 0}[kind], colour, BLACK)
+        return changed.T if axis else changed
+
+    return {"axis": axis, "turned": turned, "kind": kind, "colour": None if kind == "over" else colour}, solve
+
+
+@operation("noise", "bars", "objects", "periodic")
+def level_lines(rng: Random, colours: Sequence[int]) -> Made:
+    """Give each row or column the colour that most of its coloured cells have, or answer with one cell for each."""
+    axis, short = int(rng.integers(2)), bool(rng.random() < 0.4)
+
+    def solve(grid: Grid) -> Grid:
+        lines = grid.T if axis else grid
+        counts = np.stack([np.bincount(line, minlength=10) for line in lines])
+        counts[:, BLACK] = 0
+        best = np.sort(counts, axis=1)
+        if ((best[:, -1] == best[:, -2]) & (best[:, -1] > 0)).any():
+            raise Unfit("no single colour")
+        changed = np.repeat(counts.argmax(axis=1)[:, None], 1 if short else lines.shape[1], axis=1)
+        return changed.T if axis else changed
+
+    return {"axis": axis, "short": short}, solve
 
 
 @operation("symmetric", "objects", "marks", "dirty_objects", "divided")
