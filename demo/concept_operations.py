@@ -361,35 +361,6 @@ def reach_edge(rng: Random, colours: Sequence[int]) -> Made:
     return {"way": way, "moved": moved, "colour": colour}, solve
 
 
-@operation("dirty_objects")
-def colour_by_touch(rng: Random, colours: Sequence[int]) -> Made:
-    """Give objects the colour of the single cell that touches them, which goes away or stays."""
-    corners, stays = bool(rng.integers(2)), bool(rng.integers(2))
-
-    def solve(grid: Grid) -> Grid:
-        parts, changed = parts_of(grid, True, True), grid.copy()
-        cells = np.zeros_like(grid)
-        for part in parts:
-            if part.size == 1:
-                cells[part.rows, part.columns] = part.colour
-        for part in parts:
-            if part.size == 1:
-                continue
-            own = np.zeros(grid.shape, dtype=bool)
-            own[part.rows, part.columns] = True
-            near = (neighbours_of(own, corners) > 0) & (cells != BLACK)
-            found = _colours_of(cells[near])
-            if len(found) > 1:
-                raise Unfit("several colours")
-            if found:
-                changed[own] = found.pop()
-                if not stays:
-                    changed[near] = BLACK
-        return changed
-
-    return {"corners": corners, "stays": stays}, solve
-
-
 @operation("objects", "alike_objects", "boxed")
 def collect_objects(rng: Random, colours: Sequence[int]) -> Made:
     """Answer with the objects alone, side by side or below each other, by where they begin or by size."""

@@ -6,7 +6,8 @@ parameters of its own (which objects, which colours, which directions): 15 scene
 ARC's puzzles are said to be about, objects, counting, symmetry, lines, inside and outside (Chollet 2019,
 https://arxiv.org/abs/1911.01547, "core knowledge"), and what was lacking in them of the 16 groups of concepts that
 ConceptARC lists (Moskvichev, Odouard and Mitchell 2023, https://arxiv.org/abs/2305.07141) stands in
-concept_operations.py; none is made after a task.
+concept_operations.py; none is made after a task. Each operation of a program matters: it changes the grid, and without
+it the output would be another.
 
 To add an operation: write a function that draws its parameters and returns them with what it does to a grid, and
 register it with @operation and the scenes that it suits (`outline` is a short one). To add a scene: @scene.
@@ -33,7 +34,7 @@ TRIES = 20  # inputs that are drawn for one that all operations have something t
 DRAWN, CHECKED = 8, 4  # inputs that are drawn for a program, and on how many of them it has to prove itself
 LATER_TRIED = 8  # operations that are tried at each place but the first
 PARAMETERS_TRIED = 2  # of each operation
-SCENES_TRIED = 8  # scenes that an operation gets until another one is drawn
+SCENES_TRIED = 20  # scenes that an operation gets until another one is drawn
 PROGRAMS = 400  # scenes drawn until a program proves itself
 LENGTHS = (1, 1, 2, 2, 3)  # operations of a program
 SIDES = ((0, 1), (0, -1), (1, 0), (-1, 0))
@@ -72,7 +73,7 @@ def operation(*scenes: str) -> Callable[[Callable], Callable]:
     """Register an operation under its function's name.
 
     Args:
-        scenes: that it suits as the first of a program; none: all.
+        scenes: that it suits as the first of a program, and after others rather than other scenes; none: all.
     """
 
     def register(function: Callable[[Random, Sequence[int]], Made]) -> Callable:
@@ -115,7 +116,8 @@ def program(rng: Random, max_side: int) -> Rule:
         for at in range(length):
             # An operation that comes twice often does no more than it does once, with other parameters.
             left = {*names} - {aim, *(name for name, _ in chosen)}
-            among = [[aim]] if at == place else [[name for name in each if name in left] for each in (suiting, names)]
+            others = [[name for name in each if name in left] for each in (suiting, names)]
+            among = [[aim]] if at == place else [each for each in others if each]
             found = _next(rng, made, states, among if at else among[:1], max_side)
             if found is None:
                 break
@@ -148,8 +150,9 @@ def _next(
                     reached.append(_advance(state, tried[1], max_side))
             if len(reached) < CHECKED:
                 continue
+            # Answers of few cells are alike by chance; that operations make each other's outputs alike is none.
             different = len({(grid.shape, grid.tobytes()) for grid, _ in reached})
-            if different >= max(2, 0 if first else len(reached) / 2):  # the one operation may be about a single cell
+            if different >= max(2, 0 if first else len(reached) / 2):
                 return name, tried, reached
     return None
 
@@ -848,6 +851,35 @@ def colour_by_size(rng: Random, colours: Sequence[int]) -> Made:
         return changed
 
     return {"way": way, "colours": table[:limit]}, solve
+
+
+@operation("dirty_objects")
+def colour_by_touch(rng: Random, colours: Sequence[int]) -> Made:
+    """Give objects the colour of the single cell that touches them, which goes away or stays."""
+    corners, stays = bool(rng.integers(2)), bool(rng.integers(2))
+
+    def solve(grid: Grid) -> Grid:
+        parts, changed = parts_of(grid, True, True), grid.copy()
+        cells = np.zeros_like(grid)
+        for part in parts:
+            if part.size == 1:
+                cells[part.rows, part.columns] = part.colour
+        for part in parts:
+            if part.size == 1:
+                continue
+            own = np.zeros(grid.shape, dtype=bool)
+            own[part.rows, part.columns] = True
+            near = (neighbours_of(own, corners) > 0) & (cells != BLACK)
+            found = set(cells[near].tolist())
+            if len(found) > 1:
+                raise Unfit("several colours")
+            if found:
+                changed[own] = found.pop()
+                if not stays:
+                    changed[near] = BLACK
+        return changed
+
+    return {"corners": corners, "stays": stays}, solve
 
 
 @operation(*OBJECTS, "marks", "model")
