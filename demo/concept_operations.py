@@ -333,7 +333,7 @@ def approach(rng: Random, colours: Sequence[int]) -> Made:
 
 @operation("marks", "objects", "model")
 def reach_edge(rng: Random, colours: Sequence[int]) -> Made:
-    """Draw a line from each object to the edge that is nearest to it, or move it there."""
+    """Draw a line from each object to the edge that is nearest to it, or move it there; not where two are as near."""
     way, moved = draw_way(rng), bool(rng.integers(2))
     colour = int(rng.integers(1, 10)) if not moved and rng.random() < 0.4 else None
 
@@ -345,9 +345,8 @@ def reach_edge(rng: Random, colours: Sequence[int]) -> Made:
                 (-1, 0): rows.start, (1, 0): high - rows.stop, (0, -1): columns.start, (0, 1): wide - columns.stop,
             }  # fmt: skip
             near = sorted(away.values())
-            if near[0] and near[0] == near[1]:
-                raise Unfit("two edges are as near")
-            steps.append((near[0], min(away, key=away.__getitem__)))
+            distance = near[0] if near[0] < near[1] else 0
+            steps.append((distance, min(away, key=away.__getitem__)))
         for (distance, step), part in sorted(zip(steps, parts, strict=True), key=lambda pair: pair[0][0]):
             if moved:
                 slide(changed, part, step, distance)
