@@ -31,6 +31,8 @@ from demo.rule_programs import (
 )
 from task_augmentation import dihedral
 
+LEGIBLE = 10  # cells from which bent lines begin: of more nobody could tell them apart
+
 
 def _inside(grid: Grid, row: int, column: int) -> bool:
     return 0 <= row < grid.shape[0] and 0 <= column < grid.shape[1]
@@ -327,6 +329,58 @@ def approach(rng: Random, colours: Sequence[int]) -> Made:
         return changed
 
     return {"way": way, "colour": colour}, solve
+
+
+@operation("marks", "objects", "model")
+def reach_edge(rng: Random, colours: Sequence[int]) -> Made:
+    """Draw a line from each object to the edge that is nearest to it, or move it there; not where two are as near."""
+    way, moved = draw_way(rng), bool(rng.integers(2))
+    colour = int(rng.integers(1, 10)) if not moved and rng.random() < 0.4 else None
+
+    def solve(grid: Grid) -> Grid:
+        parts, changed, steps = parts_of(grid, *way), grid.copy(), []
+        for part in parts:
+            (rows, columns), (high, wide) = part.box, grid.shape
+            away = {
+                (-1, 0): rows.start, (1, 0): high - rows.stop, (0, -1): columns.start, (0, 1): wide - columns.stop,
+            }  # fmt: skip
+            near = sorted(away.values())
+            distance = near[0] if near[0] < near[1] else 0
+            steps.append((distance, min(away, key=away.__getitem__)))
+        for (distance, step), part in sorted(zip(steps, parts, strict=True), key=lambda pair: pair[0][0]):
+            if moved:
+                slide(changed, part, step, distance)
+                continue
+            for row, column in zip(part.rows.tolist(), part.columns.tolist(), strict=True):
+                for r, c in ((row + n * step[0], column + n * step[1]) for n in range(1, max(grid.shape)) if distance):
+                    if _inside(grid, r, c) and not grid[r, c]:
+                        changed[r, c] = grid[row, column] if colour is None else colour
+        return changed
+
+    return {"way": way, "moved": moved, "colour": colour}, solve
+
+
+@operation("objects", "alike_objects", "boxed")
+def collect_objects(rng: Random, colours: Sequence[int]) -> Made:
+    """Answer with the objects alone, side by side or below each other, by where they begin or by size."""
+    way, below, by = draw_way(rng), bool(rng.integers(2)), pick(rng, ["place", "size", "less"])
+    gap = int(rng.integers(2))
+
+    def solve(grid: Grid) -> Grid:
+        parts, axis = parts_of(grid, *way), 0 if below else 1
+        values = [part.box[axis].start if by == "place" else part.size * (1 if by == "less" else -1) for part in parts]
+        if len(parts) < 2 or len(set(values)) < len(values):
+            raise Unfit("no order")
+        order = [part for _, part in sorted(zip(values, parts, strict=True), key=lambda pair: pair[0])]
+        cuts = [_cut(grid, part).T if below else _cut(grid, part) for part in order]
+        changed = np.zeros((max(len(cut) for cut in cuts), sum(cut.shape[1] + gap for cut in cuts) - gap), dtype=int)
+        left = 0
+        for cut in cuts:  # on one edge
+            changed[: len(cut), left : left + cut.shape[1]] = cut
+            left += cut.shape[1] + gap
+        return changed.T if below else changed
+
+    return {"way": way, "below": below, "by": by, "gap": gap}, solve
 
 
 @operation(*OBJECTS, "marks", "bars")
@@ -676,8 +730,8 @@ def bounce(rng: Random, colours: Sequence[int]) -> Made:
 
     def solve(grid: Grid) -> Grid:
         changed = grid.copy()
-        if grid.shape[1] < 3:
-            raise Unfit("too narrow")
+        if grid.shape[1] < 3 or np.count_nonzero(grid) > LEGIBLE:
+            raise Unfit("too narrow, or too many lines")
         for row, column in zip(*np.nonzero(grid if only is None else grid == only), strict=True):
             r, c, right = int(row) + down, int(column), first
             while 0 <= r < len(grid):
@@ -701,6 +755,8 @@ def stairs(rng: Random, colours: Sequence[int]) -> Made:
 
     def solve(grid: Grid) -> Grid:
         changed = grid.copy()
+        if np.count_nonzero(grid) > LEGIBLE:
+            raise Unfit("too many lines")
         for row, column in zip(*np.nonzero(grid if only is None else grid == only), strict=True):
             r, c = int(row), int(column)
             for number in range(grid.size):

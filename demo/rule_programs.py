@@ -2,11 +2,12 @@
 
 The families of make_dataset.py have a handful of rules each. Here a rule is a small program: what its inputs look like
 (objects, marks, panels beside lines, patterns with a hole), and operations that follow each other, each with
-parameters of its own (which objects, which colours, which directions): 15 scenes and 72 operations. They are about what
+parameters of its own (which objects, which colours, which directions): 15 scenes and 77 operations. They are about what
 ARC's puzzles are said to be about, objects, counting, symmetry, lines, inside and outside (Chollet 2019,
 https://arxiv.org/abs/1911.01547, "core knowledge"), and what was lacking in them of the 16 groups of concepts that
 ConceptARC lists (Moskvichev, Odouard and Mitchell 2023, https://arxiv.org/abs/2305.07141) stands in
-concept_operations.py; none is made after a task.
+concept_operations.py; none is made after a task. Each operation of a program matters: it changes the grid, and without
+it the output would be another.
 
 To add an operation: write a function that draws its parameters and returns them with what it does to a grid, and
 register it with @operation and the scenes that it suits (`outline` is a short one). To add a scene: @scene.
@@ -14,6 +15,7 @@ register it with @operation and the scenes that it suits (`outline` is a short o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,13 +27,16 @@ from task_augmentation import dihedral
 Solve = Callable[[Grid], Grid]
 Draw = Callable[[Random], Grid]
 Made = tuple[dict[str, Any], Solve]  # an operation's parameters, and what it does
+State = tuple[Grid, list[Grid]]  # what a program makes of an input, and what programs that lack something make of it
 
 BLACK = 0  # the background; views give it other colours
-TRIES = 10  # inputs that are drawn for one that all operations have something to do on
-CHECKED = 4  # inputs that a program has to prove itself on
-SCENES_TRIED = 8  # scenes, and operations to follow, that an operation gets until another one is drawn
-PROGRAMS = 400  # drawn until one proves itself
-LENGTHS = (1, 1, 1, 2, 2, 3)  # operations of a program
+TRIES = 20  # inputs that are drawn for one that all operations have something to do on
+DRAWN, CHECKED = 8, 4  # inputs that are drawn for a program, and on how many of them it has to prove itself
+LATER_TRIED = 8  # operations that are tried at each place but the first
+PARAMETERS_TRIED = 2  # of each operation
+SCENES_TRIED = 20  # scenes that an operation gets until another one is drawn
+PROGRAMS = 400  # scenes drawn until a program proves itself
+LENGTHS = (1, 1, 2, 2, 3)  # operations of a program
 SIDES = ((0, 1), (0, -1), (1, 0), (-1, 0))
 CORNERS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
 
@@ -68,7 +73,7 @@ def operation(*scenes: str) -> Callable[[Callable], Callable]:
     """Register an operation under its function's name.
 
     Args:
-        scenes: that it suits as the first of a program; none: all.
+        scenes: that it suits as the first of a program, and after others rather than other scenes; none: all.
     """
 
     def register(function: Callable[[Random, Sequence[int]], Made]) -> Callable:
@@ -85,35 +90,93 @@ def operation(*scenes: str) -> Callable[[Callable], Callable]:
 def program(rng: Random, max_side: int) -> Rule:
     """Draw a rule: a scene and operations.
 
+    How many there are, and one of them with its place, is drawn first, so that hard ones are not rarer; the others are
+    tried until they fit what is there.
+
     Args:
         rng: of all draws.
         max_side: largest side of any grid, from 3.
 
     Returns:
-        The rule. On inputs that it draws each operation changes the grid, no side is above `max_side`, and not all
-        outputs are alike.
+        The rule. On inputs that it draws each operation changes the grid, no program that lacks some of its operations
+        gives the same output, no side is above `max_side`, and not all outputs are alike.
 
     Raises:
         RuntimeError: no program was found, which does not happen by chance.
     """
-    names = list(OPERATIONS)
+    length, names = pick(rng, LENGTHS), list(OPERATIONS)
     for number in range(PROGRAMS):
         if number % SCENES_TRIED == 0:
-            first = pick(rng, names)
-        kind = pick(rng, OPERATIONS[first][1])
-        chosen = [first, *(pick(rng, names) for _ in range(pick(rng, LENGTHS) - 1))]
+            aim, place = pick(rng, names), int(rng.integers(length))
+        kind = pick(rng, OPERATIONS[aim][1])
+        suiting = [name for name in names if kind in OPERATIONS[name][1] and len(OPERATIONS[name][1]) < len(SCENES)]
         made = SCENES[kind](rng, max_side)
-        steps = [OPERATIONS[name][0](rng, made.colours) for name in chosen]
-        rule = _rule(made, [solve for _, solve in steps], max_side)
-        try:
-            outputs = [rule.solve(rule.draw(rng)) for _ in range(CHECKED)]
-        except Unfit:
+        states: list[State] = [(made.draw(rng), []) for _ in range(DRAWN)]
+        chosen: list[tuple[str, Made]] = []
+        for at in range(length):
+            # An operation that comes twice often does no more than it does once, with other parameters.
+            left = {*names} - {aim, *(name for name, _ in chosen)}
+            others = [[name for name in each if name in left] for each in (suiting, names)]
+            among = [[aim]] if at == place else [each for each in others if each]
+            found = _next(rng, made, states, among if at else among[:1], max_side)
+            if found is None:
+                break
+            states = found[2]
+            chosen.append(found[:2])
+        if len(chosen) < length:
             continue
-        if all(np.array_equal(outputs[0], output) for output in outputs[1:]):
-            continue
-        named = [{"operation": name, **parameters} for name, (parameters, _) in zip(chosen, steps, strict=True)]
+        named = [{"operation": name, **parameters} for name, (parameters, _) in chosen]
+        rule = _rule(made, [solve for _, (_, solve) in chosen], max_side)
         return rule._replace(parameters={"scene": kind, **made.parameters, "operations": named})
     raise RuntimeError(f"none of {PROGRAMS} programs does anything on grids of sides up to {max_side}")
+
+
+def _next(
+    rng: Random, made: Scene, states: list[State], among: Sequence[Sequence[str]], max_side: int
+) -> tuple[str, Made, list[State]] | None:
+    # An operation that fits at least CHECKED of the grids: its name, what was made, and what it makes of them.
+    first = not states[0][1]
+    present = np.unique(np.concatenate([grid.ravel() for grid, _ in states])).tolist()
+    colours = made.colours if first else [colour for colour in present if colour != BLACK] or made.colours
+    for _ in range(1 if first else LATER_TRIED):
+        name = pick(rng, pick(rng, among))
+        for _ in range(PARAMETERS_TRIED):
+            tried = OPERATIONS[name][0](rng, colours)
+            reached: list[State] = []
+            for left, state in zip(range(len(states), 0, -1), states, strict=True):
+                if len(reached) + left < CHECKED:
+                    break
+                with contextlib.suppress(Unfit):
+                    reached.append(_advance(state, tried[1], max_side))
+            if len(reached) < CHECKED:
+                continue
+            # One operation may have few answers (a single cell), a later one must not make nearly all outputs alike.
+            different = len({(grid.shape, grid.tobytes()) for grid, _ in reached})
+            if different >= max(2, 0 if first else len(reached) / 2):
+                return name, tried, reached
+    return None
+
+
+def _changed(grid: Grid, step: Solve, max_side: int) -> Grid:
+    changed = step(grid)
+    if not 1 <= min(changed.shape) <= max(changed.shape) <= max_side:
+        raise Unfit("too large, or nothing")
+    return changed
+
+
+def _advance(state: State, step: Solve, max_side: int) -> State:
+    # One operation further. What programs give that lack one operation or several comes along, the input among it.
+    grid, shorter = state
+    changed = _changed(grid, step, max_side)
+    if np.array_equal(changed, grid):
+        raise Unfit("nothing changes")
+    shorter = [*shorter, grid]
+    for other in state[1]:
+        with contextlib.suppress(Unfit):
+            shorter.append(_changed(other, step, max_side))
+    if any(np.array_equal(changed, other) for other in shorter):
+        raise Unfit("some operation does not matter")
+    return changed, shorter
 
 
 def _rule(made: Scene, steps: Sequence[Solve], max_side: int) -> Rule:
@@ -122,12 +185,10 @@ def _rule(made: Scene, steps: Sequence[Solve], max_side: int) -> Rule:
     def solve(grid: Grid) -> Grid:
         if last and last[0] is grid:
             return last[1]
+        state: State = (grid, [])
         for step in steps:
-            changed = step(grid)
-            if not 1 <= min(changed.shape) <= max(changed.shape) <= max_side or np.array_equal(changed, grid):
-                raise Unfit("nothing changes, or too much")
-            grid = changed
-        return grid
+            state = _advance(state, step, max_side)
+        return state[0]
 
     def draw(rng: Random) -> Grid:
         for _ in range(TRIES):
@@ -633,6 +694,12 @@ def slide(grid: Grid, part: Part, step: tuple[int, int], most: int) -> None:
     grid[rows, columns] = values
 
 
+def _touches(grid: Grid, part: Part) -> bool:
+    own = np.zeros(grid.shape, dtype=bool)
+    own[part.rows, part.columns] = True
+    return bool((~own & (grid != BLACK) & (neighbours_of(own, True) > 0)).any())
+
+
 def _at_edge(grid: Grid, part: Part) -> bool:
     (rows, columns), (high, wide) = part.box, grid.shape
     return rows.start == 0 or columns.start == 0 or rows.stop == high or columns.stop == wide
@@ -646,6 +713,7 @@ RANKED: dict[str, Callable[[Grid, Part], int]] = {
     "top": lambda grid, part: -part.box[0].start,
     "left": lambda grid, part: -part.box[1].start,
     "colours": lambda grid, part: len(set(grid[part.rows, part.columns].tolist())),
+    "number of holes": lambda grid, part: len(parts_of(inside_of(part.mask().astype(int)).astype(int), True, False)),
 }
 YES_OR_NO: dict[str, Callable[[Grid, Part], bool]] = {
     "holes": lambda grid, part: part.size < part.mask().size and bool(inside_of(part.mask().astype(int)).any()),
@@ -655,6 +723,7 @@ YES_OR_NO: dict[str, Callable[[Grid, Part], bool]] = {
     "edge": _at_edge,
     "square": lambda grid, part: part.mask().shape[0] == part.mask().shape[1],
     "even": lambda grid, part: part.size % 2 == 0,
+    "touches": _touches,
 }
 
 
@@ -784,6 +853,35 @@ def colour_by_size(rng: Random, colours: Sequence[int]) -> Made:
     return {"way": way, "colours": table[:limit]}, solve
 
 
+@operation("dirty_objects")
+def colour_by_touch(rng: Random, colours: Sequence[int]) -> Made:
+    """Give objects the colour of the single cell that touches them, which goes away or stays."""
+    corners, stays = bool(rng.integers(2)), bool(rng.integers(2))
+
+    def solve(grid: Grid) -> Grid:
+        parts, changed = parts_of(grid, True, True), grid.copy()
+        cells = np.zeros_like(grid)
+        for part in parts:
+            if part.size == 1:
+                cells[part.rows, part.columns] = part.colour
+        for part in parts:
+            if part.size == 1:
+                continue
+            own = np.zeros(grid.shape, dtype=bool)
+            own[part.rows, part.columns] = True
+            near = (neighbours_of(own, corners) > 0) & (cells != BLACK)
+            found = set(cells[near].tolist())
+            if len(found) > 1:
+                raise Unfit("several colours")
+            if found:
+                changed[own] = found.pop()
+                if not stays:
+                    changed[near] = BLACK
+        return changed
+
+    return {"corners": corners, "stays": stays}, solve
+
+
 @operation(*OBJECTS, "marks", "model")
 def move_objects(rng: Random, colours: Sequence[int]) -> Made:
     """Move objects by a step, or as far as they can until the edge or another one; all of them or those of a colour."""
@@ -904,9 +1002,9 @@ def count_objects(rng: Random, colours: Sequence[int]) -> Made:
 
 @operation("marks", "lines", "model")
 def stamp(rng: Random, colours: Sequence[int]) -> Made:
-    """Draw a pattern around each cell of one colour, or around all, each colour having a pattern of its own."""
+    """Draw a pattern around each cell of one colour, or of two, each having a pattern of its own."""
     patterns = {}
-    for colour in colours if rng.random() < 0.5 else [int(pick(rng, colours))]:
+    for colour in colours[:2] if rng.random() < 0.5 else [int(pick(rng, colours))]:
         near = [step for step in SIDES + CORNERS if rng.random() < 0.5]
         if rng.random() < 0.3:
             near += [(2 * down, 2 * right) for down, right in near]
@@ -1131,7 +1229,7 @@ def enlarge(rng: Random, colours: Sequence[int]) -> Made:
     return {"rows": high, "columns": wide}, lambda grid: np.kron(grid, block)
 
 
-@operation("noise", "symmetric", "periodic", "objects", "panels", "table")
+@operation("noise", "symmetric", "periodic", "objects")
 def take_part(rng: Random, colours: Sequence[int]) -> Made:
     """Take a half, a quarter, every second line, or what is inside the edge."""
     kind = pick(rng, ["left", "right", "top", "bottom", "corner", "second", "inner"])
@@ -1185,6 +1283,8 @@ def surround(rng: Random, colours: Sequence[int]) -> Made:
     def solve(grid: Grid) -> Grid:
         if around:
             return np.pad(grid, 1, constant_values=colour)
+        if min(grid.shape) < 3:
+            raise Unfit("nothing is left")
         changed = np.full_like(grid, colour)
         changed[1:-1, 1:-1] = grid[1:-1, 1:-1]
         return changed
@@ -1219,6 +1319,46 @@ def sort_lines(rng: Random, colours: Sequence[int]) -> Made:
         return turned.T if axis else turned
 
     return {"axis": axis, "upwards": upwards}, solve
+
+
+@operation("noise", "marks", "symmetric", "bars", "objects")
+def fold(rng: Random, colours: Sequence[int]) -> Made:
+    """Fold the grid in the middle: the halves lie on each other, or cells get a colour by how many of them have one."""
+    axis, turned = int(rng.integers(2)), bool(rng.random() < 0.7)
+    kind, colour = pick(rng, ["over", "both", "one", "none"]), int(rng.integers(1, 10))
+
+    def solve(grid: Grid) -> Grid:
+        lines = grid.T if axis else grid
+        half = len(lines) // 2
+        if not half or len(lines) % 2:
+            raise Unfit("no halves")
+        first, second = lines[:half], lines[half:][::-1] if turned else lines[half:]
+        count = (first != BLACK).astype(int) + (second != BLACK)
+        if kind == "over":
+            changed = np.where(first != BLACK, first, second)
+        else:
+            changed = np.where(count == {"both": 2, "one": 1, "none": 0}[kind], colour, BLACK)
+        return changed.T if axis else changed
+
+    return {"axis": axis, "turned": turned, "kind": kind, "colour": None if kind == "over" else colour}, solve
+
+
+@operation("noise", "bars", "objects", "periodic")
+def level_lines(rng: Random, colours: Sequence[int]) -> Made:
+    """Give each row or column the colour that most of its coloured cells have, or answer with one cell for each."""
+    axis, short = int(rng.integers(2)), bool(rng.random() < 0.4)
+
+    def solve(grid: Grid) -> Grid:
+        lines = grid.T if axis else grid
+        counts = np.stack([np.bincount(line, minlength=10) for line in lines])
+        counts[:, BLACK] = 0
+        best = np.sort(counts, axis=1)
+        if ((best[:, -1] == best[:, -2]) & (best[:, -1] > 0)).any():
+            raise Unfit("no single colour")
+        changed = np.repeat(counts.argmax(axis=1)[:, None], 1 if short else lines.shape[1], axis=1)
+        return changed.T if axis else changed
+
+    return {"axis": axis, "short": short}, solve
 
 
 @operation("symmetric", "objects", "marks", "dirty_objects", "divided")

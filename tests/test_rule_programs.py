@@ -1,5 +1,6 @@
 """Rules put together at random: that programs do what they promise, and operations what they say."""
 
+import itertools
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from demo import concept_operations, rule_programs
 from demo.make_dataset import draw_pairs
-from demo.rule_programs import OPERATIONS, SCENES, Unfit, inside_of, neighbours_of, parts_of, program
+from demo.rule_programs import LENGTHS, OPERATIONS, SCENES, Unfit, inside_of, neighbours_of, parts_of, program
 
 
 def grid(text):
@@ -69,11 +70,75 @@ def test_every_scene_and_operation_occurs_about_as_often():
     scenes = [rule.parameters["scene"] for rule in rules]
     firsts = [rule.parameters["operations"][0]["operation"] for rule in rules]
     assert {*scenes} == {*SCENES} and {*firsts} == {*OPERATIONS}
-    counts = [firsts.count(name) for name in OPERATIONS]
-    assert min(counts) > 0.3 * np.mean(counts) and max(counts) < 2 * np.mean(counts)
-    lengths = [len(rule.parameters["operations"]) for rule in rules]
-    assert {*lengths} == {1, 2, 3}
+    chosen = [[made["operation"] for made in rule.parameters["operations"]] for rule in rules]
+    counts = [sum(name in names for names in chosen) for name in OPERATIONS]
+    assert min(counts) > 0.25 * np.mean(counts) and max(counts) < 3 * np.mean(counts)
+    assert len({name for names in chosen for name in names[1:]}) > 0.9 * len(OPERATIONS)  # they follow others too
+    assert all(len({*names}) == len(names) for names in chosen)
     assert all({*suits} <= {*SCENES} for _, suits in OPERATIONS.values())
+    # As many operations as are asked for, not as happen to fit.
+    lengths = [len(names) for names in chosen]
+    for length in {*LENGTHS}:
+        assert lengths.count(length) / len(rules) == pytest.approx(LENGTHS.count(length) / len(LENGTHS), abs=0.04)
+
+
+def without(steps, given, max_side):
+    """What each program gives that lacks some of the operations: nothing where one of them has nothing to do."""
+    for kept in itertools.product([False, True], repeat=len(steps)):
+        if not all(kept):
+            cells = given
+            try:
+                for step in itertools.compress(steps, kept):
+                    cells = step(cells)
+                    if max(cells.shape) > max_side:
+                        raise Unfit("too large")
+            except Unfit:
+                continue
+            yield cells
+
+
+def test_no_operation_of_a_program_can_be_left_out(monkeypatch):
+    made, build = [], rule_programs._rule
+
+    def remember(scene, steps, max_side):
+        made.append(steps)
+        return build(scene, steps, max_side)
+
+    monkeypatch.setattr(rule_programs, "_rule", remember)
+    rules, rng = drawn(150, 9)
+    compared = 0
+    for rule, steps in zip(rules, made, strict=True):
+        assert len(steps) == len(rule.parameters["operations"])
+        try:
+            pairs = draw_pairs(rule, rng, 4)
+        except ValueError:
+            continue
+        for given, solved in pairs:
+            for other in without(steps, given, 9):
+                compared += 1
+                assert not np.array_equal(solved, other), rule.parameters
+    assert compared > 1000
+
+
+def test_operations_that_undo_or_hide_others_are_refused():
+    def turned(cells):
+        return cells[:, ::-1]
+
+    def filled(cells):
+        return np.full_like(cells, 5)
+
+    def grown(cells):
+        return np.vstack([cells, cells])
+
+    once = rule_programs._advance((grid("12 .."), []), turned, 5)
+    assert once[0].tolist() == grid("21 ..").tolist()
+    for refused in (turned, filled, lambda cells: cells.copy()):  # undone; the same without the first; no change
+        with pytest.raises(Unfit):
+            rule_programs._advance(once, refused, 5)
+    twice = rule_programs._advance(once, grown, 5)
+    assert [other.tolist() for other in twice[1]] == [grid(text).tolist() for text in ("12 ..", "21 ..", "12 .. 12 ..")]
+    with pytest.raises(Unfit):
+        rule_programs._advance(twice, grown, 5)  # eight rows
 
 
 def test_objects_touch_by_sides_or_corners_and_by_colour_or_not():
@@ -298,6 +363,35 @@ EXAMPLES = [
     ("frame_by_count", [1], "112", "11111 11121 11111"),
     ("frame_by_count", [0], "112", "22222 21122 22222"),
     ("frame_by_count", [1], "12", None),
+    ("fold", [0, 0.1, "over", 1], "1. .. .2 ..", "1. .2"),
+    ("fold", [1, 0.9, "both", 5], "1.22", "5."),
+    ("fold", [1, 0.1, "none", 5], "1..2", ".5"),
+    ("fold", [0, 0.1, "one", 5], "1. .2", "55"),
+    ("fold", [0, 0.1, "one", 5], "1 . 2", None),
+    ("level_lines", [0, 0.9], "121 .33 ...", "111 333 ..."),
+    ("level_lines", [1, 0.1], "12 1. .2", "12"),
+    ("level_lines", [0, 0.9], "12", None),
+    ("reach_edge", [1, 0, 1], "...... ...... .1.... ...... ......", "...... ...... 1..... ...... ......"),
+    ("reach_edge", [1, 0, 0, 0.9], "..... ..... ..22. ..... ..... .....", "..... ..... ..222 ..... ..... ....."),
+    ("reach_edge", [1, 0, 0, 0.1, 3], "..... ..2.. ..2.. ..... ..... .....", "..3.. ..2.. ..2.. ..... ..... ....."),
+    ("reach_edge", [1, 0, 1], "...... .1..2. ...... ......", "...... .1..2. ...... ......"),
+    ("reach_edge", [1, 0, 1], "..... .1... ..... ...2. ..... .....", "..... .1... ..... ....2 ..... ....."),
+    ("colour_by_touch", [0, 0], "333. 333. .5..", "555. 555. ...."),
+    ("colour_by_touch", [1, 1], "333. 333. ...5", "555. 555. ...5"),
+    ("colour_by_touch", [0, 1], "333. 333. ...5", "333. 333. ...5"),
+    ("colour_by_touch", [0, 1], "43335 .333.", None),
+    ("collect_objects", [1, 0, 0, "place", 1], "1...22 1..... ......", "1.22 1..."),
+    ("collect_objects", [1, 0, 1, "less", 0], "333.1", "1.. 333"),
+    ("collect_objects", [1, 0, 1, "size", 0], "333.1", "333 1.."),
+    ("collect_objects", [1, 0, 0, "size", 0], "3.1", None),
+    ("keep_objects", [1, 0, "yes", "touches", 1], "12..3", "12..."),
+    (
+        "keep_objects",
+        [1, 0, "most", "number of holes", 1],
+        "11111.333 1.1.1.3.3 11111.333",
+        "11111.... 1.1.1.... 11111....",
+    ),
+    ("surround", [5, 0], "11 11", None),
 ]
 
 
