@@ -111,7 +111,7 @@ class Settings(RunSettings):
             "stop_at_error": (
                 not self.stop_at_error
                 or not (any(wrong.values()) or self.use_vllm or self.fast_rollouts or self.shared_prompts is False),
-                "not beside --reward_cells, --reward_shape or --reward_format above 0 (a stopped completion has no grid "
+                "not beside --reward_cells, --reward_shape or --reward_format above 0 (what is stopped has no grid "
                 "to judge), --use_vllm, --fast_rollouts or --shared_prompts false",
             ),
             "use_vllm": (not (self.use_vllm and self.fast_rollouts), "not beside --fast_rollouts: both sample"),
