@@ -31,10 +31,10 @@ State = tuple[Grid, list[Grid]]  # what a program makes of an input, and what pr
 
 BLACK = 0  # the background; views give it other colours
 TRIES = 20  # inputs that are drawn for one that all operations have something to do on
-DRAWN, CHECKED = 8, 4  # inputs that are drawn for a program, and on how many of them it has to prove itself
+DRAWN, CHECKED = 6, 4  # inputs that are drawn for a program, and on how many of them it has to prove itself
 LATER_TRIED = 8  # operations that are tried at each place but the first
 PARAMETERS_TRIED = 2  # of each operation
-SCENES_TRIED = 20  # scenes that an operation gets until another one is drawn
+SCENES_TRIED = 10  # scenes that an operation gets until another one is drawn
 PROGRAMS = 400  # scenes drawn until a program proves itself
 LENGTHS = (1, 1, 2, 2, 3)  # operations of a program
 SIDES = ((0, 1), (0, -1), (1, 0), (-1, 0))
