@@ -735,7 +735,11 @@ def set_gradient_checkpointing(model: Any, engine: str, on: bool) -> None:
 
 @contextlib.contextmanager
 def decoding(model: Any, engine: str) -> Iterator[Any]:
-    """Switch a model in training to decoding and back: evaluation mode, no checkpointing, no compiled layers."""
+    """Switch a model in training to decoding and back: evaluation mode, no checkpointing, no compiled layers.
+
+    And no attention by cuDNN, which PyTorch prefers on Hopper GPUs: it makes a plan for each length, and with each
+    token of a reply comes another length.
+    """
     import torch
 
     was_training = model.training
@@ -752,10 +756,13 @@ def decoding(model: Any, engine: str) -> Iterator[Any]:
     compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
     for module in compiled:
         module._compiled_call_impl = None
+    by_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         with torch.no_grad():
             yield model
     finally:
+        torch.backends.cuda.enable_cudnn_sdp(by_cudnn)
         for module, call in compiled.items():
             module._compiled_call_impl = call
         if checkpointed:

@@ -86,11 +86,12 @@ class DecodingOnce:
 
     def batch_decode(self, sequences: Any, **options: Any) -> list[str]:
         """As the tokenizer's; `sequences` are rows of numbers, or a tensor (rows, tokens)."""
-        rows = [tuple(row) for row in (sequences.tolist() if hasattr(sequences, "tolist") else sequences)]
-        different = list(dict.fromkeys(rows))
-        decoded = self.tokenizer.batch_decode([list(row) for row in different], **options)
+        rows = sequences.cpu().numpy() if hasattr(sequences, "cpu") else [np.asarray(row) for row in sequences]
+        names = [row.tobytes() for row in rows]
+        different = dict(zip(names, rows, strict=True))
+        decoded = self.tokenizer.batch_decode([row.tolist() for row in different.values()], **options)
         texts = dict(zip(different, decoded, strict=True))
-        return [texts[row] for row in rows]
+        return [texts[name] for name in names]
 
 
 def grpo_trainer(

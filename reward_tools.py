@@ -124,14 +124,17 @@ def reward_functions(
     def judged(key: str, reply: str) -> Components:
         return judge_components(dataset, key, reply, **options)
 
+    @functools.lru_cache(maxsize=4096)  # all completions of a group have one solution
+    def own_repetition(key: str) -> float:
+        return repetition(dataset.fmt_task(key, **text_format)["reply"])
+
     def component(name: str) -> Callable[..., list[float]]:
         def function(completion_ids: Sequence[Sequence[int]], key: Sequence[str], **arguments: Any) -> list[float]:
             replies = tokenizer.batch_decode(completion_ids, skip_special_tokens=False)
             log_metric = arguments.get("log_metric")
             if log_metric is not None and name == COMPONENTS[0]:
                 own = [repetition(reply) for reply in replies]
-                solutions = [repetition(dataset.fmt_task(k, **text_format)["reply"]) for k in key]
-                excess = [max(0.0, a - b) for a, b in zip(own, solutions, strict=True)]
+                excess = [max(0.0, a - own_repetition(k)) for a, k in zip(own, key, strict=True)]
                 log_metric("completions/repetition", sum(own) / len(own))
                 log_metric("completions/repetition_excess", sum(excess) / len(excess))
             return [getattr(judged(k, reply), name) for k, reply in zip(key, replies, strict=True)]

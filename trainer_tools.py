@@ -113,7 +113,10 @@ def lazy_dataset(rows: Any, count: int) -> Any:
         made = rows.__getitems__(batch["row"]) if hasattr(rows, "__getitems__") else [rows[i] for i in batch["row"]]
         return {name: [row[name] for row in made] for name in made[0]}
 
-    return Dataset.from_dict({"row": list(range(count))}).with_transform(make)
+    dataset = Dataset.from_dict({"row": list(range(count))})
+    # Without what datasets wraps around it: a fingerprint, for which all puzzles would be pickled, 10 s for 50,000.
+    Dataset.set_format.__wrapped__(dataset, "custom", transform=make)
+    return dataset
 
 
 def planned_rows(run: StageRun, data: StageData, rows_per_step: int) -> int:
