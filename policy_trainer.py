@@ -200,6 +200,22 @@ def grpo_trainer(
                 metrics["completions/stopped_ratio"].append(metrics.pop("completions/clipped_ratio")[-1])
             return found
 
+        def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+            # Completions without advantage, those of groups that are all right or all wrong, add nothing to a loss that
+            # is a sum over tokens divided by their number in the step: the update does without them. What is logged of
+            # the policy (entropy, clipping) is then of the others.
+            advantages = inputs["advantages"]
+            if settings.stop_at_error and self.model.training and self.beta == 0 and self.loss_type == "dapo":
+                kept = advantages.nonzero()[:, 0]
+                if not len(kept):
+                    kept = kept.new_zeros(1)  # a pass has to compute something
+                rows = len(advantages)
+                inputs = {
+                    name: value[kept] if getattr(value, "ndim", 0) and len(value) == rows else value
+                    for name, value in inputs.items()
+                }
+            return super()._compute_loss(model, inputs)
+
         def _prepare_inputs(self, generation_batch: Any) -> Any:
             # As trl's, but that completions are not shuffled before they are divided into passes: groups stay together.
             # Its losses are sums over all passes of a step, so that only bnpo's knows the difference.

@@ -266,7 +266,7 @@ def sample_until_wrong(
             random_draws(seed, own, len(solution)).T
             for own, solution in zip(numbers[part], solutions[part], strict=True)
         ]
-        draws = torch.from_numpy(np.concatenate(draws)[..., None]).to(logits.device)  # (tokens, samples, 1)
+        draws = torch.from_numpy(np.ascontiguousarray(np.concatenate(draws)[..., None])).to(logits.device)  # (tokens, samples, 1)
         tokens, _ = draw_tokens(logits[:, None].expand(-1, draws.shape[1], -1), draws, temperature)
         begin, tokens = 0, tokens.cpu().numpy()
         for solution in solutions[part]:

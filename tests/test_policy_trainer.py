@@ -54,6 +54,39 @@ def test_a_shared_prompt_trains_the_same(tmp_path, policy, extra):
             assert torch.allclose(tensor, shared[part], atol=1e-5), part
 
 
+STOPPED = ("--stop_at_error", True, "--fast_rollouts", False, "--reward_cells", 0, "--micro_batch_size", 16)
+
+
+def test_completions_end_with_their_first_wrong_token(tmp_path, policy, monkeypatch):
+    records, weights, printed = trained(tmp_path / "stopped", *policy, *STOPPED)
+    whole, _, _ = trained(tmp_path / "whole", *policy, "--reward_cells", 0, "--micro_batch_size", 16)
+    assert "a step: 1 forward pass of 16 completions, without padding" in printed
+    # The first step's samples are those of whole completions, cut off: as many of them are right.
+    assert records[0]["rewards/exact_match/mean"] == whole[0]["rewards/exact_match/mean"]
+    assert records[0]["reward_std"] == pytest.approx(whole[0]["reward_std"])
+    assert records[0]["completions/mean_length"] < whole[0]["completions/mean_length"]
+    assert any(0 < r["rewards/exact_match/mean"] < 1 and r["grad_norm"] > 0 for r in records)
+    for record in records:  # a wrong end is wrong too, so that no more are stopped than are wrong
+        assert record["completions/stopped_ratio"] <= 1 - record["rewards/exact_match/mean"] + 1e-6
+        assert not {"completions/clipped_ratio", "rewards/cell_accuracy/mean"} & set(record)
+    # Groups without signal are left out of the update, which is the same.
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda tensor: torch.arange(len(tensor))[:, None])
+    _, every, _ = trained(tmp_path / "every", *policy, *STOPPED)
+    for part, tensor in weights.items():
+        assert torch.allclose(tensor, every[part], atol=1e-5), part
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--reward_cells", 0.1), ("--use_vllm", True), ("--fast_rollouts", True), ("--shared_prompts", False)],
+    ids=lambda more: more[0],
+)
+def test_what_cannot_be_stopped(tmp_path, policy, more):
+    code, printed = call("train_grpo", *policy, *STOPPED, *more, "--output_dir", tmp_path)
+    assert code == 2, printed
+    assert "--stop_at_error is True: expected not beside" in printed
+
+
 def test_who_samples_and_who_shares(monkeypatch, tmp_path):
     model = tiny_models_model()
     run = SimpleNamespace(settings=train_grpo.Settings(), precision=Precision("unsloth", "bfloat16", True))

@@ -9,7 +9,9 @@ import torch
 
 import model_tools
 from model_tools import Precision
-from rollout_tools import RolloutModel, make_rollouts
+from packing_tools import use_packed_attention
+from rollout_tools import RolloutModel, make_rollouts, make_stopped_rollouts, sample_until_wrong
+from sampling_tools import DeviceSampler
 from search_tools import score_replies
 
 IDS = torch.arange(40).reshape(2, 20) % 70
@@ -91,3 +93,58 @@ def test_log_probabilities_are_those_of_a_plain_forward_pass(tmp_path):
         assert score_replies(copy.model, "transformers", tokenizer, [prompt], [reply.tokens]) == pytest.approx(
             [plain], abs=1e-4
         )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_samples_along_a_solution_are_those_sampled_token_by_token(tmp_path, temperature):
+    model, tokenizer, _ = trained(tmp_path)
+    prompts = [np.array(tokenizer(text)["input_ids"]) for text in ("I12\n+/-=O", "I3\n45\n+/-=O", "I777\n+/-=O")]
+    end = tokenizer.eos_token_id
+    copy = RolloutModel(model, torch.float32)
+    sampler = DeviceSampler(copy.model, end, max_new_tokens=12, temperature=temperature)
+    many = range(40)
+    replies = [[sampler.sample([p], seed=3, seeds=[40 * n + k])[0][0].tokens for k in many] for n, p in enumerate(prompts)]
+    # Solutions that are met: what some of the model's own replies are.
+    solutions = [max(own, key=lambda reply: (reply[-1] == end, -len(reply))) for own in replies]
+    use_packed_attention(copy.model)
+    for batch_size in (1, 2, 64):
+        found = sample_until_wrong(
+            copy.model, "transformers", prompts, solutions, seed=3, temperature=temperature, batch_size=batch_size,
+            numbers=[[40 * n + k for k in many] for n in range(len(prompts))],
+        )  # fmt: skip
+        for own, solution, stopped in zip(replies, solutions, found, strict=True):
+            for whole, part in zip(own, stopped, strict=True):
+                assert part.tolist() == whole[: len(part)].tolist()
+                assert np.array_equal(part, solution) == np.array_equal(whole, solution)
+                # It goes on exactly as long as it is right.
+                assert part[:-1].tolist() == solution[: len(part) - 1].tolist()
+                assert len(part) == len(solution) or part[-1] != solution[len(part) - 1]
+    lengths = [len(part) for own in found for part in own]
+    assert min(lengths) < max(lengths), "some are stopped, some are not"
+    assert any(np.array_equal(part, solution) for part, solution in zip(found[0], [solutions[0]] * 40, strict=True))
+
+
+def test_stopped_completions_go_to_their_prompts(tmp_path):
+    model, tokenizer, _ = trained(tmp_path)
+    use_packed_attention(model)
+    texts = ["I12\n+/-=O", "I3\n+/-=O"]
+    solution = np.array([5, 6, tokenizer.eos_token_id])
+    rows = {text: {"prompt_ids": np.array(tokenizer(text)["input_ids"]), "solution_ids": solution} for text in texts}
+    roll = make_stopped_rollouts(model, "transformers", temperature=1.0, seed=5, batch_size=8)
+
+    def completions(prompts, step):
+        trainer = SimpleNamespace(state=SimpleNamespace(global_step=step), rows=[rows[text] for text in prompts])
+        found = roll(prompts, trainer)
+        assert found["logprobs"] is None
+        assert [ids.tolist() for ids in found["prompt_ids"]] == tokenizer(prompts)["input_ids"]
+        return [ids.tolist() for ids in found["completion_ids"]]
+
+    # A prompt may come twice in a step: each of its completions is one of its own samples.
+    for prompts in ([texts[0]] * 4 + [texts[1]] * 4, [texts[0]] * 8 + [texts[1]] * 4):
+        first = completions(prompts, 0)
+        assert all(first) and len(first) == len(prompts)
+        assert len({tuple(ids) for ids in first}) > 1
+        assert completions(prompts, 1) != first
+        again = make_stopped_rollouts(model, "transformers", temperature=1.0, seed=5, batch_size=1)
+        trainer = SimpleNamespace(state=SimpleNamespace(global_step=0), rows=[rows[text] for text in prompts])
+        assert [ids.tolist() for ids in again(prompts, trainer)["completion_ids"]] == first
