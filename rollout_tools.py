@@ -262,11 +262,11 @@ def sample_until_wrong(
         part = slice(at, at + batch_size)
         with torch.no_grad():
             logits = solution_logits(model, engine, prompts[part], solutions[part])
-        draws = [
+        draws = [  # (tokens, samples) of each prompt
             random_draws(seed, own, len(solution)).T
             for own, solution in zip(numbers[part], solutions[part], strict=True)
         ]
-        draws = torch.from_numpy(np.ascontiguousarray(np.concatenate(draws)[..., None])).to(logits.device)  # (tokens, samples, 1)
+        draws = torch.from_numpy(np.ascontiguousarray(np.concatenate(draws)[..., None])).to(logits.device)
         tokens, _ = draw_tokens(logits[:, None].expand(-1, draws.shape[1], -1), draws, temperature)
         begin, tokens = 0, tokens.cpu().numpy()
         for solution in solutions[part]:

@@ -103,7 +103,10 @@ def test_samples_along_a_solution_are_those_sampled_token_by_token(tmp_path, tem
     copy = RolloutModel(model, torch.float32)
     sampler = DeviceSampler(copy.model, end, max_new_tokens=12, temperature=temperature)
     many = range(40)
-    replies = [[sampler.sample([p], seed=3, seeds=[40 * n + k])[0][0].tokens for k in many] for n, p in enumerate(prompts)]
+    replies = [
+        [sampler.sample([prompt], seed=3, seeds=[40 * n + k])[0][0].tokens for k in many]
+        for n, prompt in enumerate(prompts)
+    ]
     # Solutions that are met: what some of the model's own replies are.
     solutions = [max(own, key=lambda reply: (reply[-1] == end, -len(reply))) for own in replies]
     use_packed_attention(copy.model)
