@@ -354,18 +354,25 @@ class PolicyTrial(Trial):
         own = self.run.settings.samples_per_step // process_count()
         count = min(size, math.ceil(own / self.group) + (process_count() > 1))
         prompts = [rng.integers(0, vocabulary, self.run.settings.max_seq_length) for _ in range(count)]
-        replies = [rng.integers(0, vocabulary, self.length) for _ in range(size)]
-        return [prompts[at * count // size] for at in range(size)], replies
+        different = count if self.run.settings.stop_at_error else size  # those that are stopped follow one solution
+        replies = [rng.integers(0, vocabulary, self.length) for _ in range(different)]
+        return [prompts[at * count // size] for at in range(size)], [
+            replies[at * different // size] for at in range(size)
+        ]
 
     def typical(self, size: int) -> list[Any]:
-        """The first prompts, with their puzzles' own replies."""
-        own = max(1, size // self.group)
+        """The first prompts, with replies as long as their solutions: alike in a group only where they are stopped."""
+        own, rng = max(1, size // self.group), np.random.default_rng(0)
+        vocabulary = self.model.config.vocab_size
         found = []
         for at in (0, own):
             rows = self.samples.__getitems__(list(range(at, at + own)))
             parts = [(row["input_ids"], int(row["reply_spans"][-1][0])) for row in rows]
             parts = [parts[number * own // size] for number in range(size)]
-            found.append(([ids[:begin] for ids, begin in parts], [ids[begin:][: self.length] for ids, begin in parts]))
+            replies = [ids[begin:][: self.length] for ids, begin in parts]
+            if not self.run.settings.stop_at_error:
+                replies = [rng.integers(0, vocabulary, len(reply)) for reply in replies]
+            found.append(([ids[:begin] for ids, begin in parts], replies))
         return found
 
     def tokens(self, batch: Any) -> int:

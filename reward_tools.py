@@ -105,7 +105,7 @@ def repetition(text: str, n: int = NGRAM) -> float:
 
 
 def reward_functions(
-    dataset: ArcDataset, tokenizer: Any, text_format: dict[str, str]
+    dataset: ArcDataset, tokenizer: Any, text_format: dict[str, str], *, stopped: bool = False
 ) -> list[Callable[..., list[float]]]:
     """The parts of the judgement as trl's GRPOTrainer calls them, named as COMPONENTS, in that order.
 
@@ -117,6 +117,7 @@ def reward_functions(
         dataset: holds the solutions of the keys.
         tokenizer: decodes the ids, end tokens included.
         text_format: the format's options, see `arc_loader.format_options`.
+        stopped: completions end with their first wrong token: the first alone says something, and repetition nothing.
     """
     options = {name: text_format[name] for name in ("reply_end", "lines_sep")}
 
@@ -132,7 +133,7 @@ def reward_functions(
         def function(completion_ids: Sequence[Sequence[int]], key: Sequence[str], **arguments: Any) -> list[float]:
             replies = tokenizer.batch_decode(completion_ids, skip_special_tokens=False)
             log_metric = arguments.get("log_metric")
-            if log_metric is not None and name == COMPONENTS[0]:
+            if log_metric is not None and name == COMPONENTS[0] and not stopped:
                 own = [repetition(reply) for reply in replies]
                 excess = [max(0.0, a - own_repetition(k)) for a, k in zip(own, key, strict=True)]
                 log_metric("completions/repetition", sum(own) / len(own))
@@ -142,4 +143,4 @@ def reward_functions(
         function.__name__ = name  # trl's name of it in the logs
         return function
 
-    return [component(name) for name in COMPONENTS]
+    return [component(name) for name in COMPONENTS[: 1 if stopped else None]]

@@ -141,10 +141,8 @@ def main() -> None:
         with run.machine_errors("scanning the prompts"):  # LoRA adds nothing yet: this is stage 2's model
             scan = scan_prompts(model, run, data, longest, samples_from_copy(model, settings))
         with run.machine_errors("loading the model"):
-            rewards = reward_functions(data.puzzles, data.tokenizer, data.format)
-            weights = component_weights(**settings.rewards)
-            if settings.stop_at_error:  # of a completion that was stopped, the others would say nothing
-                rewards, weights = rewards[:1], weights[:1]
+            rewards = reward_functions(data.puzzles, data.tokenizer, data.format, stopped=settings.stop_at_error)
+            weights = component_weights(**settings.rewards)[: len(rewards)]
             trainer = grpo_trainer(
                 model, run, data, rewards, reward_weights=weights, max_completion_length=longest,
                 chosen=scan.chosen if scan else None,

@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from packing_tools import use_packed_attention
-from prompt_sharing import attend_shared, reply_log_probs, share_prompts
+from prompt_sharing import attend_shared, covering_replies, reply_log_probs, share_prompts, solution_logits
 
 
 def make_model(**options):
@@ -73,6 +73,40 @@ def test_the_same_as_rows_of_their_own(temperature):
     for name, own, other in zip(names, torch.autograd.grad((found * weights).sum(), parameters), wanted, strict=True):
         assert torch.allclose(own, other, atol=1e-5), name
     assert reply_log_probs(model, "transformers", prompts, replies, width=9)[0].shape == (7, 9)
+
+
+def test_replies_that_others_cover_are_not_computed():
+    a, b = np.array([5, 6, 7]), np.array([8, 9])
+    prompts = [a, a, b, a, a, b]
+    replies = [np.array(ids) for ids in ([1, 2, 3], [1, 9], [1, 2, 3], [1, 2, 3], [4, 4], [1, 2, 7])]
+    # [1, 9] has the context of [1, 2, 3] at both of its tokens; to b, [1, 2, 7] that of [1, 2, 3] at all three.
+    assert covering_replies(prompts, replies) == ([0, 2, 4], [0, 0, 2, 0, 4, 2])
+    model = make_model()
+    expected, entropies = one_by_one(model, prompts, replies)
+    weights = torch.arange(1.0, 7)[:, None]
+    wanted = torch.autograd.grad((expected * weights).sum(), model.lm_head.weight)[0]
+    use_packed_attention(model)
+    seen = []
+    hook = model.model.register_forward_hook(lambda module, args, out: seen.append(out[0].shape[1]))
+    found, own = reply_log_probs(model, "transformers", prompts, replies)
+    hook.remove()
+    assert seen == [16]  # two prompts without their last tokens, and 3 + 2 + 3 tokens of replies, filled up to eights
+    assert torch.allclose(found, expected, atol=1e-5) and torch.allclose(own, entropies, atol=1e-5)
+    assert torch.allclose(torch.autograd.grad((found * weights).sum(), model.lm_head.weight)[0], wanted, atol=1e-5)
+
+
+def test_logits_along_solutions():
+    model = make_model()
+    prompts, solutions = [np.array([8, 9]), np.array([5, 6, 7])], [np.array([1, 2, 3]), np.array([4])]
+    with torch.no_grad():
+        expected = [
+            model(torch.from_numpy(np.concatenate([p, s]))[None], use_cache=False).logits[0, len(p) - 1 : -1]
+            for p, s in zip(prompts, solutions, strict=True)
+        ]
+        use_packed_attention(model)
+        assert torch.allclose(
+            solution_logits(model, "transformers", prompts, solutions), torch.cat(expected), atol=1e-5
+        )
 
 
 def test_recomputed_activations_give_the_same_gradients():
