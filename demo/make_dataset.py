@@ -598,7 +598,7 @@ def generate_changed(
     ]
     if any(wrong for wrong, _ in problems):
         raise ValueError("; ".join(message for wrong, message in problems if wrong))
-    bounds = tuple(settings.grid_sizes) or None
+    bounds = tuple(settings.grid_sizes) or None  # and so on as training_tools.load_split does, which imports torch
     try:
         data = ArcDataset.load_from_local_json(
             folder, sizes=tuple(settings.sizes), seed=settings.dataset_seed, grid_sizes=bounds
@@ -811,12 +811,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--min_pairs", type=int, help="tasks of re-arc with fewer pairs are left out (7)")
     args = parser.parse_args(argv)
     asked = {name: value for name, value in vars(args).items() if value is not None and name != "out"}
-    modes = {"from_rearc": TAKEN, "programs": DRAWN, "changed_from": ALTERED | dict.fromkeys(SPLIT)}
+    modes = {"programs": DRAWN, "changed_from": ALTERED | dict.fromkeys(SPLIT), "from_rearc": TAKEN}
     try:
         chosen = [name for name in modes if name in asked]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(f'--{name}' for name in chosen)}: expected one of them")
-        defaults, when = GENERATED, "without --from_rearc, --programs and --changed_from"
+        defaults, when = GENERATED, "without --programs, --changed_from and --from_rearc"
         if chosen:
             defaults, when = modes[chosen[0]], f"with --{chosen[0]}"
         useless = [f"--{name}" for name in asked if name not in {*defaults, *chosen}]

@@ -402,6 +402,8 @@ def test_the_settings_of_make_learn_are_taken_and_agree():
         settings = learn.settings_of(script, configs / f"{name}.yaml", "dataset")
         assert {part: getattr(settings, part) for part in learn.SPLIT} == {part: split[part] for part in learn.SPLIT}
         assert settings.engine == "transformers" and not settings.load_in_4bit
+    changed = learn.read_yaml(configs / "changed.yaml")
+    assert changed.items() >= {part: split[part] for part in learn.SPLIT if part.startswith("holdout")}.items()
     for name in ("greedy", "search"):
         settings = learn.settings_of("evaluate", configs / f"evaluate_{name}.yaml", "dataset")
         assert {part: getattr(settings, part) for part in learn.SPLIT} == {part: split[part] for part in learn.SPLIT}
