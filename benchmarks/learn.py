@@ -6,7 +6,8 @@
 Runs the same scripts as everybody does, each as a process of its own, with the settings of --configs (learn/*.yaml):
 
     base        demo/make_base.py: a small Llama, pretrained on generated puzzles (base.yaml); and demo/make_dataset.py:
-                puzzles that stage 2 trains on besides (programs.yaml, if there is one)
+                puzzles that stage 2 trains on besides: with random rules (programs.yaml, if there is one), and of
+                the dataset with changed outputs (changed.yaml, if there is one)
     stage1      base_finetune.py (stage1.yaml)
     stage2      base_finetune_final.py (stage2.yaml)
     stage3      train_grpo.py (stage3.yaml)
@@ -75,7 +76,7 @@ SPLIT = ("sizes", "grid_sizes", "dataset_seed", "holdout_examples", "holdout_tas
 FOUR_BIT = ["--load_in_4bit", "true", "--compile_layers", "false"]  # layers that dequantise are not compiled
 # What is changed in each ablation, the flags that change it, and whether it is stage 2's script or stage 1's.
 ABLATIONS: dict[str, tuple[str, list[str], str]] = {
-    "masked": ("nothing: stage 2, shortened and without programs", [], "stage2"),
+    "masked": ("nothing: stage 2, shortened and without extra puzzles", [], "stage2"),
     "all-tokens": ("all tokens are learned again, as in stage 1", [], "stage1"),
     "embedding-1e-5": ("embedding_learning_rate 1e-5", ["--embedding_learning_rate", "1e-5"], "stage2"),
     "r-64": ("lora_r 64", ["--lora_r", "64"], "stage2"),
@@ -204,7 +205,7 @@ class Chain:
     def jobs(self, pieces: Sequence[str]) -> Iterator[list[Job]]:
         """The jobs of some pieces in order; those of a part need nothing of each other, but the parts before it."""
         if "base" in pieces:
-            yield [self.base(), *self.programs()]
+            yield [self.base(), *self.extras()]
         for piece in ("stage1", "stage2"):
             if piece in pieces:
                 beside = piece == "stage2" and "ablations" in pieces and min(self.args.gpus, self.args.together) > 1
@@ -267,14 +268,16 @@ class Chain:
         whole = float(values.get("pretrain_seconds", 0))
         return Job("base", command, [config], folder / "make_base.json", whole=1.2 * whole + 75 if whole else 0.0)
 
-    def programs(self) -> list[Job]:
-        """The puzzles that stage 2 trains on besides; none without their settings."""
-        config = self.config("programs")
-        if not config.is_file():
-            return []
-        folder = self.output / "programs"
-        command = [str(ROOT / "demo" / "make_dataset.py"), "--out", str(folder), *as_flags(read_yaml(config))]
-        return [Job("programs", command, [config], folder / "rules.txt", whole=60.0)]  # all are drawn at one go
+    def extras(self) -> list[Job]:
+        """The puzzles that stage 2 trains on besides, a folder of each kind that there are settings for."""
+        jobs = []
+        for name, flags in {"programs": [], "changed": ["--changed_from", str(self.args.dataset_dir)]}.items():
+            config, folder = self.config(name), self.output / name
+            if config.is_file():
+                values = as_flags(read_yaml(config))
+                command = [str(ROOT / "demo" / "make_dataset.py"), "--out", str(folder), *flags, *values]
+                jobs.append(Job(name, command, [config], folder / "rules.txt", whole=60.0))  # each is made at one go
+        return jobs
 
     def stage(self, name: str) -> Job:
         """A stage of the main run."""
@@ -284,9 +287,9 @@ class Chain:
             flags = ["--base_model", str(self.output / "base")]
         else:
             needed = [self.manifest(self.output / f"{PREFIX}-{parent}-merged")]
-        for made in self.programs() if name == "stage2" else []:
-            flags += ["--extra_dataset_dirs", str(made.result.parent)]
-            needed.append(made.result)
+        if name == "stage2" and (extras := [made.result for made in self.extras()]):
+            flags += ["--extra_dataset_dirs", *(str(listing.parent) for listing in extras)]
+            needed += extras
         job = self.training(name, script, self.config(name), needed, self.output, artifact, flags)
         return replace(job, alone=name != "stage3")
 
@@ -566,6 +569,7 @@ def check_split(chain: Chain) -> dict[str, Any]:
     Raises:
         ValueError: settings that do not agree, or another split than the one written down.
     """
+    from run_settings import DataSettings
     from training_tools import load_dataset
 
     dataset_dir, found = chain.args.dataset_dir, {}
@@ -574,6 +578,9 @@ def check_split(chain: Chain) -> dict[str, Any]:
     for name, script in names.items():
         settings = settings_of(script, chain.config(name), dataset_dir)
         found[name] = {part: getattr(settings, part) for part in SPLIT}
+    if chain.config("changed").is_file():
+        values = read_yaml(chain.config("changed"))
+        found["changed"] = {part: values.get(part, getattr(DataSettings(), part)) for part in SPLIT}
     different = [f"{name}.yaml" for name in found if found[name] != found["stage1"]]
     if different:
         raise ValueError(f"{', '.join(different)}: not the {', '.join(SPLIT)} of stage1.yaml: puzzles would leak")

@@ -3,6 +3,7 @@
     python demo/make_dataset.py --out demo_dataset
     python demo/make_dataset.py --out demo_dataset --tasks_per_family 4 --max_side 6 --families flip gravity
     python demo/make_dataset.py --programs 20000 --out programs --examples 7
+    python demo/make_dataset.py --changed_from dataset --out changed --holdout_examples 800 --holdout_tasks 40
     python demo/make_dataset.py --from_rearc re_arc --out dataset --max_side 10
 
 With --from_rearc: reads what re-arc has generated (metadata.json, tasks/*.json) and writes OUT/TASK.json with the pairs
@@ -14,6 +15,11 @@ file's checksum and its rule's parameters. The files depend on the settings alon
 number and the settings of its examples: asking for more tasks, more examples or other families leaves what there was as
 it was. With --programs the rules are not those of families but put together at random (rule_programs.py), no two of the
 same scene and operations: OUT/program-NUMBER.json; a rule that has fewer examples than are asked for is left.
+
+With --changed_from: loads a dataset and holds out of it what a stage with the same --sizes, --grid_sizes,
+--dataset_seed and --holdout_... does, and changes all outputs of a --share of the puzzles that are left to train on by
+one random operation each (rule_programs.py): OUT/changed-PUZZLE.json, each a puzzle {"train", "test"}. Writes no puzzle
+that has an input of a held-out one. What a puzzle becomes depends on its name, its outputs, --seed and --max_side.
 
 To add a family: write a function that draws a rule's parameters and register it with @family (`flip` is the shortest).
 """
@@ -29,7 +35,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +56,8 @@ MIN_SIDE = 3  # below it some rules have nothing to show
 PROGRAM = "program"  # first part of the names of programs' tasks
 PROGRAMS_TRIED = 400  # programs that are drawn for one that has enough examples
 PROGRAMS_A_CALL = 50  # that a process draws at a time
+CHANGED = "changed"  # first part of the names of puzzles with changed outputs
+CHANGES_TRIED = 12  # operations that are drawn for a puzzle
 MISSES = 2000  # draws in a row that repeat an earlier input or show nothing, after which a rule counts as exhausted
 
 
@@ -466,6 +474,14 @@ def _numbered_program(number: int, examples: int, max_side: int, seed: int) -> t
     return parameters, [{"input": grid.tolist(), "output": solved.tolist()} for grid, solved in pairs]
 
 
+def _in_processes(function: Callable[[Any], Any], items: Sequence[Any], workers: int | None) -> list[Any]:
+    workers = min(workers or os.cpu_count() or 1, -(-len(items) // PROGRAMS_A_CALL))
+    if workers <= 1:
+        return list(map(function, items))
+    with multiprocessing.get_context("spawn").Pool(workers) as pool:
+        return pool.map(function, items, chunksize=PROGRAMS_A_CALL)
+
+
 def generate_programs(
     programs: int, examples: int, max_side: int, seed: int, workers: int | None = None
 ) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
@@ -494,12 +510,7 @@ def generate_programs(
     if any(wrong for wrong, _ in problems):
         raise ValueError("; ".join(message for wrong, message in problems if wrong))
     draw = functools.partial(_numbered_program, examples=examples, max_side=max_side, seed=seed)
-    workers = min(workers or os.cpu_count() or 1, -(-programs // PROGRAMS_A_CALL))
-    if workers == 1:
-        drawn = list(map(draw, range(programs)))
-    else:
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            drawn = pool.map(draw, range(programs), chunksize=PROGRAMS_A_CALL)
+    drawn = _in_processes(draw, range(programs), workers)
     tasks, taken = {}, set()
     for number, (parameters, pairs) in enumerate(drawn):
         identity = json.dumps(parameters)
@@ -507,6 +518,133 @@ def generate_programs(
             taken.add(identity)
             tasks[f"{PROGRAM}-{number}"] = parameters, pairs
     return tasks
+
+
+def change_outputs(rng: Random, outputs: Sequence[Grid], max_side: int) -> tuple[dict[str, Any], list[Grid]] | None:
+    """Change all outputs of a puzzle by one operation of the programs.
+
+    Args:
+        rng: of all draws.
+        outputs: of the demonstrations and the tests.
+        max_side: largest side of a changed output.
+
+    Returns:
+        The operation with its parameters, and the changed outputs, of which one at most is what it was, and which are
+        not all alike; None if none of CHANGES_TRIED operations does that.
+    """
+    from demo.rule_programs import BLACK, OPERATIONS, Unfit
+
+    names = list(OPERATIONS)
+    colours = sorted({*np.concatenate([grid.ravel() for grid in outputs]).tolist()} - {BLACK}) or [1]
+    for _ in range(CHANGES_TRIED):
+        name = pick(rng, names)
+        with contextlib.suppress(Unfit):
+            parameters, solve = OPERATIONS[name][0](rng, colours)
+            changed = [solve(grid) for grid in outputs]
+            if (
+                all(1 <= min(grid.shape) <= max(grid.shape) <= max_side for grid in changed)
+                and sum(map(np.array_equal, changed, outputs)) <= 1
+                and not all(np.array_equal(changed[0], grid) for grid in changed)
+            ):
+                return {"operation": name, **parameters}, changed
+    return None
+
+
+def _changed_puzzle(
+    puzzle: tuple[str, list[Grid]], max_side: int, seed: int
+) -> tuple[dict[str, Any], list[Grid]] | None:
+    name, outputs = puzzle
+    from arc_loader import seeded_rng
+
+    return change_outputs(seeded_rng(seed, CHANGED, name), [grid.astype(int) for grid in outputs], max_side)
+
+
+def generate_changed(
+    folder: Path, share: float, max_side: int, seed: int, workers: int | None = None, **split: Any
+) -> tuple[dict[str, tuple[dict[str, Any], dict[str, Any]]], dict[str, Any]]:
+    """Change the outputs of puzzles that a stage trains on, each puzzle's by an operation of its own.
+
+    Args:
+        folder: a dataset as the stages load it.
+        share: of the puzzles; a larger one adds some and leaves the others as they are.
+        max_side: largest side of a changed output.
+        seed: of which puzzles, and of what is drawn for each.
+        workers: processes that draw, which makes no difference to what is drawn; None: one for each core.
+        split: settings of SPLIT, where they are not the stages' defaults; what they hold out is not used.
+
+    Returns:
+        By task name, `changed-PUZZLE`: the operation with its parameters, and the puzzle {"train", "test"}. And what it
+        was made from: "split" (all its settings), "dataset" (a hash of all puzzles), and numbers of puzzles: "train",
+        "looked_at", and of these "unfit" (no operation fits) and "heldout" (they have an input of a held-out puzzle).
+
+    Raises:
+        FileNotFoundError, ValueError: settings out of range, bad files, more held out than there is, or no task left.
+    """
+    from arc_loader import ArcDataset, seeded_rng
+    from run_settings import DataSettings
+
+    problems = [
+        (not 0 < share <= 1, f"--share is {share}: expected a share above 0, up to 1"),
+        (not 1 <= max_side <= MAX_SIDE, f"--max_side is {max_side}: expected 1 to {MAX_SIDE}"),
+        (workers is not None and workers < 1, f"--workers is {workers}: expected a whole number from 1"),
+    ]
+    settings = DataSettings(str(folder), **split)
+    problems += [
+        (value < 0, f"--{name} is {value}: expected a whole number from 0")
+        for name, value in (
+            ("seed", seed),
+            *((name, getattr(settings, name)) for name in ("dataset_seed", "holdout_seed")),
+        )
+    ]
+    if any(wrong for wrong, _ in problems):
+        raise ValueError("; ".join(message for wrong, message in problems if wrong))
+    bounds = tuple(settings.grid_sizes) or None  # and so on as training_tools.load_split does, which imports torch
+    try:
+        data = ArcDataset.load_from_local_json(
+            folder, sizes=tuple(settings.sizes), seed=settings.dataset_seed, grid_sizes=bounds
+        )
+        held = data.holdout(settings.holdout_examples, settings.holdout_tasks, settings.holdout_seed)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"--changed_from: {error}") from None
+
+    def inputs(ds: ArcDataset, puzzle: str) -> list[Grid]:
+        return [pair["input"] for part in ("train", "test") for pair in ds.challenge[puzzle][part]]
+
+    hidden = {
+        (grid.shape, grid.tobytes())
+        for part in (held.seen, held.unseen)
+        for puzzle in part.challenge
+        for grid in inputs(part, puzzle)
+    }
+    train = held.train
+    drawn = [puzzle for puzzle in train.challenge if seeded_rng(seed, CHANGED, puzzle, "share").random() < share]
+    # Small inputs come in several tasks: of those that are held out no other answer is to be learned either.
+    usable = [p for p in drawn if not any((grid.shape, grid.tobytes()) in hidden for grid in inputs(train, p))]
+    outputs = [[*(pair["output"] for pair in train.challenge[p]["train"]), *train.solutions.get(p, ())] for p in usable]
+    change = functools.partial(_changed_puzzle, max_side=max_side, seed=seed)
+    tasks = {}
+    for puzzle, made in zip(
+        usable, _in_processes(change, list(zip(usable, outputs, strict=True)), workers), strict=True
+    ):
+        if made is None:
+            continue
+        parameters, changed = made
+        rows = [{"input": grid.tolist()} for grid in inputs(train, puzzle)]
+        for row, grid in zip(rows, changed, strict=False):  # tests without solutions stay so
+            row["output"] = grid.tolist()
+        count = len(train.challenge[puzzle]["train"])
+        tasks[f"{CHANGED}-{puzzle}"] = parameters, {"train": rows[:count], "test": rows[count:]}
+    made_from = {
+        "split": {name: getattr(settings, name) for name in SPLIT}, "dataset": data.content_hash(),
+        "train": len(train.challenge), "looked_at": len(drawn), "unfit": len(usable) - len(tasks),
+        "heldout": len(drawn) - len(usable),
+    }  # fmt: skip
+    if not tasks:
+        raise ValueError(
+            f"--changed_from: {folder}: no puzzle to write of {len(drawn)} looked at: no operation fits "
+            f"{made_from['unfit']}, and {made_from['heldout']} have an input of a held-out puzzle"
+        )
+    return tasks, made_from
 
 
 def from_rearc(
@@ -566,7 +704,7 @@ def from_rearc(
 
 
 def render(
-    tasks: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]],
+    tasks: Mapping[str, tuple[dict[str, Any], Any]],
     listing: str = RULES_FILE,
     header: Sequence[str] = (HEADER, "# file, sha256, parameters of the rule"),
 ) -> dict[str, bytes]:
@@ -643,6 +781,9 @@ def write_folder(files: dict[str, bytes], out: Path, replace: bool = True) -> bo
 MAX_EXAMPLES = 40  # of a program: most have no end of them, others few
 GENERATED = {"tasks_per_family": 2, "examples": 120, "max_side": 5, "seed": 42, "families": list(FAMILIES)}
 DRAWN = {"examples": 7, "max_side": 10, "seed": 42, "workers": None}
+# What decides which puzzles are held out; defaults are those of the stages.
+SPLIT = ("sizes", "grid_sizes", "dataset_seed", "holdout_examples", "holdout_tasks", "holdout_seed")
+ALTERED = {"share": 0.5, "max_side": 10, "seed": 42, "workers": None}
 TAKEN = {"max_side": MAX_SIDE, "min_pairs": 7}
 
 
@@ -660,28 +801,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="of everything that is drawn (42)")
     parser.add_argument("--families", nargs="+", metavar="FAMILY", help=", ".join(FAMILIES))
     parser.add_argument("--programs", type=int, help="tasks of programs put together at random, instead of families")
-    parser.add_argument("--workers", type=int, help="processes that draw programs (one for each core)")
+    parser.add_argument("--changed_from", type=Path, metavar="DIR", help="change outputs of a dataset's puzzles")
+    parser.add_argument("--share", type=float, help="of the puzzles to train on that are changed (0.5)")
+    for name in SPLIT:
+        several = {"nargs": "+"} if name in ("sizes", "grid_sizes") else {}
+        parser.add_argument(f"--{name}", type=int, help="as the stages have it: what they hold out", **several)
+    parser.add_argument("--workers", type=int, help="processes that draw programs or changes (one for each core)")
     parser.add_argument("--from_rearc", type=Path, metavar="DIR", help="take re-arc's pairs instead of generating any")
     parser.add_argument("--min_pairs", type=int, help="tasks of re-arc with fewer pairs are left out (7)")
     args = parser.parse_args(argv)
-    asked = {name: value for name, value in vars(args).items() if name not in ("out", "programs", "from_rearc")}
-    asked = {name: value for name, value in asked.items() if value is not None}
+    asked = {name: value for name, value in vars(args).items() if value is not None and name != "out"}
+    modes = {"programs": DRAWN, "changed_from": ALTERED | dict.fromkeys(SPLIT), "from_rearc": TAKEN}
     try:
-        if args.programs is not None and args.from_rearc is not None:
-            raise ValueError("--programs and --from_rearc: expected one of them")
-        defaults, when = GENERATED, "without --from_rearc and --programs"
-        if args.from_rearc is not None:
-            defaults, when = TAKEN, "with --from_rearc"
-        elif args.programs is not None:
-            defaults, when = DRAWN, "with --programs"
-        useless = [f"--{name}" for name in asked if name not in defaults]
+        chosen = [name for name in modes if name in asked]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(f'--{name}' for name in chosen)}: expected one of them")
+        defaults, when = GENERATED, "without --programs, --changed_from and --from_rearc"
+        if chosen:
+            defaults, when = modes[chosen[0]], f"with --{chosen[0]}"
+        useless = [f"--{name}" for name in asked if name not in {*defaults, *chosen}]
         if useless:
             raise ValueError(f"{' '.join(useless)}: of no use {when}")
         settings: dict[str, Any] = {**defaults, **asked}
         if args.from_rearc is not None:
-            print_taken(args.out, args.from_rearc, settings)
+            print_taken(args.out, settings.pop("from_rearc"), settings)
+        elif args.changed_from is not None:
+            given = {name: value for name, value in settings.items() if value is not None}
+            print_changed(args.out, given.pop("changed_from"), given)
         elif args.programs is not None:
-            print_drawn(args.out, {"programs": args.programs, **settings})
+            print_drawn(args.out, settings)
         else:
             print_generated(args.out, settings)
     except (ValueError, OSError) as error:
@@ -714,6 +862,25 @@ def print_drawn(out: Path, settings: dict[str, Any]) -> None:
     print(
         f"{out}: {len(tasks)} tasks of different programs, {settings['examples']} examples each"
         + ("" if written else "; there already, unchanged")
+    )
+
+
+def print_changed(out: Path, folder: Path, settings: dict[str, Any]) -> None:
+    """Change outputs of a dataset's puzzles, write them and say of how many."""
+    if out.resolve() == folder.resolve():  # which this program may have written and would replace
+        raise ValueError(f"--out and --changed_from are both {folder}: expected another --out")
+    tasks, made_from = generate_changed(folder, **settings)
+    drawn = {name: settings[name] for name in ("share", "max_side", "seed")}
+    header = (HEADER, f"# {json.dumps({**drawn, **made_from})}", "# file, sha256, operation on the outputs")
+    written = write_folder(render(tasks, header=header), out)
+    print(
+        f"{out}: {len(tasks):,} puzzles with changed outputs, of {made_from['looked_at']:,} looked at "
+        f"({made_from['train']:,} to train on, --share {settings['share']})"
+        + ("" if written else "; there already, unchanged")
+    )
+    print(
+        f"  left out: {made_from['unfit']:,} without an operation that fits, {made_from['heldout']:,} with an input of "
+        "a held-out puzzle"
     )
 
 

@@ -8,9 +8,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import training_tools
+from arc_loader import ArcDataset, Holdout
+from base_finetune import Settings
 from demo import make_base, make_dataset
+from demo.rule_programs import OPERATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 Rows = list[list[int]]
@@ -325,8 +330,6 @@ def rearc(tmp_path: Path) -> Path:
 
 
 def test_pairs_are_taken_from_rearc(rearc, tmp_path, capsys):
-    from arc_loader import ArcDataset
-
     out = tmp_path / "dataset"
     flags = ["--from_rearc", str(rearc), "--out", str(out), "--max_side", "10"]
     assert make_dataset.main(flags) == 0
@@ -406,9 +409,13 @@ def test_bad_settings_and_files_of_rearc(rearc, tmp_path, capsys, change, flags,
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--min_pairs", "3"], "--min_pairs: of no use without --from_rearc and --programs"),
+        (["--min_pairs", "3"], "--min_pairs: of no use without --programs, --changed_from and --from_rearc"),
         (["--programs", "3", "--families", "flip"], "--families: of no use with --programs"),
         (["--programs", "3", "--from_rearc", "re_arc"], "--programs and --from_rearc: expected one of them"),
+        (["--programs", "3", "--changed_from", "dataset"], "--programs and --changed_from: expected one of them"),
+        (["--programs", "3", "--share", "0.5"], "--share: of no use with --programs"),
+        (["--changed_from", "dataset", "--examples", "7"], "--examples: of no use with --changed_from"),
+        (["--holdout_tasks", "2"], "--holdout_tasks: of no use without"),
         (["--programs", "0", "--examples", "99"], "--programs is 0: expected a whole number from 1; --examples is 99"),
         (["--programs", "3", "--workers", "0"], "--workers is 0: expected a whole number from 1"),
     ],
@@ -446,6 +453,143 @@ def test_each_program_is_another_one_and_makes_one_puzzle():
                 assert 1 <= len(grid) <= 8 and 1 <= len(grid[0]) <= 8
     more = make_dataset.generate_programs(90, examples=7, max_side=8, seed=3, workers=1)
     assert {name: more[name] for name in tasks} == tasks, "a task stays what it is when more is asked for"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Changed outputs
+
+HELD = {"sizes": [2], "holdout_examples": 20, "holdout_tasks": 6, "holdout_seed": 3}
+HELD_FLAGS = [
+    word for name, value in HELD.items() for word in (f"--{name}", str(*value) if name == "sizes" else f"{value}")
+]
+
+
+def held_split(folder: Path) -> Holdout:
+    return training_tools.load_split(Settings(dataset_dir=str(folder), **HELD), quiet=True)
+
+
+def grids(puzzle: dict, side: str) -> list[Rows]:
+    return [np.asarray(pair[side]).tolist() for part in ("train", "test") for pair in puzzle[part]]
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset in which a puzzle to train on has the input of a held-out test, and one that of a demonstration."""
+    folder = tmp_path_factory.mktemp("changed") / "course"
+    assert make_dataset.main(["--out", str(folder), "--examples", "12", "--max_side", "6", "--seed", "1"]) == 0
+    split = held_split(folder)
+    for number, part in enumerate(("test", "train")):
+        # How examples form puzzles and what is held out depends on names and numbers, not on the grids.
+        hidden = split.unseen.challenge[min(split.unseen.challenge)][part][0]["input"].tolist()
+        path = folder / f"{split.train.task_of(sorted(split.train.challenge)[-number])}.json"
+        pairs = json.loads(path.read_text())
+        pairs[0]["input"] = hidden
+        path.write_text(json.dumps(pairs))
+    return folder
+
+
+def test_outputs_are_changed_of_what_a_stage_trains_on_alone(course, tmp_path, capsys):
+    out = tmp_path / "changed"
+    flags = ["--changed_from", str(course), "--out", str(out), "--share", "1", "--max_side", "6", *HELD_FLAGS]
+    assert make_dataset.main(flags) == 0
+    printed = capsys.readouterr().out
+    assert make_dataset.main(flags) == 0
+    assert "there already, unchanged" in capsys.readouterr().out
+    split = held_split(course)
+    held = [puzzle for part in (split.seen, split.unseen) for puzzle in part.challenge.values()]
+    hidden = [grid for puzzle in held for grid in grids(puzzle, "input")]
+    assert len(split.seen.challenge) == 20 and len(split.unseen.challenge) == 6 * 4
+    overlapping = {p for p, v in split.train.challenge.items() if any(g in hidden for g in grids(v, "input"))}
+    assert overlapping, "else this shows nothing"
+    written = {path.stem: json.loads(path.read_text()) for path in out.glob("*.json")}
+    looked_at, unfit = len(split.train.challenge), len(split.train.challenge) - len(overlapping) - len(written)
+    assert unfit < 0.4 * looked_at
+    assert printed == (
+        f"{out}: {len(written)} puzzles with changed outputs, of {looked_at} looked at "
+        f"({looked_at} to train on, --share 1.0)\n  left out: {unfit} without an operation that fits, "
+        f"{len(overlapping)} with an input of a held-out puzzle\n"
+    )
+    for name, puzzle in written.items():
+        prefix, _, of = name.partition("-")
+        assert prefix == "changed" and of in split.train.challenge.keys() - overlapping
+        before = {"train": split.train.challenge[of]["train"], "test": split.train.challenge[of]["test"]}
+        assert grids(puzzle, "input") == grids(before, "input")
+        outputs = [np.asarray(pair["output"]).tolist() for pair in before["train"]]
+        outputs += [grid.tolist() for grid in split.train.solutions[of]]
+        new = grids(puzzle, "output")
+        assert len(new) == 3 and sum(a == b for a, b in zip(new, outputs, strict=True)) <= 1
+        assert any(grid != new[0] for grid in new)
+        for grid in new:
+            assert 1 <= len(grid) <= 6 and 1 <= len(grid[0]) <= 6 and all(0 <= v <= 9 for row in grid for v in row)
+    ds = ArcDataset.load_from_local_json(out, sizes=HELD["sizes"])
+    assert ds.challenge.keys() == written.keys() == ds.solutions.keys(), "each file is one puzzle, its test a test"
+
+
+def test_changes_depend_on_the_puzzle_alone(course, tmp_path):
+    flags = ["--changed_from", str(course), *HELD_FLAGS]
+    made = {}
+    for name, more in {
+        "half": [], "all": ["--share", "1", "--workers", "1"], "two": ["--share", "1", "--workers", "2"],
+        "seed": ["--seed", "7"], "tasks": ["--holdout_tasks", "9"],
+    }.items():  # fmt: skip
+        assert make_dataset.main([*flags, "--out", str(tmp_path / name), *more]) == 0
+        made[name] = contents(tmp_path / name)
+        del made[name]["rules.txt"]
+    assert made["all"] == made["two"] and len(made["all"]) > make_dataset.PROGRAMS_A_CALL, "two processes draw"
+    assert made["half"] != made["seed"]
+    assert made["half"].items() < made["all"].items(), "a larger share adds some"
+    assert 0.35 < len(made["half"]) / len(made["all"]) < 0.65
+    both = made["half"].keys() & made["tasks"].keys()
+    assert len(both) > 20 and all(made["half"][name] == made["tasks"][name] for name in both)
+    # Of other settings, and all of it written by this program: replaced.
+    assert make_dataset.main([*flags, "--out", str(tmp_path / "half"), "--share", "1"]) == 0
+    assert contents(tmp_path / "half") == contents(tmp_path / "all")
+
+
+def test_official_puzzles_are_changed_with_what_solutions_they_have(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "official").mkdir()
+    for number in range(12):
+        pairs = [{side: rng.integers(0, 10, (3, 4)).tolist() for side in ("input", "output")} for _ in range(5)]
+        tests = pairs[3:] if number % 2 else [{"input": pair["input"]} for pair in pairs[3:]]
+        (tmp_path / "official" / f"p{number}.json").write_text(json.dumps({"train": pairs[:3], "test": tests}))
+    tasks, counts = make_dataset.generate_changed(
+        tmp_path / "official", share=1, max_side=9, seed=2, workers=1, holdout_examples=2
+    )
+    assert counts["train"] == 10 and len(tasks) + counts["unfit"] == 10 and len(tasks) >= 6
+    for name, (parameters, puzzle) in tasks.items():
+        before = json.loads((tmp_path / "official" / f"{name.removeprefix('changed-')}.json").read_text())
+        assert parameters["operation"] in OPERATIONS
+        assert [pair.keys() for pair in puzzle["test"]] == [pair.keys() for pair in before["test"]]
+        assert grids(puzzle, "input") == grids(before, "input")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--share", "0"], "--share is 0.0: expected a share above 0, up to 1"),
+        (["--share", "1.5", "--max_side", "31"], "--share is 1.5: expected a share above 0, up to 1; --max_side is 31"),
+        (["--share", "nan"], "--share is nan"),
+        (["--seed", "-1", "--workers", "0"], "--workers is 0: expected a whole number from 1; --seed is -1"),
+        (["--holdout_seed", "-1"], "--holdout_seed is -1: expected a whole number from 0"),
+        (["--holdout_tasks", "99"], "--changed_from: 99 tasks to hold out, expected 0 to"),
+        (["--holdout_examples", "9999"], "--changed_from: 9,999 examples to hold out"),
+        (["--sizes", "0"], "--changed_from: sizes is (0,)"),
+        (["--grid_sizes", "3"], "--changed_from: grid_sizes is (3,)"),
+        (["--max_side", "1"], "no puzzle to write of"),
+        (["--changed_from", "nowhere"], "--changed_from: nowhere: no such folder"),
+        (["--out", "course"], "--out and --changed_from are both course: expected another --out"),
+    ],
+)
+def test_bad_settings_of_changed_outputs(course, tmp_path, monkeypatch, capsys, flags, expected):
+    monkeypatch.chdir(tmp_path)
+    Path("course").symlink_to(course)
+    before = contents(course)
+    command = ["--changed_from", "course", "--out", "d", "--workers", "1", *HELD_FLAGS, *flags]
+    assert make_dataset.main(command) == 2
+    error = capsys.readouterr().err
+    assert expected in error and error.count("\n") == 1
+    assert not Path("d").exists() and contents(course) == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The run that shows whether the pipeline learns, on models and puzzles of no size: its chain, figures and split."""
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
@@ -18,8 +19,10 @@ from script_processes import Script
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import base_finetune_final
 import learn
-from demo import make_base
+import training_tools
+from demo import make_base, make_dataset
 from run_settings import parse_settings
 from scoring_tools import wilson_interval
 
@@ -300,23 +303,50 @@ def put(*paths):
         path.write_text("{}", encoding="utf-8")
 
 
-def test_stage_2_alone_trains_on_the_programs_besides(inputs, tmp_path):
-    chain = chain_of(inputs, "--output_dir", str(tmp_path))
+def test_stage_2_alone_trains_on_the_extra_puzzles_besides(inputs, tmp_path):
+    flags = ["--output_dir", str(tmp_path), "--configs", str(write_configs(tmp_path / "configs"))]
+    changed = tmp_path / "configs" / "changed.yaml"
+    changed.write_text(yaml.safe_dump(SPLIT | {"share": 0.5}), encoding="utf-8")
+    chain = chain_of(inputs, *flags)
+    assert [job.name for job in next(chain.jobs(["base"]))] == ["base", "programs", "changed"]
     models = [tmp_path / folder / "manifest.json" for folder in learn.MODELS.values()]
     put(tmp_path / "base" / "make_base.json", *models)
-    with pytest.raises(FileNotFoundError, match="stage2 needs .*programs, which is not there: run the pieces"):
-        chain.stage("stage2")
-    put(tmp_path / "programs" / "rules.txt")
-    before = chain.stage("stage2").identity()
-    assert chain.stage("stage2").command[-2:] == ["--extra_dataset_dirs", str(tmp_path / "programs")]
-    (tmp_path / "programs" / "rules.txt").write_text("others", encoding="utf-8")
-    assert chain.stage("stage2").identity() != before, "with other programs it is not done"
+    for name in ("programs", "changed"):
+        with pytest.raises(FileNotFoundError, match=f"stage2 needs .*{name}, which is not there: run the pieces"):
+            chain.stage("stage2")
+        put(tmp_path / name / "rules.txt")
+    folders = [str(tmp_path / name) for name in ("programs", "changed")]
+    assert chain.stage("stage2").command[-3:] == ["--extra_dataset_dirs", *folders]
+    for name in ("programs", "changed"):
+        before = chain.stage("stage2").identity()
+        (tmp_path / name / "rules.txt").write_text("others", encoding="utf-8")
+        assert chain.stage("stage2").identity() != before, "with other puzzles it is not done"
     for name in ("stage1", "stage3"):
         assert "--extra_dataset_dirs" not in chain.stage(name).command
-    configs = write_configs(tmp_path / "configs")
-    (configs / "programs.yaml").unlink()
-    without = chain_of(inputs, "--output_dir", str(tmp_path), "--configs", str(configs))
-    assert without.programs() == [] and "--extra_dataset_dirs" not in without.stage("stage2").command
+    changed.unlink()
+    assert chain.stage("stage2").command[-2:] == ["--extra_dataset_dirs", folders[0]]
+    (tmp_path / "configs" / "programs.yaml").unlink()
+    assert chain.extras() == [] and "--extra_dataset_dirs" not in chain.stage("stage2").command
+
+
+def test_the_job_makes_changed_outputs_of_what_stage_2_trains_on(tmp_path):
+    """With the settings of make learn, on a small dataset: the command is taken, and stage 2 takes what it writes."""
+    dataset, output = tmp_path / "dataset", tmp_path / "output"
+    make_dataset.main(["--out", str(dataset), "--tasks_per_family", "3", "--examples", "140"])
+    chain = learn.Chain(learn.parse_flags(["--dataset_dir", str(dataset), "--output_dir", str(output)]))
+    jobs = {job.name: job for job in chain.extras()}
+    few = ["--workers", "1", "--share", "0.1", "--holdout_examples", "40", "--holdout_tasks", "5"]
+    assert make_dataset.main([*jobs["changed"].command[1:], *few]) == 0
+    assert jobs["changed"].result.is_file()
+    put(output / learn.MODELS["stage1"] / "manifest.json", jobs["programs"].result)
+    command = chain.stage("stage2").command
+    settings = parse_settings(base_finetune_final.Settings, [*command[1:], *few[4:]])
+    settings.extra_dataset_dirs.remove(str(output / "programs"))  # which is not made here
+    plain = training_tools.load_split(dataclasses.replace(settings, extra_dataset_dirs=[]), quiet=True)
+    split = training_tools.load_split(settings, quiet=True)
+    made = len(list((output / "changed").glob("*.json")))
+    more = len(split.train.keys) - len(plain.train.keys)
+    assert made > 50 and 0.95 * made < more <= made, "next to nothing gives a held-out answer away"
 
 
 def test_ablations_run_beside_stage_2_where_there_are_gpus_for_both(inputs, tmp_path):
@@ -339,6 +369,10 @@ def test_scripts_that_hold_out_other_puzzles_are_refused(inputs, tmp_path, capsy
     flags = ["--configs", str(tmp_path / "configs"), "--output_dir", str(tmp_path / "output")]
     assert learn.main(flags_of(inputs, *flags)) == 2
     assert "evaluate_search.yaml: not the sizes" in capsys.readouterr().err
+    configs = write_configs(tmp_path / "configs")
+    (configs / "changed.yaml").write_text(yaml.safe_dump(SPLIT | {"holdout_tasks": 2}), encoding="utf-8")
+    assert learn.main(flags_of(inputs, *flags)) == 2, "outputs of held-out tasks would be changed and trained on"
+    assert "changed.yaml: not the sizes" in capsys.readouterr().err
     assert not (tmp_path / "output" / "base").exists()
 
 
@@ -368,6 +402,8 @@ def test_the_settings_of_make_learn_are_taken_and_agree():
         settings = learn.settings_of(script, configs / f"{name}.yaml", "dataset")
         assert {part: getattr(settings, part) for part in learn.SPLIT} == {part: split[part] for part in learn.SPLIT}
         assert settings.engine == "transformers" and not settings.load_in_4bit
+    changed = learn.read_yaml(configs / "changed.yaml")
+    assert changed.items() >= {part: split[part] for part in learn.SPLIT if part.startswith("holdout")}.items()
     for name in ("greedy", "search"):
         settings = learn.settings_of("evaluate", configs / f"evaluate_{name}.yaml", "dataset")
         assert {part: getattr(settings, part) for part in learn.SPLIT} == {part: split[part] for part in learn.SPLIT}

@@ -170,7 +170,7 @@ def run_command(command, monkeypatch):
         script = next(at for at, word in enumerate(words) if word.endswith(".py"))
         program, *rest = "python", *words[script:]
     if program == "python" and rest[0].endswith(".py"):
-        few = ["--programs", "20"] if "--programs" in rest else []
+        few = ["--programs", "20"] if "--programs" in rest else ["--workers", "1"] if "--changed_from" in rest else []
         return run_script(rest[0], [*rest[1:], *few, *SMALL_FLAGS.get(Path(rest[0]).name, [])], monkeypatch)
     if program == "make":  # the demo and the tests themselves take minutes: a dry run finds targets and variables
         words.append("--dry-run")
