@@ -71,6 +71,9 @@ MODELS = {
     "base": f"{PREFIX}-prepared", "stage1": f"{PREFIX}-Base-merged", "stage2": f"{PREFIX}-Final-merged",
     "stage3": f"{PREFIX}-Final-RL-merged",
 }  # fmt: skip
+# Generated puzzles that stages train on besides, by their settings' names. Stage 3 learns what it is rewarded for, and
+# with prompts of the course alone it unlearns some of what unseen tasks need.
+BESIDES = {"stage2": ("programs", "changed"), "stage3": ("programs",)}
 SETS = {"seen": "examples", "unseen": "tasks"}  # and what evaluate_arc.py calls them
 SPLIT = ("sizes", "grid_sizes", "dataset_seed", "holdout_examples", "holdout_tasks", "holdout_seed")
 FOUR_BIT = ["--load_in_4bit", "true", "--compile_layers", "false"]  # layers that dequantise are not compiled
@@ -276,7 +279,7 @@ class Chain:
             if config.is_file():
                 values = as_flags(read_yaml(config))
                 command = [str(ROOT / "demo" / "make_dataset.py"), "--out", str(folder), *flags, *values]
-                jobs.append(Job(name, command, [config], folder / "rules.txt", whole=60.0))  # each is made at one go
+                jobs.append(Job(name, command, [config], folder / "rules.txt", whole=150.0))  # each is made at one go
         return jobs
 
     def stage(self, name: str) -> Job:
@@ -287,11 +290,15 @@ class Chain:
             flags = ["--base_model", str(self.output / "base")]
         else:
             needed = [self.manifest(self.output / f"{PREFIX}-{parent}-merged")]
-        if name == "stage2" and (extras := [made.result for made in self.extras()]):
-            flags += ["--extra_dataset_dirs", *(str(listing.parent) for listing in extras)]
-            needed += extras
+        more, listings = self.besides(name)
+        flags, needed = [*flags, *more], [*needed, *listings]
         job = self.training(name, script, self.config(name), needed, self.output, artifact, flags)
         return replace(job, alone=name != "stage3")
+
+    def besides(self, stage: str) -> tuple[list[str], list[Path]]:
+        """The flags by which a stage trains on generated puzzles besides, and the lists of what is in their folders."""
+        listings = [made.result for made in self.extras() if made.name in BESIDES.get(stage, ())]
+        return ["--extra_dataset_dirs", *(str(path.parent) for path in listings)] if listings else [], listings
 
     def training(
         self, name: str, script: str, config: Path, needed: list[Path], output: Path, artifact: str, flags: list[str]
@@ -352,10 +359,11 @@ class Chain:
         """Stage 3 with other seeds from the same merge."""
         script, artifact, parent = STAGES["stage3"]
         merged = self.output / f"{PREFIX}-{parent}-merged"
+        more, listings = self.besides("stage3")
         return [
             self.training(
-                f"seed{seed}", script, self.config("stage3"), [self.manifest(merged)], self.output / f"seed{seed}",
-                artifact, ["--base_model", str(merged), "--seed", str(seed)],
+                f"seed{seed}", script, self.config("stage3"), [self.manifest(merged), *listings],
+                self.output / f"seed{seed}", artifact, ["--base_model", str(merged), "--seed", str(seed), *more],
             )
             for seed in other_seeds(self)
         ]  # fmt: skip

@@ -303,7 +303,7 @@ def put(*paths):
         path.write_text("{}", encoding="utf-8")
 
 
-def test_stage_2_alone_trains_on_the_extra_puzzles_besides(inputs, tmp_path):
+def test_the_later_stages_train_on_extra_puzzles_besides(inputs, tmp_path):
     flags = ["--output_dir", str(tmp_path), "--configs", str(write_configs(tmp_path / "configs"))]
     changed = tmp_path / "configs" / "changed.yaml"
     changed.write_text(yaml.safe_dump(SPLIT | {"share": 0.5}), encoding="utf-8")
@@ -321,12 +321,20 @@ def test_stage_2_alone_trains_on_the_extra_puzzles_besides(inputs, tmp_path):
         before = chain.stage("stage2").identity()
         (tmp_path / name / "rules.txt").write_text("others", encoding="utf-8")
         assert chain.stage("stage2").identity() != before, "with other puzzles it is not done"
-    for name in ("stage1", "stage3"):
-        assert "--extra_dataset_dirs" not in chain.stage(name).command
+    assert "--extra_dataset_dirs" not in chain.stage("stage1").command
+    for job in (
+        chain.stage("stage3"),
+        *chain.seeds(),
+    ):  # which trains on the programs besides, and with its other seeds
+        assert (
+            job.command[-2:] == ["--extra_dataset_dirs", folders[0]]
+            and tmp_path / "programs" / "rules.txt" in job.inputs
+        )
     changed.unlink()
     assert chain.stage("stage2").command[-2:] == ["--extra_dataset_dirs", folders[0]]
     (tmp_path / "configs" / "programs.yaml").unlink()
-    assert chain.extras() == [] and "--extra_dataset_dirs" not in chain.stage("stage2").command
+    assert chain.extras() == []
+    assert not any("--extra_dataset_dirs" in chain.stage(name).command for name in ("stage2", "stage3"))
 
 
 def test_the_job_makes_changed_outputs_of_what_stage_2_trains_on(tmp_path):
