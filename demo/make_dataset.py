@@ -540,12 +540,15 @@ def change_outputs(rng: Random, outputs: Sequence[Grid], max_side: int) -> tuple
         name = pick(rng, names)
         with contextlib.suppress(Unfit):
             parameters, solve = OPERATIONS[name][0](rng, colours)
-            changed = [solve(grid) for grid in outputs]
-            if (
-                all(1 <= min(grid.shape) <= max(grid.shape) <= max_side for grid in changed)
-                and sum(map(np.array_equal, changed, outputs)) <= 1
-                and not all(np.array_equal(changed[0], grid) for grid in changed)
-            ):
+            changed: list[Grid] = []
+            same = 0
+            for grid in outputs:
+                made = solve(grid)
+                same += np.array_equal(made, grid)
+                if same > 1 or not 1 <= min(made.shape) <= max(made.shape) <= max_side:
+                    break
+                changed.append(made)
+            if len(changed) == len(outputs) and not all(np.array_equal(changed[0], grid) for grid in changed):
                 return {"operation": name, **parameters}, changed
     return None
 
