@@ -7,6 +7,7 @@ LoRA on 12 layers, some 4,000 launches of small kernels a step. Here all matrice
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -42,13 +43,19 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     return x.mT if tall else x
 
 
+@functools.cache
+def has_bfloat16() -> bool:
+    """Whether the GPU computes in bfloat16 by itself."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 class Muon(torch.optim.Optimizer):
     """Muon and AdamW as one optimizer, with one state and one list of groups, for schedules and checkpoints.
 
     In groups whose `use_muon` is true, matrices are stepped by Muon with Nesterov momentum; what is no matrix, and all
     of the other groups, by torch.optim.AdamW. A matrix's update is scaled by 0.2 * sqrt(max(rows, columns)), so that
-    its root mean square is about that of AdamW's: learning rates and weight decay mean the same to both. On CUDA the
-    iterations are computed in bfloat16, on CPUs, where that is slower, in float32.
+    its root mean square is about that of AdamW's: learning rates and weight decay mean the same to both. On GPUs that
+    have it the iterations are computed in bfloat16, elsewhere, where that is slower, in float32.
 
     Args:
         params: parameters, or groups of them; a group may set each of the other arguments.
@@ -112,7 +119,7 @@ class Muon(torch.optim.Optimizer):
         means = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
         torch._foreach_lerp_(means, gradients, 1 - momentum)
         updates = torch.stack(torch._foreach_lerp(gradients, means, momentum))
-        updates = orthogonalise(updates.bfloat16() if updates.is_cuda else updates.float())
+        updates = orthogonalise(updates.bfloat16() if updates.is_cuda and has_bfloat16() else updates.float())
         # Of the parameters' type and laid out as they are: else each is a kernel of its own below.
         updates = updates.contiguous().to(parameters[0].dtype)
         if group["weight_decay"]:

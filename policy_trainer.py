@@ -206,14 +206,12 @@ def grpo_trainer(
             # the policy (entropy, clipping) is then of the others.
             advantages = inputs["advantages"]
             if settings.stop_at_error and self.model.training and self.beta == 0 and self.loss_type == "dapo":
-                kept = advantages.nonzero()[:, 0]
-                if not len(kept):
-                    kept = kept.new_zeros(1)  # a pass has to compute something
-                rows = len(advantages)
-                inputs = {
-                    name: value[kept] if getattr(value, "ndim", 0) and len(value) == rows else value
-                    for name, value in inputs.items()
-                }
+                mask = inputs["completion_mask"].clone()
+                left = mask.new_ones(len(mask)).index_fill(0, advantages.nonzero()[:, 0], 0).bool()
+                mask[left] = 0  # not cut out: trl gathers a figure for each row of all processes, as many of each
+                if left.all():
+                    mask[0, 0] = 1  # a pass has to compute something
+                inputs = inputs | {"completion_mask": mask}
             return super()._compute_loss(model, inputs)
 
         def _prepare_inputs(self, generation_batch: Any) -> Any:
@@ -237,9 +235,11 @@ def grpo_trainer(
             width = ids.shape[1] - logits_to_keep
             prompts = [row[kept] for row, kept in zip(ids[:, :width], mask[:, :width], strict=True)]
             replies = [row[kept] for row, kept in zip(ids[:, width:], mask[:, width:], strict=True)]
+            kept = [at for at, reply in enumerate(replies) if len(reply)]
+            prompts, replies = [prompts[at] for at in kept], [replies[at] for at in kept]
             found = []
-            for at in range(0, len(ids), batch_size or len(ids)):
-                part = slice(at, at + (batch_size or len(ids)))
+            for at in range(0, len(kept), batch_size or len(kept)):
+                part = slice(at, at + (batch_size or len(kept)))
                 found.append(
                     reply_log_probs(
                         model, precision.engine, prompts[part], replies[part], temperature=self.temperature,
@@ -247,6 +247,12 @@ def grpo_trainer(
                     )
                 )  # fmt: skip
             log_probs, entropies = (torch.cat(parts) for parts in zip(*found, strict=True))
+            if len(kept) < len(ids):
+                at = torch.tensor(kept, device=log_probs.device)
+                log_probs, entropies = (
+                    part.new_zeros((len(ids), logits_to_keep)).index_copy(0, at, part)
+                    for part in (log_probs, entropies)
+                )
             return log_probs, entropies if compute_entropy else None, None
 
     trainer = (SharingTrainer if shared else StageTrainer)(

@@ -139,7 +139,7 @@ def solution_logits(
 
     Args:
         model, engine: see `reply_log_probs`.
-        prompts, solutions: token ids, int64 (tokens,) each; no prompt twice.
+        prompts, solutions: token ids, int64 (tokens,) each.
 
     Returns:
         (tokens of all solutions, vocabulary), in their order.

@@ -25,7 +25,12 @@ PANELS = (
     ("reward", ("reward", "reward_std")),
     (
         "share of groups and completions",
-        ("frac_reward_zero_std", "completions/clipped_ratio", "completions/repetition_excess"),
+        (
+            "frac_reward_zero_std",
+            "completions/clipped_ratio",
+            "completions/stopped_ratio",
+            "completions/repetition_excess",
+        ),
     ),
     ("entropy, divergence (nats)", ("entropy", "kl", "eval_kl")),
     ("tokens per second", ("tokens_per_s",)),
@@ -40,6 +45,7 @@ LABELS = {
     "reward_std": "spread (standard deviation)",
     "frac_reward_zero_std": "groups without signal",
     "completions/clipped_ratio": "completions cut off",
+    "completions/stopped_ratio": "completions ended by a wrong token",
     "completions/repetition_excess": "repetition beyond the solutions'",
     "entropy": "entropy of the policy",
     "kl": "KL to the start, training samples",

@@ -4,8 +4,10 @@ A model in training is slow to sample from: its 4-bit layers are dequantised and
 token. `RolloutModel` adds them up once a step into plain 16-bit layers, which sampling_tools.DeviceSampler decodes.
 
 Where only the exact grid earns a reward, a completion is decided by its first wrong token: nothing after it can change
-the reward, so nothing after it has to be sampled, or learned from. Up to that token the completion is the solution, and
-what its tokens are chosen from is known from one forward pass over prompt and solution (`sample_until_wrong`).
+the reward, so nothing after it has to be sampled, or learned from: a sum over tokens has the same expected gradient
+without them (trl's dapo divides it by the step's tokens besides, which are fewer). Up to that token the completion is
+the solution, and what its tokens are chosen from is known from one forward pass over prompt and solution
+(`sample_until_wrong`).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from distributed_tools import process_count, process_index
 from model_tools import EMBEDDING_MODULES, Precision
 from prompt_sharing import solution_logits
 from sampling_tools import DeviceSampler
-from search_tools import draw_tokens, random_draws
+from search_tools import random_draws
 
 if TYPE_CHECKING:
     import torch
@@ -244,7 +246,7 @@ def sample_until_wrong(
     Args:
         model: a model with packing_tools.use_packed_attention.
         engine: "transformers" or "unsloth".
-        prompts: token ids, int64 (tokens,) each; no prompt twice.
+        prompts: token ids, int64 (tokens,) each.
         solutions: the reply to each, the end token included.
         seed: of the random numbers, from 0.
         numbers: one from 0 for each sample of each prompt, (prompts, samples); each sample's random numbers depend on
@@ -266,8 +268,10 @@ def sample_until_wrong(
             random_draws(seed, own, len(solution)).T
             for own, solution in zip(numbers[part], solutions[part], strict=True)
         ]
-        draws = torch.from_numpy(np.ascontiguousarray(np.concatenate(draws)[..., None])).to(logits.device)
-        tokens, _ = draw_tokens(logits[:, None].expand(-1, draws.shape[1], -1), draws, temperature)
+        draws = torch.from_numpy(np.ascontiguousarray(np.concatenate(draws))).to(logits.device)
+        # As search_tools.draw_tokens, with one distribution for all samples.
+        reached = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
+        tokens = torch.searchsorted(reached, draws * reached[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
         begin, tokens = 0, tokens.cpu().numpy()
         for solution in solutions[part]:
             own = tokens[begin : begin + len(solution)].T
@@ -298,9 +302,9 @@ def make_stopped_rollouts(
 
     def roll(prompts: list[str], trainer: Any) -> dict[str, Any]:
         numbers = numbers_of(trainer.state.global_step, len(prompts))
-        groups: dict[str, list[int]] = {}
+        groups: dict[tuple[str, bytes], list[int]] = {}  # of one prompt views may have different solutions
         for at, prompt in enumerate(prompts):
-            groups.setdefault(prompt, []).append(at)
+            groups.setdefault((prompt, trainer.rows[at]["solution_ids"].tobytes()), []).append(at)
         firsts = [trainer.rows[places[0]] for places in groups.values()]
         most = max(map(len, groups.values()))  # of prompts that come twice in a step, some samples are left over
         samples = sample_until_wrong(

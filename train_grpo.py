@@ -10,7 +10,7 @@ On a laptop:    python train_grpo.py --config demo/demo_grpo.yaml --dataset_dir 
 What is there already is not made again: with -lora there and -merged missing, only the merge runs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from artifact_tools import Stage
 from inference_tools import longest_reply
@@ -60,7 +60,7 @@ class Settings(RunSettings):
     stop_at_error: bool = setting(
         False,
         "completions end with their first wrong token, after which no exact grid can come: one forward pass samples "
-        "all of them; for rewards of the exact grid alone, with shared_prompts",
+        "all of them; for rewards of the exact grid alone (reward_cells 0), with shared_prompts",
     )
     use_vllm: bool = setting(False, "sample with vLLM, on a machine that has it")
     beta: float = setting(0.0, "weight of the KL divergence to the start; 0: none, and no reference pass")
@@ -91,6 +91,20 @@ class Settings(RunSettings):
             "reward_format": self.reward_format,
         }
 
+    def _whole_completions(self) -> list[str]:
+        """Settings that do not go with completions that end with their first wrong token."""
+        against = {
+            # what is stopped has no grid to judge
+            **{f"--{name} above 0": value > 0 for name, value in self.rewards.items() if name != "reward_exact"},
+            # each completion's tokens are divided by their number: that of stopped ones says how early they were wrong
+            f"--loss_type {self.loss_type}": self.loss_type in ("grpo", "bnpo"),
+            "--lora_dropout above 0": self.lora_dropout > 0,  # they are drawn from the model as it trains
+            "--use_vllm": self.use_vllm,
+            "--fast_rollouts true": bool(self.fast_rollouts),
+            "--shared_prompts false": self.shared_prompts is False,
+        }
+        return [name for name, found in against.items() if found]
+
     def problems(self) -> list[str]:
         """What is wrong with these settings, one line each."""
         group, step = self.num_generations, self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -109,10 +123,8 @@ class Settings(RunSettings):
             "scan_samples": (self.scan_samples >= 2, "a whole number from 2"),
             "scan_prompts": (self.scan_prompts is None or self.scan_prompts >= 1, WHOLE_FROM_1),
             "stop_at_error": (
-                not self.stop_at_error
-                or not (any(wrong.values()) or self.use_vllm or self.fast_rollouts or self.shared_prompts is False),
-                "not beside --reward_cells, --reward_shape or --reward_format above 0 (what is stopped has no grid "
-                "to judge), --use_vllm, --fast_rollouts or --shared_prompts false",
+                not self.stop_at_error or not self._whole_completions(),
+                f"not beside {', '.join(self._whole_completions())}: see README, Reinforcement learning",
             ),
             "use_vllm": (not (self.use_vllm and self.fast_rollouts), "not beside --fast_rollouts: both sample"),
             "reward_exact": (0 < self.reward_exact < float("inf"), "a number above 0"),
@@ -139,7 +151,8 @@ def main() -> None:
             model, _ = load_model(run.parent, run.precision, settings.max_seq_length, vllm_rank)
             model = add_lora(model, run.precision, **lora_options(settings))
         with run.machine_errors("scanning the prompts"):  # LoRA adds nothing yet: this is stage 2's model
-            scan = scan_prompts(model, run, data, longest, samples_from_copy(model, settings))
+            whole = replace(settings, stop_at_error=False)  # what is scanned is sampled to its end
+            scan = scan_prompts(model, run, data, longest, samples_from_copy(model, whole))
         with run.machine_errors("loading the model"):
             rewards = reward_functions(data.puzzles, data.tokenizer, data.format, stopped=settings.stop_at_error)
             weights = component_weights(**settings.rewards)[: len(rewards)]

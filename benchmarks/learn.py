@@ -71,8 +71,8 @@ MODELS = {
     "base": f"{PREFIX}-prepared", "stage1": f"{PREFIX}-Base-merged", "stage2": f"{PREFIX}-Final-merged",
     "stage3": f"{PREFIX}-Final-RL-merged",
 }  # fmt: skip
-# Generated puzzles that stages train on besides, by their settings' names. Stage 3 learns what it is rewarded for, and
-# with prompts of the course alone it unlearns some of what unseen tasks need.
+# Generated puzzles that stages train on besides, by their settings' names. In trials of stage 3 with prompts of the
+# course alone unseen tasks lost a point, with programs among them none (benchmarks/README.md).
 BESIDES = {"stage2": ("programs", "changed"), "stage3": ("programs",)}
 SETS = {"seen": "examples", "unseen": "tasks"}  # and what evaluate_arc.py calls them
 SPLIT = ("sizes", "grid_sizes", "dataset_seed", "holdout_examples", "holdout_tasks", "holdout_seed")

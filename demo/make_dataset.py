@@ -19,7 +19,8 @@ same scene and operations: OUT/program-NUMBER.json; a rule that has fewer exampl
 With --changed_from: loads a dataset and holds out of it what a stage with the same --sizes, --grid_sizes,
 --dataset_seed and --holdout_... does, and changes all outputs of a --share of the puzzles that are left to train on by
 one random operation each (rule_programs.py): OUT/changed-PUZZLE.json, each a puzzle {"train", "test"}. Writes no puzzle
-that has an input of a held-out one. What a puzzle becomes depends on its name, its outputs, --seed and --max_side.
+that has the same input as a held-out one; a held-out test pair that comes about in other colours or another orientation
+is left out by the stage. What a puzzle becomes depends on its name, its outputs, --seed and --max_side.
 
 To add a family: write a function that draws a rule's parameters and register it with @family (`flip` is the shortest).
 """

@@ -268,6 +268,27 @@ def test_reinforcement_learning_by_two_samples_the_same_completions(tmp_path, tr
         assert found[0] and found[0] == pytest.approx(found[1]), name
 
 
+def test_completions_that_stop_are_learned_from_by_two_as_by_one(tmp_path, taught_policy):
+    flags = (
+        *taught_policy, "--engine", "transformers", "--sizes", 2, "--perm", False, "--max_seq_length", 160,
+        "--lora_r", 8, "--num_generations", 4, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2,
+        "--max_steps", 4, "--eval_steps", 0, "--save_steps", 0, "--holdout_examples", 6, "--logging_steps", 1,
+        "--skip_scan", True, "--learning_rate", 0.05, "--optim", "sgd", "--max_grad_norm", 1e9, "--report_to", "none",
+        "--stop_at_error", True, "--reward_cells", 0, "--micro_batch_size", 8,
+    )  # fmt: skip
+    alone("train_grpo.py", *flags, "--output_dir", tmp_path / "one")
+    launch("train_grpo.py", *flags, "--output_dir", tmp_path / "two")
+    one, two = (records(tmp_path / name, "Final-RL-lora") for name in ("one", "two"))
+    for name in (
+        "reward",
+        "completions/mean_length",
+        "loss",
+        "grad_norm",
+    ):  # groups without signal: not as many in both
+        found = [[r[name] for r in part if name in r] for part in (one, two)]
+        assert found[0] and found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6), name
+
+
 def test_an_evaluation_by_two_finds_what_one_finds(tmp_path, trained, demo_dataset):
     flags = (
         "--models",

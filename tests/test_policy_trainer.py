@@ -78,13 +78,20 @@ def test_completions_end_with_their_first_wrong_token(tmp_path, policy, monkeypa
 
 @pytest.mark.parametrize(
     "more",
-    [("--reward_cells", 0.1), ("--use_vllm", True), ("--fast_rollouts", True), ("--shared_prompts", False)],
+    [
+        ("--reward_cells", 0.1),
+        ("--use_vllm", True),
+        ("--fast_rollouts", True),
+        ("--shared_prompts", False),
+        ("--loss_type", "grpo"),
+        ("--lora_dropout", 0.1),
+    ],
     ids=lambda more: more[0],
 )
 def test_what_cannot_be_stopped(tmp_path, policy, more):
     code, printed = call("train_grpo", *policy, *STOPPED, *more, "--output_dir", tmp_path)
     assert code == 2, printed
-    assert "--stop_at_error is True: expected not beside" in printed
+    assert f"--stop_at_error is True: expected not beside {more[0]}" in printed
 
 
 def test_who_samples_and_who_shares(monkeypatch, tmp_path):

@@ -151,3 +151,10 @@ def test_stopped_completions_go_to_their_prompts(tmp_path):
         again = make_stopped_rollouts(model, "transformers", temperature=1.0, seed=5, batch_size=1)
         trainer = SimpleNamespace(state=SimpleNamespace(global_step=0), rows=[rows[text] for text in prompts])
         assert [ids.tolist() for ids in again(prompts, trainer)["completion_ids"]] == first
+    # One text with two solutions, which a puzzle may have in two views: each completion follows its own row's.
+    other = {**rows[texts[0]], "solution_ids": np.array([7, 8, 9, tokenizer.eos_token_id])}
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=0), rows=[rows[texts[0]]] * 40 + [other] * 40)
+    found = roll([texts[0]] * 80, trainer)["completion_ids"]
+    for row, ids in zip(trainer.rows, found, strict=True):
+        assert ids[:-1].tolist() == row["solution_ids"][: len(ids) - 1].tolist()
+    assert {int(ids[0]) for ids in found[:40]} >= {5} and {int(ids[0]) for ids in found[40:]} >= {7}
