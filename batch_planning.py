@@ -113,7 +113,7 @@ def plan_batches(trial: Trial, *, steps: int, kept: BatchPlan | None = None) -> 
 
     model, settings, engine = trial.model, trial.run.settings, trial.run.precision.engine
     own = settings.samples_per_step // process_count()
-    compile_setting = getattr(settings, "compile_layers", False)  # stage 3 has none
+    compile_setting = settings.compile_layers
     cuda, compiled = torch.cuda.is_available(), bool(compile_setting)
     if compiled:
         compile_layers(model)

@@ -9,6 +9,8 @@ where out·in·(1 + 3·r/n) is less than 3·r·(out + in).
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -44,6 +46,23 @@ def fold_lora(model: Any) -> int:
     return len(layers)
 
 
+@contextmanager
+def folded_throughout(model: Any) -> Iterator[None]:
+    """Have folded layers compute so without gradients too: for passes over many tokens, which are then as the update's.
+
+    Args:
+        model: any; layers that are not folded are left as they are.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _folded_class())]
+    for layer in layers:
+        layer.folds_always = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.folds_always = False
+
+
 @functools.cache
 def _folded_class() -> type:
     import torch
@@ -52,8 +71,10 @@ def _folded_class() -> type:
     class FoldedLinear(Linear):
         """peft's layer, with another forward pass where gradients are computed."""
 
+        folds_always = False  # see `folded_throughout`
+
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            if not torch.is_grad_enabled() or self.disable_adapters or self.merged:
+            if not (torch.is_grad_enabled() or self.folds_always) or self.disable_adapters or self.merged:
                 return super().forward(x, *args, **kwargs)
             (name,) = self.active_adapters
             weight, bias = self.base_layer.weight, self.base_layer.bias

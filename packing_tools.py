@@ -22,6 +22,8 @@ IGNORE_INDEX = -100
 DOCUMENTS = "packed_documents"  # in a batch for Unsloth: bounds (or SharedPrompts) and longest, see `pack_rows`
 LENGTH_STEP = 256  # the longest document's length is given in such steps, so that compiled code seldom sees a new one
 
+_attend_shared: Callable[..., Any] = attend_shared  # what `use_packed_attention` makes of it
+
 
 def pack_rows(
     rows: Sequence[tuple[np.ndarray, np.ndarray]], engine: str, filler: int = 0, multiple_of: int = 1
@@ -120,6 +122,7 @@ def use_packed_attention(model: Any, engine: str = "transformers") -> None:
                 module.run_attention = unsloth_attention(module.run_attention)
         model.register_forward_pre_hook(_tell_unsloth, with_kwargs=True)
         return
+    import torch
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -132,6 +135,9 @@ def use_packed_attention(model: Any, engine: str = "transformers") -> None:
             return None
         return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
+    global _attend_shared
+    # Compiled layers leave it out: its kernels are called by name already, and each row divides its tokens otherwise.
+    _attend_shared = torch.compiler.disable(attend_shared)
     AttentionInterface.register(ATTENTION, packed_attention)
     AttentionMaskInterface.register(ATTENTION, mask)
     model.set_attn_implementation(ATTENTION)
@@ -278,7 +284,7 @@ def packed_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if shared_prompts is not None:
-        found = attend_shared(query, key, value, shared_prompts, scaling, kernel=has_document_kernel(query))
+        found = _attend_shared(query, key, value, shared_prompts, scaling, kernel=has_document_kernel(query))
         return found, None
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(

@@ -41,6 +41,13 @@ class PolicySettings(RunSettings):
         "completions end with their first wrong token, after which no exact grid can come: one forward pass samples "
         "all of them; for rewards of the exact grid alone (reward_cells 0), with shared_prompts",
     )
+    compile_layers: bool | None = setting(
+        False, "compile the layers (engine transformers), which takes a minute; default: no, however long the training"
+    )
+    supervised_weight: float = setting(
+        0.0, "weight of stage 2's loss beside the policy's, on a batch of its own in each step (PPO-ptx); 0: none"
+    )
+    supervised_batch_size: int = setting(8, "samples of that batch")
     use_vllm: bool = setting(False, "sample with vLLM, on a machine that has it")
     beta: float = setting(0.0, "weight of the KL divergence to the start; 0: none, and no reference pass")
     epsilon: float = setting(0.2, "the policy ratio is clipped below 1 - epsilon")
@@ -84,6 +91,15 @@ class PolicySettings(RunSettings):
         }
         return [name for name, found in against.items() if found]
 
+    @property
+    def shares_always(self) -> str | None:
+        """The flag, if any, of what is computed only where prompts are shared, and rows packed."""
+        if self.shared_prompts:
+            return "--shared_prompts true"
+        if self.stop_at_error:
+            return "--stop_at_error true"
+        return "--supervised_weight above 0" if self.supervised_weight else None
+
     def problems(self) -> list[str]:
         """What is wrong with these settings, one line each."""
         group, step = self.num_generations, self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -104,6 +120,12 @@ class PolicySettings(RunSettings):
             "stop_at_error": (
                 not self.stop_at_error or not self._whole_completions(),
                 f"not beside {', '.join(self._whole_completions())}: see README, Reinforcement learning",
+            ),
+            "supervised_weight": (0 <= self.supervised_weight < float("inf"), "a number from 0"),
+            "supervised_batch_size": (self.supervised_batch_size >= 1, WHOLE_FROM_1),
+            "shared_prompts": (
+                self.shared_prompts is not False or not self.supervised_weight,
+                "not false beside --supervised_weight above 0, whose rows are packed as shared prompts are",
             ),
             "use_vllm": (not (self.use_vllm and self.fast_rollouts), "not beside --fast_rollouts: both sample"),
             "reward_exact": (0 < self.reward_exact < float("inf"), "a number above 0"),

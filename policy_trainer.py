@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from batch_planning import BatchPlan, Trial, let_run_ahead, plan_batches
+from batch_planning import BatchPlan, Trial, let_run_ahead, plan_batches, uniform_row
 from distributed_tools import process_count
 from model_tools import EMBEDDING_MODULES, train_in_float32
 from packing_tools import can_pack, check_full_attention, use_packed_attention
@@ -22,6 +22,7 @@ from prompt_sharing import reply_log_probs
 from rollout_tools import make_rollouts, make_stopped_rollouts, plain_module
 from run_guards import count_weights
 from sampling_tools import KEPT
+from supervised_mix import MASKED_REPLIES, SupervisedMix
 from trainer_tools import (
     MUON,
     common_arguments,
@@ -70,7 +71,7 @@ class PromptRows:
 
 
 class DecodingOnce:
-    """A tokenizer that decodes rows that are equal once: trl decodes a group's prompt, for its log, once a completion.
+    """A tokenizer that decodes rows that are equal once: trl decodes a group's prompt once a completion, all twice.
 
     Args:
         tokenizer: which does all else.
@@ -78,7 +79,7 @@ class DecodingOnce:
 
     def __init__(self, tokenizer: Any):
         """See the class."""
-        self.tokenizer = tokenizer
+        self.tokenizer, self.texts = tokenizer, {}
 
     def __getattr__(self, name: str) -> Any:
         """What else there is."""
@@ -87,11 +88,11 @@ class DecodingOnce:
     def batch_decode(self, sequences: Any, **options: Any) -> list[str]:
         """As the tokenizer's; `sequences` are rows of numbers, or a tensor (rows, tokens)."""
         rows = sequences.cpu().numpy() if hasattr(sequences, "cpu") else [np.asarray(row) for row in sequences]
-        names = [row.tobytes() for row in rows]
-        different = dict(zip(names, rows, strict=True))
-        decoded = self.tokenizer.batch_decode([row.tolist() for row in different.values()], **options)
-        texts = dict(zip(different, decoded, strict=True))
-        return [texts[name] for name in names]
+        names = [(row.astype(np.int64).tobytes(), *sorted(options.items())) for row in rows]
+        new = {name: row for name, row in zip(names, rows, strict=True) if name not in self.texts}
+        decoded = self.tokenizer.batch_decode([row.tolist() for row in new.values()], **options)
+        self.texts |= dict(zip(new, decoded, strict=True))
+        return [self.texts[name] for name in names]
 
 
 def grpo_trainer(
@@ -124,12 +125,16 @@ def grpo_trainer(
     """
     settings, precision = run.settings, run.precision
     from_copy = samples_from_copy(model, settings)
-    shared = shares_prompts(model, run)
+    shared, mix = shares_prompts(model, run), None
     if shared:
         use_packed_attention(model, precision.engine)
-        trial = PolicyTrial(model, run, data, max_completion_length, from_copy)
+        if settings.supervised_weight:
+            mix = SupervisedMix(run, data)
+        trial = PolicyTrial(model, run, data, max_completion_length, from_copy, mix)
         run.plan = plan_batches(trial, steps=settings.max_steps, kept=run.kept_plan())
         run.plan = replace(run.plan, seconds_per_step=None)  # the sampling is not in it
+        if mix is not None:
+            mix.passes = run.plan.passes
         print(run.plan.describe(settings.max_steps, "completions"))
     if shared and precision.engine == "unsloth":
         GRPOTrainer = plain_module("trl.trainer.grpo_trainer").GRPOTrainer  # noqa: N806
@@ -212,7 +217,22 @@ def grpo_trainer(
                 if left.all():
                     mask[0, 0] = 1  # a pass has to compute something
                 inputs = inputs | {"completion_mask": mask}
-            return super()._compute_loss(model, inputs)
+            found = None
+            if mix is not None and self.model.training:  # first: trl waits for the device after its own
+                part = self._step % self.args.steps_per_generation
+                found = mix.loss(model, self.state.global_step, part, self.accelerator.device)
+            loss = super()._compute_loss(model, inputs)
+            if found is None:
+                return loss
+            self._metrics["train"]["supervised_loss"].append(found[1])
+            return loss + settings.supervised_weight * found[0]
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            losses = self._metrics["train"].get("supervised_loss")
+            if losses:  # the device is asked for them here
+                mean = self.accelerator.reduce(sum(losses) / len(losses), "mean")
+                self._metrics["train"]["supervised_loss"] = [mean.item()]
+            super().log(logs, *args, **kwargs)
 
         def _prepare_inputs(self, generation_batch: Any) -> Any:
             # As trl's, but that completions are not shuffled before they are divided into passes: groups stay together.
@@ -284,7 +304,7 @@ def samples_from_copy(model: Any, settings: Any) -> bool:
         return bool(settings.fast_rollouts)
     if settings.stop_at_error:
         return False  # nothing is sampled token by token
-    if settings.shared_prompts:
+    if settings.shares_always:
         return True  # Unsloth shares them only so
     return torch.cuda.get_device_properties(0).total_memory >= ROOM_FOR_COPY * copy_bytes(model, settings)
 
@@ -301,17 +321,17 @@ def shares_prompts(model: Any, run: StageRun) -> bool:
         model: the peft model that will be trained.
         run: settings and precision.
     """
-    if run.settings.shared_prompts is not None or run.settings.use_vllm:  # its memory would be missing in the plan
-        return bool(run.settings.shared_prompts)
-    if run.settings.stop_at_error:
+    if run.settings.shares_always:
         return True
+    if run.settings.shared_prompts is False or run.settings.use_vllm:  # its memory would be missing in the plan
+        return False
     if run.precision.engine == "unsloth" and not samples_from_copy(model, run.settings):
         return False  # Unsloth's generate, and its vLLM, are its own trainer's
     return can_pack(model, run.precision.torch_dtype)
 
 
 def check_sharing(run: StageRun) -> None:
-    """Whether --shared_prompts, or --stop_at_error, can be had.
+    """Whether what is computed only where prompts are shared can be had.
 
     Raises:
         ValueError: not on this engine, with these settings or with this model.
@@ -319,28 +339,37 @@ def check_sharing(run: StageRun) -> None:
     from transformers import AutoConfig
 
     settings = run.settings
-    if not settings.shared_prompts and not settings.stop_at_error:
+    asked = settings.shares_always
+    if asked is None:
         return
     if settings.use_vllm:
-        raise ValueError("--shared_prompts true: not beside --use_vllm, which has a trainer of its own")
+        raise ValueError(f"{asked}: not beside --use_vllm, which has a trainer of its own")
     if run.precision.engine == "unsloth" and settings.fast_rollouts is False and not settings.stop_at_error:
-        raise ValueError("--shared_prompts true: on the Unsloth engine not with --fast_rollouts false")
+        raise ValueError(f"{asked}: on the Unsloth engine not with --fast_rollouts false")
+    if settings.supervised_weight and settings.supervised_batch_size % process_count():
+        raise ValueError(
+            f"--supervised_batch_size {settings.supervised_batch_size}: {process_count()} processes cannot divide it"
+        )
     check_full_attention(AutoConfig.from_pretrained(run.parent))
 
 
 class PolicyTrial(Trial):
-    """Passes of the reinforcement learning: a batch is prompts, one for each completion, and completions.
+    """Passes of the reinforcement learning: a batch is prompts, one for each completion, completions, and what else.
 
     Args:
         model, run: see `Trial`.
         data: puzzles with their replies.
         max_completion_length: tokens of the longest completion.
         from_copy: completions are sampled from a copy of the model, which takes its memory.
+        mix: what is learned besides; None: nothing.
     """
 
     padding_free = True
 
-    def __init__(self, model: Any, run: StageRun, data: StageData, max_completion_length: int, from_copy: bool):
+    def __init__(
+        self, model: Any, run: StageRun, data: StageData, max_completion_length: int, from_copy: bool,
+        mix: SupervisedMix | None = None,
+    ):  # fmt: skip
         """See the class."""
         import torch
 
@@ -352,19 +381,25 @@ class PolicyTrial(Trial):
         if run.settings.beta > 0:  # trl keeps the adapter as it was
             self.more += 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.samples, self.length, self.group = data.samples, max_completion_length, run.settings.num_generations
+        self.mix, self.of_step = mix, run.settings.samples_per_step // process_count()
 
     def longest(self, size: int) -> Any:
         """As many different prompts as there can be."""
         rng = np.random.default_rng(0)
         vocabulary = self.model.config.vocab_size
-        own = self.run.settings.samples_per_step // process_count()
-        count = min(size, math.ceil(own / self.group) + (process_count() > 1))
+        count = min(size, math.ceil(self.of_step / self.group) + (process_count() > 1))
         prompts = [rng.integers(0, vocabulary, self.run.settings.max_seq_length) for _ in range(count)]
         different = count if self.run.settings.stop_at_error else size  # those that are stopped follow one solution
         replies = [rng.integers(0, vocabulary, self.length) for _ in range(different)]
-        return [prompts[at * count // size] for at in range(size)], [
-            replies[at * different // size] for at in range(size)
-        ]
+        more = None
+        if self.mix is not None:
+            row = uniform_row(self.run.settings.max_seq_length, MASKED_REPLIES, vocabulary)
+            more = self.mix.collator([row] * self.mix.rows_of_pass(size, self.of_step))
+        return (
+            [prompts[at * count // size] for at in range(size)],
+            [replies[at * different // size] for at in range(size)],
+            more,
+        )
 
     def typical(self, size: int) -> list[Any]:
         """The first prompts, with replies as long as their solutions: alike in a group only where they are stopped."""
@@ -378,7 +413,11 @@ class PolicyTrial(Trial):
             replies = [ids[begin:][: self.length] for ids, begin in parts]
             if not self.run.settings.stop_at_error:
                 replies = [rng.integers(0, vocabulary, len(reply)) for reply in replies]
-            found.append(([ids[:begin] for ids, begin in parts], replies))
+            more = None
+            if self.mix is not None:
+                step = self.mix.rows(len(found))
+                more = self.mix.collator(self.samples.__getitems__(step[: self.mix.rows_of_pass(size, self.of_step)]))
+            found.append(([ids[:begin] for ids, begin in parts], replies, more))
         return found
 
     def tokens(self, batch: Any) -> int:
@@ -390,5 +429,9 @@ class PolicyTrial(Trial):
         return float(self.tokens(self.typical(plan.micro_batch_size)[-1]) * plan.passes)
 
     def loss(self, batch: Any) -> torch.Tensor:
-        """A sum over all tokens, as GRPO's."""
-        return reply_log_probs(self.model, self.run.precision.engine, *batch)[0].mean()
+        """A sum over all tokens, as GRPO's; and what is learned besides."""
+        from accelerate.utils import send_to_device
+
+        prompts, replies, more = batch
+        loss = reply_log_probs(self.model, self.run.precision.engine, prompts, replies)[0].mean()
+        return loss if more is None else loss + self.model(**send_to_device(more, self.device)).loss

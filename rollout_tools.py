@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distributed_tools import process_count, process_index
+from folded_lora import folded_throughout
 from model_tools import EMBEDDING_MODULES, Precision
 from prompt_sharing import solution_logits
 from sampling_tools import DeviceSampler
@@ -262,7 +263,7 @@ def sample_until_wrong(
     found: list[list[np.ndarray]] = []
     for at in range(0, len(prompts), batch_size):
         part = slice(at, at + batch_size)
-        with torch.no_grad():
+        with torch.no_grad(), folded_throughout(model):
             logits = solution_logits(model, engine, prompts[part], solutions[part])
         draws = [  # (tokens, samples) of each prompt
             random_draws(seed, own, len(solution)).T

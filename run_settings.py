@@ -139,6 +139,11 @@ class RunSettings(DataSettings):
     gradient_checkpointing: bool | None = setting(
         None, "recompute activations, slower and with less memory; default: where there is no room without, and on CPUs"
     )
+    fold_lora: bool = setting(
+        False,
+        "add LoRA's matrices to a layer's weight before it multiplies (engine transformers, not in 4 bits): faster for "
+        "ranks near the layers' width; in 16 bits blind to changes below a weight's last digit",
+    )
     # Watching
     logging_steps: int = setting(10, "steps between log lines")
     eval_steps: int = setting(500, "steps between measurements on the held-out puzzles; 0: never")
@@ -171,11 +176,6 @@ class SupervisedSettings(RunSettings):
     )
     compile_layers: bool | None = setting(
         None, "compile the layers (engine transformers), which takes a minute; default: where it pays on a GPU"
-    )
-    fold_lora: bool = setting(
-        False,
-        "add LoRA's matrices to a layer's weight before it multiplies (engine transformers, not in 4 bits): faster for "
-        "ranks near the layers' width; in 16 bits blind to changes below a weight's last digit",
     )
 
 

@@ -408,9 +408,9 @@ def check_arguments(run: StageRun) -> None:
     from transformers.training_args import OptimizerNames
 
     divide_step(run.settings)
-    if getattr(run.settings, "compile_layers", None) and run.precision.engine == "unsloth":
+    if run.settings.compile_layers and run.precision.engine == "unsloth":
         raise ValueError("--compile_layers is for --engine transformers: Unsloth has compiled parts of its own")
-    if getattr(run.settings, "fold_lora", False):
+    if run.settings.fold_lora:
         if run.precision.engine == "unsloth" or run.precision.load_in_4bit:
             raise ValueError("--fold_lora is for --engine transformers and weights that are not in 4 bits")
         if run.settings.lora_dropout:

@@ -890,5 +890,5 @@ def lora_options(settings: RunSettings) -> dict[str, Any]:
         "random_state": settings.random_state,
         "max_seq_length": settings.max_seq_length,
         "gradient_checkpointing": settings.gradient_checkpointing is not False,  # until the plan decides
-        "fold": getattr(settings, "fold_lora", False),  # stage 3 has none
+        "fold": settings.fold_lora,
     }

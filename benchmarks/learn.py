@@ -73,7 +73,7 @@ MODELS = {
 }  # fmt: skip
 # Generated puzzles that stages train on besides, by their settings' names. In trials of stage 3 with prompts of the
 # course alone unseen tasks lost a point, with programs among them none (benchmarks/README.md).
-BESIDES = {"stage2": ("programs", "changed"), "stage3": ("programs",)}
+BESIDES = {"stage2": ("programs", "changed"), "stage3": ("programs", "changed")}
 SETS = {"seen": "examples", "unseen": "tasks"}  # and what evaluate_arc.py calls them
 SPLIT = ("sizes", "grid_sizes", "dataset_seed", "holdout_examples", "holdout_tasks", "holdout_seed")
 FOUR_BIT = ["--load_in_4bit", "true", "--compile_layers", "false"]  # layers that dequantise are not compiled

@@ -1,0 +1,108 @@
+"""Stage 2's loss beside the policy's: in each step of stage 3 a batch of its own, all whose outputs are learned.
+
+A policy gradient says which of the answers that a model gives already are right; nothing in it holds in place what the
+model has learned besides. "Training language models to follow instructions with human feedback" (Ouyang et al. 2022,
+arXiv:2203.02155, PPO-ptx) adds the loss of the training before, on batches of its data; here that is stage 2's, on
+puzzles in views of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distributed_tools import process_count, process_index
+from model_tools import InputMaskingDataCollator
+from trainer_tools import EpochSampler
+
+if TYPE_CHECKING:
+    import torch
+
+    from training_tools import StageData, StageRun
+
+MASKED_REPLIES = 1  # stage 2's default: a rule cannot be known before its first pair
+
+
+class SupervisedMix:
+    """Batches of stage 2's kind, one for each step, and their loss.
+
+    Which puzzles a step learns depends on the seed and the step alone: a continued run sees what an uninterrupted one
+    does, and several processes divide what one would have.
+
+    Args:
+        run: its settings say how many samples a step has (`supervised_batch_size`), and for how many steps.
+        data: rows and tokenizer.
+    """
+
+    def __init__(self, run: StageRun, data: StageData):
+        """See the class; nothing is made before `loss` is called."""
+        self.settings, self.samples, self.passes = run.settings, data.samples, 1
+        self.own = run.settings.supervised_batch_size // process_count()
+        self.collator = InputMaskingDataCollator(data.tokenizer, mask_first_n_examples=MASKED_REPLIES)
+        self.collator.packed_for = run.precision.engine
+        self._order: tuple[int, list[int]] = (-1, [])
+        self._batches: Iterator[list[dict[str, Any]]] | None = None
+        self._step, self._parts = -1, []
+
+    def rows(self, step: int) -> list[int]:
+        """Row numbers of the samples of one step, of this process."""
+        begin = step * self.settings.supervised_batch_size + process_index() * self.own
+        return [self._row(number) for number in range(begin, begin + self.own)]
+
+    def _row(self, number: int) -> int:
+        epoch, place = divmod(number, len(self.samples))
+        if self._order[0] != epoch:
+            sampler = EpochSampler(len(self.samples), self.settings.seed + 1)  # not in the order of the prompts
+            sampler.set_epoch(epoch)
+            self._order = (epoch, list(sampler))
+        return self._order[1][place]
+
+    def divide(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows as batches, one for each pass that has some."""
+        parts = np.array_split(np.arange(len(rows)), self.passes)
+        return [self.collator([rows[at] for at in part]) for part in parts if len(part)]
+
+    def _from(self, step: int) -> Iterator[list[dict[str, Any]]]:
+        import torch
+
+        loader = torch.utils.data.DataLoader(
+            self.samples,
+            batch_sampler=(self.rows(at) for at in range(step, self.settings.max_steps)),
+            collate_fn=self.divide,
+            num_workers=self.settings.dataloader_num_workers or 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+        return iter(loader)
+
+    def loss(self, model: Any, step: int, part: int, device: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The loss of one pass: those of a step add up to the mean over the learned tokens of this process's batch.
+
+        Args:
+            model: with packing_tools.use_packed_attention; in training, as a trainer has it.
+            step: optimizer steps before this one.
+            part: number of the pass in it, from 0; each in turn.
+            device: of the model.
+
+        Returns:
+            What is to be added to the pass's own loss, and, to be logged, the mean over the pass's tokens; None for
+            passes that have no samples.
+        """
+        from accelerate.utils import send_to_device
+
+        if self._batches is None:
+            self._batches = self._from(step)
+        if step != self._step:
+            self._step, self._parts = step, next(self._batches)
+        if part >= len(self._parts):
+            return None
+        learned = [int((each["labels"] >= 0).sum()) for each in self._parts]
+        batch = send_to_device(self._parts[part], device, non_blocking=True)
+        loss = model(**batch, num_items_in_batch=sum(learned)).loss
+        return loss, loss.detach() * (sum(learned) / learned[part])
+
+    def rows_of_pass(self, size: int, of: int) -> int:
+        """Samples beside so many completions of a pass, of those of a step."""
+        return math.ceil(self.own * size / of)

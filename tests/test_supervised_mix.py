@@ -1,0 +1,129 @@
+"""Stage 2's loss beside the policy's: which samples a step learns, and that its passes add up."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import call
+from test_policy_trainer import SMALL, STOPPED, trained
+from transformers import AutoModelForCausalLM
+
+import supervised_mix
+from arc_loader import ArcDataset, format_options
+from arc_samples import SampleEncoder, TrainingSamples
+from model_tools import InputMaskingDataCollator, Precision, load_tokenizer
+from packing_tools import use_packed_attention
+from supervised_mix import SupervisedMix
+from training_tools import StageData
+
+MIXED = ("--supervised_weight", 2, "--supervised_batch_size", 6)
+
+
+@pytest.fixture(scope="module")
+def policy(taught_policy):
+    return (*SMALL, *taught_policy)
+
+
+@pytest.fixture(scope="module")
+def data(taught_policy):
+    tokenizer = load_tokenizer(taught_policy[3])
+    encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
+    puzzles = ArcDataset.load_from_local_json(taught_policy[1], sizes=(2,)).subset(3)
+    samples = TrainingSamples(puzzles, encoder, 160, seed=44, tp="all", rt="all", perm=False, shfl_ex=True)
+    return StageData(None, samples, encoder, tokenizer, puzzles)
+
+
+def mix_of(data, size=6, steps=40, passes=1):
+    settings = SimpleNamespace(supervised_batch_size=size, max_steps=steps, seed=44, dataloader_num_workers=None)
+    mix = SupervisedMix(SimpleNamespace(settings=settings, precision=Precision("transformers", "float32", False)), data)
+    mix.passes = passes
+    return mix
+
+
+def test_an_epoch_has_each_sample_once_and_the_next_one_other_views(data, monkeypatch):
+    count = len(data.samples)
+    mix = mix_of(data, size=7)
+    steps = [mix.rows(step) for step in range(2 * count // 7 + 1)]
+    rows = sum(steps, [])
+    assert count % 7 and {len(step) for step in steps} == {7}
+    assert sorted(rows[:count]) == list(range(count)) != rows[:count]
+    assert sorted(rows[count : 2 * count]) == list(range(count, 2 * count))
+    assert mix_of(data, size=7).rows(5) == steps[5], "whatever came before"
+
+    # Two processes divide a step, without a sample twice.
+    monkeypatch.setattr(supervised_mix, "process_count", lambda: 2)
+    halves = []
+    for index in (0, 1):
+        monkeypatch.setattr(supervised_mix, "process_index", lambda index=index: index)
+        halves += mix_of(data, size=8).rows(3)
+    monkeypatch.undo()
+    assert halves == mix_of(data, size=8).rows(3)
+
+
+def test_a_steps_passes_add_up_to_stage_twos_loss(data, taught_policy):
+    model = AutoModelForCausalLM.from_pretrained(taught_policy[3]).float()
+    use_packed_attention(model)
+    rows = data.samples.__getitems__(mix_of(data).rows(4))
+    padded = InputMaskingDataCollator(data.tokenizer, mask_first_n_examples=1)(rows)
+    expected = model(**padded).loss
+    expected.backward()
+    gradient = model.get_input_embeddings().weight.grad.clone()
+    for passes, parts in ((1, 1), (4, 4), (8, 6)):  # of 6 samples not more than 6
+        model.zero_grad()
+        mix = mix_of(data, passes=passes)
+        found = [mix.loss(model, step, part, "cpu") for step in (4, 5) for part in range(passes)]
+        here = [pair for pair in found[:passes] if pair is not None]
+        assert len(here) == parts and found[:parts] == here
+        total = sum(loss for loss, _ in here)
+        assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+        total.backward()
+        assert torch.allclose(model.get_input_embeddings().weight.grad, gradient, atol=1e-6)
+        assert found[passes][0].item() != pytest.approx(here[0][0].item()), "the next step has other samples"
+        lowest, highest = min(mean for _, mean in here).item(), max(mean for _, mean in here).item()
+        assert lowest <= expected.item() * (1 + 1e-5) and highest >= expected.item() * (1 - 1e-5)
+
+
+def test_beside_the_policy(tmp_path, policy):
+    records, weights, _ = trained(tmp_path / "whole", *policy, *STOPPED, *MIXED)
+    alone, without, _ = trained(tmp_path / "alone", *policy, *STOPPED)
+    assert all(r["supervised_loss"] > 0 for r in records) and not any("supervised_loss" in r for r in alone)
+    # The first step starts from the same model: its loss is the policy's, and twice the other one.
+    assert records[0]["loss"] == pytest.approx(alone[0]["loss"] + 2 * records[0]["supervised_loss"], abs=2e-4)
+    assert any(not torch.allclose(tensor, without[part], atol=1e-3) for part, tensor in weights.items())
+    for name, more in (
+        ("in parts", ("--micro_batch_size", 8)),
+        ("folded and compiled", ("--fold_lora", True, "--compile_layers", True)),
+        ("made ahead", ("--dataloader_num_workers", 1)),
+    ):
+        others, same, _ = trained(tmp_path / name, *policy, *STOPPED, *MIXED, *more)
+        for record, other in zip(records, others, strict=True):
+            for figure in ("loss", "supervised_loss", "grad_norm"):
+                assert other[figure] == pytest.approx(record[figure], rel=1e-3), (name, figure)
+        for part, tensor in weights.items():
+            assert torch.allclose(tensor, same[part], atol=1e-4), (name, part)
+
+
+def test_beside_whole_completions_and_after_an_interruption(tmp_path, policy):
+    flags = (*policy, *MIXED, "--micro_batch_size", 8, "--save_steps", 1)
+    records, weights, printed = trained(tmp_path / "whole", *flags, "--max_steps", 3)
+    assert "a step: 2 forward passes of 8 completions, without padding" in printed, "prompts are shared, unasked"
+    stopped = tmp_path / "stopped"
+    code, _ = call("train_grpo", *flags, "--output_dir", stopped, "--max_steps", 3)
+    assert code == 0
+    lora, work = (stopped / f"Llama-3.2-1B-Final-RL-{part}" for part in ("lora", "checkpoints"))
+    assert lora.is_dir() and not work.exists()
+    assert all(r["supervised_loss"] > 0 for r in records) and weights
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--supervised_weight", -1), "supervised_weight is -1.0: expected a number from 0"),
+        (("--supervised_batch_size", 0), "supervised_batch_size is 0: expected a whole number from 1"),
+        (("--shared_prompts", False), "shared_prompts is False: expected not false beside --supervised_weight"),
+    ],
+    ids=lambda part: part[0] if isinstance(part, tuple) else "",
+)
+def test_what_is_refused(tmp_path, policy, more, says):
+    code, printed = call("train_grpo", *policy, *MIXED, *more, "--output_dir", tmp_path)
+    assert code == 2 and says in printed, printed
