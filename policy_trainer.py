@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from batch_planning import BatchPlan, Trial, let_run_ahead, plan_batches, uniform_row
+from batch_planning import BatchPlan, Trial, compile_layers, let_run_ahead, plan_batches, uniform_row
 from distributed_tools import process_count
 from model_tools import EMBEDDING_MODULES, train_in_float32
 from packing_tools import can_pack, check_full_attention, use_packed_attention
@@ -71,7 +71,7 @@ class PromptRows:
 
 
 class DecodingOnce:
-    """A tokenizer that decodes rows that are equal once: trl decodes a group's prompt once a completion, all twice.
+    """A tokenizer that decodes rows that are equal once: trl decodes a group's prompt, for its log, once a completion.
 
     Args:
         tokenizer: which does all else.
@@ -79,7 +79,11 @@ class DecodingOnce:
 
     def __init__(self, tokenizer: Any):
         """See the class."""
-        self.tokenizer, self.texts = tokenizer, {}
+        self.tokenizer = tokenizer
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """As the tokenizer: where trl samples by itself."""
+        return self.tokenizer(*args, **options)
 
     def __getattr__(self, name: str) -> Any:
         """What else there is."""
@@ -88,11 +92,11 @@ class DecodingOnce:
     def batch_decode(self, sequences: Any, **options: Any) -> list[str]:
         """As the tokenizer's; `sequences` are rows of numbers, or a tensor (rows, tokens)."""
         rows = sequences.cpu().numpy() if hasattr(sequences, "cpu") else [np.asarray(row) for row in sequences]
-        names = [(row.astype(np.int64).tobytes(), *sorted(options.items())) for row in rows]
-        new = {name: row for name, row in zip(names, rows, strict=True) if name not in self.texts}
-        decoded = self.tokenizer.batch_decode([row.tolist() for row in new.values()], **options)
-        self.texts |= dict(zip(new, decoded, strict=True))
-        return [self.texts[name] for name in names]
+        names = [row.tobytes() for row in rows]
+        different = dict(zip(names, rows, strict=True))
+        decoded = self.tokenizer.batch_decode([row.tolist() for row in different.values()], **options)
+        texts = dict(zip(different, decoded, strict=True))
+        return [texts[name] for name in names]
 
 
 def grpo_trainer(
@@ -136,6 +140,8 @@ def grpo_trainer(
         if mix is not None:
             mix.passes = run.plan.passes
         print(run.plan.describe(settings.max_steps, "completions"))
+    elif settings.compile_layers:
+        compile_layers(model)
     if shared and precision.engine == "unsloth":
         GRPOTrainer = plain_module("trl.trainer.grpo_trainer").GRPOTrainer  # noqa: N806
         GRPOConfig = plain_module("trl.trainer.grpo_config").GRPOConfig  # noqa: N806
@@ -393,7 +399,8 @@ class PolicyTrial(Trial):
         replies = [rng.integers(0, vocabulary, self.length) for _ in range(different)]
         more = None
         if self.mix is not None:
-            row = uniform_row(self.run.settings.max_seq_length, MASKED_REPLIES, vocabulary)
+            tokens = min(self.run.settings.max_seq_length, int(self.samples.lengths().max()))
+            row = uniform_row(tokens, MASKED_REPLIES, vocabulary)
             more = self.mix.collator([row] * self.mix.rows_of_pass(size, self.of_step))
         return (
             [prompts[at * count // size] for at in range(size)],

@@ -236,13 +236,19 @@ def _spare_workers(trainer: Any) -> None:
         loader = make()
         inner = getattr(loader, "base_dataloader", loader)  # accelerate's wraps PyTorch's
         if inner.num_workers:
-            inner.worker_init_fn = partial(_begin_worker, inner.worker_init_fn)
+            inner.worker_init_fn = partial(begin_worker, inner.worker_init_fn)
         return loader
 
     trainer.get_train_dataloader = get_train_dataloader
 
 
-def _begin_worker(begin: Callable[[int], Any] | None, number: int) -> None:
+def begin_worker(begin: Callable[[int], Any] | None, number: int) -> None:
+    """What a process that makes batches does first: it leaves signals to the one that trains.
+
+    Args:
+        begin: what it does then, if anything.
+        number: of the process.
+    """
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
     if begin is not None:

@@ -1,22 +1,24 @@
-"""Stage 2's loss beside the policy's: in each step of stage 3 a batch of its own, all whose outputs are learned.
+"""Stage 2's loss beside the policy's: in each step of stage 3 a batch of its own, whose outputs are learned.
 
 A policy gradient says which of the answers that a model gives already are right; nothing in it holds in place what the
 model has learned besides. "Training language models to follow instructions with human feedback" (Ouyang et al. 2022,
-arXiv:2203.02155, PPO-ptx) adds the loss of the training before, on batches of its data; here that is stage 2's, on
-puzzles in views of their own.
+arXiv:2203.02155, PPO-ptx) adds the loss of the training before, on batches of its data; here that is stage 2's, on the
+same puzzles as the policy's prompts, in views of their own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distributed_tools import process_count, process_index
+from distributed_tools import gather, process_count, process_index
 from model_tools import InputMaskingDataCollator
-from trainer_tools import EpochSampler
+from run_guards import begin_worker
+from trainer_tools import EpochSampler, planned_rows
 
 if TYPE_CHECKING:
     import torch
@@ -43,9 +45,11 @@ class SupervisedMix:
         self.own = run.settings.supervised_batch_size // process_count()
         self.collator = InputMaskingDataCollator(data.tokenizer, mask_first_n_examples=MASKED_REPLIES)
         self.collator.packed_for = run.precision.engine
+        prompts = run.settings.samples_per_step // run.settings.num_generations
+        self.first_epoch = planned_rows(run, data, prompts) // len(data.samples)  # views that no prompt has
         self._order: tuple[int, list[int]] = (-1, [])
         self._batches: Iterator[list[dict[str, Any]]] | None = None
-        self._step, self._parts = -1, []
+        self._step, self._parts, self._learned = -1, [], 0
 
     def rows(self, step: int) -> list[int]:
         """Row numbers of the samples of one step, of this process."""
@@ -54,8 +58,9 @@ class SupervisedMix:
 
     def _row(self, number: int) -> int:
         epoch, place = divmod(number, len(self.samples))
+        epoch += self.first_epoch
         if self._order[0] != epoch:
-            sampler = EpochSampler(len(self.samples), self.settings.seed + 1)  # not in the order of the prompts
+            sampler = EpochSampler(len(self.samples), self.settings.seed)
             sampler.set_epoch(epoch)
             self._order = (epoch, list(sampler))
         return self._order[1][place]
@@ -74,11 +79,13 @@ class SupervisedMix:
             collate_fn=self.divide,
             num_workers=self.settings.dataloader_num_workers or 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=partial(begin_worker, None),
+            generator=torch.Generator(),  # else it would take a number of those that the training draws from
         )
         return iter(loader)
 
     def loss(self, model: Any, step: int, part: int, device: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The loss of one pass: those of a step add up to the mean over the learned tokens of this process's batch.
+        """The loss of one pass: those of a step add up to the mean over its learned tokens, if processes take the mean.
 
         Args:
             model: with packing_tools.use_packed_attention; in training, as a trainer has it.
@@ -96,13 +103,21 @@ class SupervisedMix:
             self._batches = self._from(step)
         if step != self._step:
             self._step, self._parts = step, next(self._batches)
+            self._learned = sum(gather(sum(map(_learned, self._parts))))
+            if step + 1 >= self.settings.max_steps:
+                self._batches = iter(())  # the processes that made them end
         if part >= len(self._parts):
             return None
-        learned = [int((each["labels"] >= 0).sum()) for each in self._parts]
         batch = send_to_device(self._parts[part], device, non_blocking=True)
-        loss = model(**batch, num_items_in_batch=sum(learned)).loss
-        return loss, loss.detach() * (sum(learned) / learned[part])
+        # The model divides a sum by it; the mean over processes is then the step's.
+        divisor = self._learned if process_count() == 1 else self._learned / process_count()
+        loss = model(**batch, num_items_in_batch=divisor).loss
+        return loss, loss.detach() * (divisor / _learned(self._parts[part]))
 
     def rows_of_pass(self, size: int, of: int) -> int:
         """Samples beside so many completions of a pass, of those of a step."""
         return math.ceil(self.own * size / of)
+
+
+def _learned(batch: dict[str, Any]) -> int:
+    return int((batch["labels"] >= 0).sum())

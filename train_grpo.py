@@ -51,7 +51,8 @@ def main() -> None:
             model, _ = load_model(run.parent, run.precision, settings.max_seq_length, vllm_rank)
             model = add_lora(model, run.precision, **lora_options(settings))
         with run.machine_errors("scanning the prompts"):  # LoRA adds nothing yet: this is stage 2's model
-            whole = replace(settings, stop_at_error=False)  # what is scanned is sampled to its end
+            # What is scanned is sampled to its end, and nothing is learned.
+            whole = replace(settings, stop_at_error=False, supervised_weight=0.0)
             scan = scan_prompts(model, run, data, longest, samples_from_copy(model, whole))
         with run.machine_errors("loading the model"):
             rewards = reward_functions(data.puzzles, data.tokenizer, data.format, stopped=settings.stop_at_error)

@@ -275,6 +275,7 @@ def test_completions_that_stop_are_learned_from_by_two_as_by_one(tmp_path, taugh
         "--max_steps", 4, "--eval_steps", 0, "--save_steps", 0, "--holdout_examples", 6, "--logging_steps", 1,
         "--skip_scan", True, "--learning_rate", 0.05, "--optim", "sgd", "--max_grad_norm", 1e9, "--report_to", "none",
         "--stop_at_error", True, "--reward_cells", 0, "--micro_batch_size", 8,
+        "--supervised_weight", 1, "--supervised_batch_size", 10,
     )  # fmt: skip
     alone("train_grpo.py", *flags, "--output_dir", tmp_path / "one")
     launch("train_grpo.py", *flags, "--output_dir", tmp_path / "two")
@@ -282,6 +283,7 @@ def test_completions_that_stop_are_learned_from_by_two_as_by_one(tmp_path, taugh
     for name in (
         "reward",
         "completions/mean_length",
+        "supervised_loss",
         "loss",
         "grad_norm",
     ):  # groups without signal: not as many in both

@@ -325,11 +325,9 @@ def test_the_later_stages_train_on_extra_puzzles_besides(inputs, tmp_path):
     for job in (
         chain.stage("stage3"),
         *chain.seeds(),
-    ):  # which trains on the programs besides, and with its other seeds
-        assert (
-            job.command[-2:] == ["--extra_dataset_dirs", folders[0]]
-            and tmp_path / "programs" / "rules.txt" in job.inputs
-        )
+    ):  # which trains on them besides, and with its other seeds
+        assert job.command[-3:] == ["--extra_dataset_dirs", *folders]
+        assert tmp_path / "programs" / "rules.txt" in job.inputs
     changed.unlink()
     assert chain.stage("stage2").command[-2:] == ["--extra_dataset_dirs", folders[0]]
     (tmp_path / "configs" / "programs.yaml").unlink()

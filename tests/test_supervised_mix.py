@@ -1,5 +1,7 @@
 """Stage 2's loss beside the policy's: which samples a step learns, and that its passes add up."""
 
+import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -34,20 +36,25 @@ def data(taught_policy):
 
 
 def mix_of(data, size=6, steps=40, passes=1):
-    settings = SimpleNamespace(supervised_batch_size=size, max_steps=steps, seed=44, dataloader_num_workers=None)
+    settings = SimpleNamespace(
+        supervised_batch_size=size, max_steps=steps, seed=44, dataloader_num_workers=None, samples_per_step=8,
+        num_generations=4, num_train_epochs=1.0,
+    )  # fmt: skip
     mix = SupervisedMix(SimpleNamespace(settings=settings, precision=Precision("transformers", "float32", False)), data)
     mix.passes = passes
     return mix
 
 
-def test_an_epoch_has_each_sample_once_and_the_next_one_other_views(data, monkeypatch):
+def test_an_epoch_has_each_sample_once_in_views_that_no_prompt_has(data, monkeypatch):
     count = len(data.samples)
     mix = mix_of(data, size=7)
     steps = [mix.rows(step) for step in range(2 * count // 7 + 1)]
     rows = sum(steps, [])
+    first = mix.first_epoch * count
+    assert first >= 40 * 2, "40 steps of 2 prompts"
     assert count % 7 and {len(step) for step in steps} == {7}
-    assert sorted(rows[:count]) == list(range(count)) != rows[:count]
-    assert sorted(rows[count : 2 * count]) == list(range(count, 2 * count))
+    assert sorted(rows[:count]) == list(range(first, first + count)) != rows[:count]
+    assert sorted(rows[count : 2 * count]) == list(range(first + count, first + 2 * count))
     assert mix_of(data, size=7).rows(5) == steps[5], "whatever came before"
 
     # Two processes divide a step, without a sample twice.
@@ -78,7 +85,7 @@ def test_a_steps_passes_add_up_to_stage_twos_loss(data, taught_policy):
         assert total.item() == pytest.approx(expected.item(), rel=1e-5)
         total.backward()
         assert torch.allclose(model.get_input_embeddings().weight.grad, gradient, atol=1e-6)
-        assert found[passes][0].item() != pytest.approx(here[0][0].item()), "the next step has other samples"
+        assert mix.rows(4) != mix.rows(5) and found[passes] is not None
         lowest, highest = min(mean for _, mean in here).item(), max(mean for _, mean in here).item()
         assert lowest <= expected.item() * (1 + 1e-5) and highest >= expected.item() * (1 - 1e-5)
 
@@ -103,16 +110,38 @@ def test_beside_the_policy(tmp_path, policy):
             assert torch.allclose(tensor, same[part], atol=1e-4), (name, part)
 
 
-def test_beside_whole_completions_and_after_an_interruption(tmp_path, policy):
-    flags = (*policy, *MIXED, "--micro_batch_size", 8, "--save_steps", 1)
-    records, weights, printed = trained(tmp_path / "whole", *flags, "--max_steps", 3)
+@pytest.mark.parametrize("sampled", [("--fast_rollouts", True), ("--fast_rollouts", False)], ids=["copy", "trl"])
+def test_a_continued_run_learns_what_an_uninterrupted_one_does(tmp_path, policy, monkeypatch, sampled):
+    flags = (*policy, *MIXED, *sampled, "--micro_batch_size", 8, "--save_steps", 1)
+    records, weights, printed = trained(tmp_path / "whole", *flags)
     assert "a step: 2 forward passes of 8 completions, without padding" in printed, "prompts are shared, unasked"
-    stopped = tmp_path / "stopped"
-    code, _ = call("train_grpo", *flags, "--output_dir", stopped, "--max_steps", 3)
-    assert code == 0
-    lora, work = (stopped / f"Llama-3.2-1B-Final-RL-{part}" for part in ("lora", "checkpoints"))
-    assert lora.is_dir() and not work.exists()
-    assert all(r["supervised_loss"] > 0 for r in records) and weights
+    assert all(r["supervised_loss"] > 0 for r in records)
+
+    whole = SupervisedMix.loss
+
+    def stopped_in_the_second(self, model, step, *more):
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return whole(self, model, step, *more)
+
+    monkeypatch.setattr(SupervisedMix, "loss", stopped_in_the_second)
+    code, printed = call("train_grpo", *flags, "--output_dir", tmp_path / "stopped")
+    assert code == 143 and "checkpoint-2" in printed, printed
+    monkeypatch.undo()
+    # Beside it: this process, which goes on, has the folder to itself.
+    shutil.copytree(tmp_path / "stopped", tmp_path / "continued", ignore=shutil.ignore_patterns(".*"))
+    others, same, printed = trained(tmp_path / "continued", *flags)
+    assert "checkpoint-2" in printed
+    assert others[-1]["supervised_loss"] == records[-1]["supervised_loss"]
+    for part, tensor in weights.items():
+        assert torch.equal(tensor, same[part]), part
+
+
+def test_completions_that_are_all_of_one_length(tmp_path, taught_policy):
+    flags = (*SMALL, *taught_policy, "--max_steps", 1, "--shared_prompts", True)
+    for name in ("copy", "trl"):
+        records, _, _ = trained(tmp_path / name, *flags, "--fast_rollouts", name == "copy")
+        assert len(records) == 1
 
 
 @pytest.mark.parametrize(
