@@ -919,7 +919,7 @@ def plot_stages(chain: Chain, out: Path) -> None:
     from report_tools import draw_curves, find_curves, read_metrics
 
     panels = dict.fromkeys(STAGES, ("loss", "share of puzzles solved", "tokens per second"))
-    panels["stage3"] = ("reward", *panels["stage3"][1:])  # its loss is about 0 whatever is learned
+    panels["stage3"] = ("reward", *panels["stage3"][1:])  # of its loss the policy's part is about 0 whatever is learned
     found = {}
     for name in STAGES:
         metrics = adapter_of(chain, name) / "metrics.jsonl"
