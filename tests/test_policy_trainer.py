@@ -152,16 +152,17 @@ def test_passes_that_are_tried():
     data = SimpleNamespace(samples=SimpleNamespace(__getitems__=lambda numbers: [rows[at % 2] for at in numbers]))
     run = SimpleNamespace(settings=settings, precision=Precision("transformers", "float32", False))
     trial = PolicyTrial(model, run, data, 6, from_copy=False)
-    prompts, replies = trial.longest(8)
+    prompts, replies, more = trial.longest(8)
+    assert more is None, "nothing is learned besides"
     assert {len(prompt) for prompt in prompts} == {40} and {len(reply) for reply in replies} == {6}
     assert [sum(prompt is other for other in prompts) for prompt in prompts] == [2] * 8  # a step has four
     assert len({reply.tobytes() for reply in replies}) == 8
-    prompts, replies = trial.typical(8)[0]
+    prompts, replies, _ = trial.typical(8)[0]
     assert len({reply.tobytes() for reply in replies}) == 8, "whole completions of a group differ"
     assert [len(prompt) for prompt in prompts] == [15] * 8 and [len(reply) for reply in replies] == [5] * 4 + [6] * 4
     assert 0 < trial.seconds_per_step(BatchPlan(8, 2, False, True)) < 60
     settings.stop_at_error = True  # those that are stopped follow their prompt's solution
-    for prompts, replies in (trial.longest(8), trial.typical(8)[0]):
+    for prompts, replies, _ in (trial.longest(8), trial.typical(8)[0]):
         pairs = {(prompt.tobytes(), reply.tobytes()) for prompt, reply in zip(prompts, replies, strict=True)}
         assert len(pairs) == len({prompt for prompt, _ in pairs})
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -11,13 +11,16 @@ from test_policy_trainer import SMALL, STOPPED, trained
 from transformers import AutoModelForCausalLM
 
 import supervised_mix
+import train_grpo
 from arc_loader import ArcDataset, format_options
 from arc_samples import SampleEncoder, TrainingSamples
-from model_tools import InputMaskingDataCollator, Precision, load_tokenizer
+from model_tools import InputMaskingDataCollator, Precision, add_lora, load_tokenizer
 from packing_tools import use_packed_attention
+from policy_trainer import PolicyTrial
 from supervised_mix import SupervisedMix
 from training_tools import StageData
 
+PRECISION = Precision("transformers", "float32", False)
 MIXED = ("--supervised_weight", 2, "--supervised_batch_size", 6)
 
 
@@ -40,7 +43,7 @@ def mix_of(data, size=6, steps=40, passes=1):
         supervised_batch_size=size, max_steps=steps, seed=44, dataloader_num_workers=None, samples_per_step=8,
         num_generations=4, num_train_epochs=1.0,
     )  # fmt: skip
-    mix = SupervisedMix(SimpleNamespace(settings=settings, precision=Precision("transformers", "float32", False)), data)
+    mix = SupervisedMix(SimpleNamespace(settings=settings, precision=PRECISION), data)
     mix.passes = passes
     return mix
 
@@ -156,3 +159,21 @@ def test_completions_that_are_all_of_one_length(tmp_path, taught_policy):
 def test_what_is_refused(tmp_path, policy, more, says):
     code, printed = call("train_grpo", *policy, *MIXED, *more, "--output_dir", tmp_path)
     assert code == 2 and says in printed, printed
+
+
+def test_the_memory_that_is_tried_has_the_samples_besides(data, taught_policy):
+    model = add_lora(AutoModelForCausalLM.from_pretrained(taught_policy[3]).float(), PRECISION, r=4)
+    use_packed_attention(model)
+    settings = train_grpo.Settings(
+        num_generations=4, per_device_train_batch_size=8, gradient_accumulation_steps=2, lora_r=4, max_seq_length=160,
+        max_steps=3, supervised_weight=1.0, supervised_batch_size=6, stop_at_error=True, reward_cells=0.0,
+    )  # fmt: skip
+    run = SimpleNamespace(settings=settings, precision=PRECISION)
+    trial = PolicyTrial(model, run, data, 6, from_copy=False, mix=SupervisedMix(run, data))
+    longest = int(data.samples.lengths().max())
+    assert trial.longest(8)[2]["input_ids"].numel() == -(-3 * longest // 8) * 8, "half of a step's six"
+    prompts, replies, more = trial.typical(16)[0]
+    assert int((more["position_ids"] == 0).sum()) == 6
+    alone = trial.loss((prompts, replies, None)).item()
+    both = trial.loss((prompts, replies, more)).item()
+    assert both == pytest.approx(alone + model(**more).loss.item(), rel=1e-5) != alone
