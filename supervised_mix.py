@@ -8,7 +8,9 @@ same puzzles as the policy's prompts, in views of their own.
 
 from __future__ import annotations
 
+import atexit
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -82,7 +84,16 @@ class SupervisedMix:
             worker_init_fn=partial(begin_worker, None),
             generator=torch.Generator(),  # else it would take a number of those that the training draws from
         )
-        return iter(loader)
+        batches = iter(loader)
+        # Its processes leave SIGTERM to this one (see `begin_worker`), with which multiprocessing would end them at exit,
+        # and then wait for ever: a run that is stopped has them still.
+        close = weakref.WeakMethod(self.close)
+        atexit.register(lambda: (method := close()) and method())
+        return batches
+
+    def close(self) -> None:
+        """End the processes that make batches, if there are any."""
+        self._batches = iter(())
 
     def loss(self, model: Any, step: int, part: int, device: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The loss of one pass: those of a step add up to the mean over its learned tokens, if processes take the mean.
@@ -105,7 +116,7 @@ class SupervisedMix:
             self._step, self._parts = step, next(self._batches)
             self._learned = sum(gather(sum(map(_learned, self._parts))))
             if step + 1 >= self.settings.max_steps:
-                self._batches = iter(())  # the processes that made them end
+                self.close()
         if part >= len(self._parts):
             return None
         batch = send_to_device(self._parts[part], device, non_blocking=True)

@@ -7,7 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import call
+from script_processes import Script
 from test_policy_trainer import SMALL, STOPPED, trained
+from test_stages import artifact
+from test_survival import wait_for_step
 from transformers import AutoModelForCausalLM
 
 import supervised_mix
@@ -177,3 +180,11 @@ def test_the_memory_that_is_tried_has_the_samples_besides(data, taught_policy):
     alone = trial.loss((prompts, replies, None)).item()
     both = trial.loss((prompts, replies, more)).item()
     assert both == pytest.approx(alone + model(**more).loss.item(), rel=1e-5) != alone
+
+
+def test_a_run_that_is_stopped_ends_with_the_processes_that_make_its_batches(tmp_path, policy):
+    flags = (*policy, *STOPPED, *MIXED, "--dataloader_num_workers", 2, "--max_steps", 500, "--logging_steps", 1)
+    process = Script("train_grpo.py", *flags, "--output_dir", tmp_path, fresh=True)
+    wait_for_step(artifact(tmp_path, "Final-RL-checkpoints"), 2, process)
+    process.send_signal(signal.SIGTERM)  # to it alone: they leave signals to it, sent to a whole group or not
+    assert process.wait(60) == 143, process.printed()
