@@ -41,6 +41,8 @@ def augment_tasks(ds: ArcDataset, per_puzzle: float, seed: int) -> ArcDataset:
     """
     if not 0 <= per_puzzle < float("inf"):
         raise ValueError(f"{per_puzzle} puzzles of new tasks for each puzzle, expected a number from 0")
+    if per_puzzle == 0:
+        return ds
     keys: dict[str, list[str]] = {}
     for key in ds.keys:
         keys.setdefault(ds.get_base_key(key), []).append(key)

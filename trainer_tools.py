@@ -109,14 +109,22 @@ def lazy_dataset(rows: Any, count: int) -> Any:
     """A datasets.Dataset of `count` row numbers whose rows are made when read (trl takes no other map-style one)."""
     from datasets import Dataset
 
-    def make(batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        made = rows.__getitems__(batch["row"]) if hasattr(rows, "__getitems__") else [rows[i] for i in batch["row"]]
-        return {name: [row[name] for row in made] for name in made[0]}
-
     dataset = Dataset.from_dict({"row": list(range(count))})
     # Without what datasets wraps around it: a fingerprint, for which it pickles all puzzles (19 s under a profiler).
-    Dataset.set_format.__wrapped__(dataset, "custom", transform=make)
+    Dataset.set_format.__wrapped__(dataset, "custom", transform=_RowsMade(rows))
     return dataset
+
+
+class _RowsMade:
+    """Row numbers -> rows. A class, which can be pickled: processes that make batches may be no forks of this one."""
+
+    def __init__(self, rows: Any):
+        self.rows = rows
+
+    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+        rows, numbers = self.rows, batch["row"]
+        made = rows.__getitems__(numbers) if hasattr(rows, "__getitems__") else [rows[number] for number in numbers]
+        return {name: [row[name] for row in made] for name in made[0]}
 
 
 def planned_rows(run: StageRun, data: StageData, rows_per_step: int) -> int:

@@ -234,8 +234,9 @@ class Chain:
         trainings += self.seeds() if "seeds" in pieces else []
         first, then = self.ablations() if "ablations" in pieces else ([], [])
         yield [*trainings, *first, *self.singles(pieces)]
-        yield [*then, *self.singles(pieces)]
-        yield self.singles(pieces)
+        if then or len(trainings) + len(first) > 1:  # of one new model the evaluations of all are as quick
+            yield [*then, *self.singles(pieces)]
+            yield self.singles(pieces)
         evaluations = self.evaluations("greedy", "greedy", self.models()) if "greedy" in pieces else []
         evaluations += self.evaluations("search", "search", self.models()) if "search" in pieces else []
         evaluations += self.evaluations("seeds", "greedy", self.seed_models()) if "seeds" in pieces else []

@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -565,6 +566,27 @@ def test_evaluations_of_one_model_each_stand_in_for_that_of_all(inputs, tmp_path
     assert learn.read_results(chain, "greedy-seen")["models"] == ["base"]
     learn.write_json(tmp_path / "evaluation" / "greedy-seen" / "results.json", {"models": ["stage3"]})
     assert learn.read_results(chain, "greedy-seen") == {"models": ["stage3"]}  # side by side: that is taken
+
+
+def test_the_one_model_that_is_new_is_evaluated_with_all(inputs, tmp_path):
+    chain = chain_of(inputs, "--output_dir", str(tmp_path), "--together", "2")
+    for model in ("base", "stage1", "stage2"):
+        (tmp_path / learn.MODELS[model]).mkdir()
+        (tmp_path / learn.MODELS[model] / "manifest.json").write_text("{}")
+    for job in chain.extras():
+        job.result.parent.mkdir()
+        job.result.write_text("")
+    for pieces, more in ((["stage3", "greedy", "search"], []), (["stage3", "seeds", "greedy"], ["single-greedy"])):
+        parts, named = chain.jobs(pieces), []
+        for jobs in parts:
+            if not named:  # the trainings, beside evaluations of what was there before
+                assert {"stage3", "single-greedy-base-seen"} <= {job.name for job in jobs}
+                (tmp_path / learn.MODELS["stage3"]).mkdir(exist_ok=True)
+                (tmp_path / learn.MODELS["stage3"] / "manifest.json").write_text("{}")
+            named.append([job.name for job in jobs if "stage3-seed" not in job.name])
+        assert [f"{kind}-stage3-seen" in named[1] for kind in ("single-greedy", "single-search")] == [bool(more), False]
+        assert "greedy-unseen" in named[-1] and len(named) == (4 if more else 2)
+        shutil.rmtree(tmp_path / learn.MODELS["stage3"])
 
 
 def test_the_gain_of_several_seeds_is_their_mean(learned, tmp_path):
