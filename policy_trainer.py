@@ -22,7 +22,7 @@ from prompt_sharing import reply_log_probs
 from rollout_tools import make_rollouts, make_stopped_rollouts, plain_module
 from run_guards import count_weights
 from sampling_tools import KEPT
-from supervised_mix import MASKED_REPLIES, SupervisedMix
+from supervised_mix import MASKED_REPLIES, SupervisedMix, ends_with_training
 from trainer_tools import (
     MUON,
     common_arguments,
@@ -230,7 +230,8 @@ def grpo_trainer(
             loss = super()._compute_loss(model, inputs)
             if found is None:
                 return loss
-            self._metrics["train"]["supervised_loss"].append(found[1])
+            if found[1] is not None:  # of the step
+                self._metrics["train"]["supervised_loss"].append(found[1])
             return loss + settings.supervised_weight * found[0]
 
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -281,8 +282,11 @@ def grpo_trainer(
                 )
             return log_probs, entropies if compute_entropy else None, None
 
+    callbacks = [kept_in_checkpoints(run)]
+    if mix is not None:
+        callbacks.append(ends_with_training(mix))
     trainer = (SharingTrainer if shared else StageTrainer)(
-        callbacks=[kept_in_checkpoints(run)],
+        callbacks=callbacks,
         model=model,
         reward_funcs=reward_functions,
         rollout_func=rollouts,

@@ -278,6 +278,8 @@ def _page(results: dict[str, Any]) -> dict[str, Any]:
             stream = io.BytesIO()
             plot_models(table, stream, scheme)
             plots[scheme] = f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    answers = [entry[model] for entry in puzzles.values() for model in models if model in entry]
+    choice = any(answer.get("candidates") not in (0, 1) for answer in answers)  # else there is nothing to rank
     measures = [
         (label, hint, [(row.get(name), _interval(row, name)) for row in table])
         for name, label, hint in MEASURES
@@ -297,7 +299,7 @@ def _page(results: dict[str, Any]) -> dict[str, Any]:
             for row in table
         ],
         "measures": measures,
-        "rules": _rules(results.get("rules") or [], models),
+        "rules": _rules((results.get("rules") if choice else None) or [], models),
         "plots": plots,
         "plot_text": "; ".join(
             f"{row['model']}: {percent(row.get('exact_1'))} with one guess, {percent(row.get('exact_2'))} with two"

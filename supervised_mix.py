@@ -52,6 +52,7 @@ class SupervisedMix:
         self._order: tuple[int, list[int]] = (-1, [])
         self._batches: Iterator[list[dict[str, Any]]] | None = None
         self._step, self._parts, self._learned = -1, [], 0
+        self._sum: Any = 0.0  # of the step's passes so far
 
     def rows(self, step: int) -> list[int]:
         """Row numbers of the samples of one step, of this process."""
@@ -85,17 +86,17 @@ class SupervisedMix:
             generator=torch.Generator(),  # else it would take a number of those that the training draws from
         )
         batches = iter(loader)
-        # Its processes leave SIGTERM to this one (see `begin_worker`), with which multiprocessing would end them at exit,
-        # and then wait for ever: a run that is stopped has them still.
+        # Its processes leave SIGTERM to this one (see `begin_worker`), by which multiprocessing would end them at exit
+        # and then wait for ever: a run that is stopped by an error has them still.
         close = weakref.WeakMethod(self.close)
         atexit.register(lambda: (method := close()) and method())
         return batches
 
     def close(self) -> None:
         """End the processes that make batches, if there are any."""
-        self._batches = iter(())
+        self._batches = None
 
-    def loss(self, model: Any, step: int, part: int, device: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def loss(self, model: Any, step: int, part: int, device: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """The loss of one pass: those of a step add up to the mean over its learned tokens, if processes take the mean.
 
         Args:
@@ -105,15 +106,15 @@ class SupervisedMix:
             device: of the model.
 
         Returns:
-            What is to be added to the pass's own loss, and, to be logged, the mean over the pass's tokens; None for
-            passes that have no samples.
+            What is to be added to the pass's own loss, and, to be logged, the mean over the step's learned tokens with
+            the last pass that has samples, None before it; None for passes that have none.
         """
         from accelerate.utils import send_to_device
 
-        if self._batches is None:
-            self._batches = self._from(step)
         if step != self._step:
-            self._step, self._parts = step, next(self._batches)
+            if self._batches is None:
+                self._batches = self._from(step)
+            self._step, self._parts, self._sum = step, next(self._batches), 0.0
             self._learned = sum(gather(sum(map(_learned, self._parts))))
             if step + 1 >= self.settings.max_steps:
                 self.close()
@@ -123,7 +124,8 @@ class SupervisedMix:
         # The model divides a sum by it; the mean over processes is then the step's.
         divisor = self._learned if process_count() == 1 else self._learned / process_count()
         loss = model(**batch, num_items_in_batch=divisor).loss
-        return loss, loss.detach() * (divisor / _learned(self._parts[part]))
+        self._sum = self._sum + loss.detach()
+        return loss, self._sum if part + 1 == len(self._parts) else None
 
     def rows_of_pass(self, size: int, of: int) -> int:
         """Samples beside so many completions of a pass, of those of a step."""
@@ -132,3 +134,16 @@ class SupervisedMix:
 
 def _learned(batch: dict[str, Any]) -> int:
     return int((batch["labels"] >= 0).sum())
+
+
+def ends_with_training(mix: SupervisedMix) -> Any:
+    """A callback that ends the processes of a mix with the training, also where that stops before its last step."""
+    from transformers import TrainerCallback
+
+    class EndsWithTraining(TrainerCallback):
+        """Closes the mix."""
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            mix.close()
+
+    return EndsWithTraining()

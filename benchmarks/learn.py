@@ -233,8 +233,10 @@ class Chain:
         trainings = [self.stage("stage3")] if "stage3" in pieces else []
         trainings += self.seeds() if "seeds" in pieces else []
         first, then = self.ablations() if "ablations" in pieces else ([], [])
-        yield [*trainings, *first, *self.singles(pieces)]
-        if then or len(trainings) + len(first) > 1:  # of one new model the evaluations of all are as quick
+        if len(trainings) == 1 and not then:  # its one model is as quickly evaluated with all
+            yield [*trainings, *first, *(job for job in self.singles(pieces) if "-stage3-" not in job.name)]
+        else:
+            yield [*trainings, *first, *self.singles(pieces)]
             yield [*then, *self.singles(pieces)]
             yield self.singles(pieces)
         evaluations = self.evaluations("greedy", "greedy", self.models()) if "greedy" in pieces else []

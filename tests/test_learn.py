@@ -576,7 +576,8 @@ def test_the_one_model_that_is_new_is_evaluated_with_all(inputs, tmp_path):
     for job in chain.extras():
         job.result.parent.mkdir()
         job.result.write_text("")
-    for pieces, more in ((["stage3", "greedy", "search"], []), (["stage3", "seeds", "greedy"], ["single-greedy"])):
+    alone = ["stage3", "greedy", "search"], []
+    for pieces, more in (alone, alone, (["stage3", "seeds", "greedy"], ["single-greedy"])):
         parts, named = chain.jobs(pieces), []
         for jobs in parts:
             if not named:  # the trainings, beside evaluations of what was there before
@@ -584,9 +585,11 @@ def test_the_one_model_that_is_new_is_evaluated_with_all(inputs, tmp_path):
                 (tmp_path / learn.MODELS["stage3"]).mkdir(exist_ok=True)
                 (tmp_path / learn.MODELS["stage3"] / "manifest.json").write_text("{}")
             named.append([job.name for job in jobs if "stage3-seed" not in job.name])
+        assert more or not any("-stage3-" in name for name in named[0]), "also where it was there before"
         assert [f"{kind}-stage3-seen" in named[1] for kind in ("single-greedy", "single-search")] == [bool(more), False]
         assert "greedy-unseen" in named[-1] and len(named) == (4 if more else 2)
-        shutil.rmtree(tmp_path / learn.MODELS["stage3"])
+        if more:
+            shutil.rmtree(tmp_path / learn.MODELS["stage3"])
 
 
 def test_the_gain_of_several_seeds_is_their_mean(learned, tmp_path):

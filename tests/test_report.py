@@ -205,6 +205,16 @@ def test_equal_grids_are_held_once(small):
     assert len(set(first["grids"])) == len(first["grids"])
 
 
+def test_rules_are_compared_only_where_there_is_something_to_choose(tmp_path):
+    results = small_results()
+    for candidates, shown in ((2, True), (1, False)):
+        for entry in results["puzzles"].values():
+            for model in results["models"]:
+                entry[model]["candidates"] = min(candidates, entry[model]["candidates"])
+        write_report(results, tmp_path / "report.html")
+        assert ("Selection rules" in (tmp_path / "report.html").read_text(encoding="utf-8")) == shown
+
+
 def test_without_solutions_nothing_is_scored(tmp_path):
     write_report(small_results(solutions=False), tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
