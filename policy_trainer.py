@@ -128,7 +128,7 @@ def grpo_trainer(
         The trainer; its `computed` says what --fast_rollouts and --shared_prompts came to.
     """
     settings, precision = run.settings, run.precision
-    from_copy = samples_from_copy(model, settings)
+    from_copy = samples_from_copy(model, settings, precision.engine)
     shared, mix = shares_prompts(model, run), None
     if shared:
         use_packed_attention(model, precision.engine)
@@ -301,12 +301,13 @@ def grpo_trainer(
     return trainer
 
 
-def samples_from_copy(model: Any, settings: Any) -> bool:
+def samples_from_copy(model: Any, settings: Any, engine: str) -> bool:
     """Whether completions are sampled from a plain copy of the model: as the settings say, else where there is room.
 
     Args:
         model: the peft model that will be trained.
         settings: of stage 3.
+        engine: "transformers" or "unsloth".
     """
     import torch
 
@@ -314,8 +315,8 @@ def samples_from_copy(model: Any, settings: Any) -> bool:
         return bool(settings.fast_rollouts)
     if settings.stop_at_error:
         return False  # nothing is sampled token by token
-    if settings.shares_always:
-        return True  # Unsloth shares them only so
+    if settings.shares_always and engine == "unsloth":
+        return True  # it shares them only so
     return torch.cuda.get_device_properties(0).total_memory >= ROOM_FOR_COPY * copy_bytes(model, settings)
 
 
@@ -335,7 +336,7 @@ def shares_prompts(model: Any, run: StageRun) -> bool:
         return True
     if run.settings.shared_prompts is False or run.settings.use_vllm:  # its memory would be missing in the plan
         return False
-    if run.precision.engine == "unsloth" and not samples_from_copy(model, run.settings):
+    if run.precision.engine == "unsloth" and not samples_from_copy(model, run.settings, run.precision.engine):
         return False  # Unsloth's generate, and its vLLM, are its own trainer's
     return can_pack(model, run.precision.torch_dtype)
 

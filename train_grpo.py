@@ -53,7 +53,8 @@ def main() -> None:
         with run.machine_errors("scanning the prompts"):  # LoRA adds nothing yet: this is stage 2's model
             # What is scanned is sampled to its end, and nothing is learned.
             whole = replace(settings, stop_at_error=False, supervised_weight=0.0)
-            scan = scan_prompts(model, run, data, longest, samples_from_copy(model, whole))
+            from_copy = samples_from_copy(model, whole, run.precision.engine)
+            scan = scan_prompts(model, run, data, longest, from_copy)
         with run.machine_errors("loading the model"):
             rewards = reward_functions(data.puzzles, data.tokenizer, data.format, stopped=settings.stop_at_error)
             weights = component_weights(**settings.rewards)[: len(rewards)]

@@ -23,6 +23,7 @@ from test_stages import SMALL, artifact
 
 from arc_loader import ArcDataset, format_options
 from arc_samples import SampleEncoder, TrainingSamples
+from demo import make_dataset
 from distributed_tools import agree, divide_batch, gather, is_main, process_count, share, wait_for_everyone
 from model_tools import InputMaskingDataCollator, cut_tokenizer, load_tokenizer
 from run_guards import complete_checkpoints
@@ -269,7 +270,11 @@ def test_reinforcement_learning_by_two_samples_the_same_completions(tmp_path, tr
 
 
 def test_completions_that_stop_are_learned_from_by_two_as_by_one(tmp_path, taught_policy):
+    extra = tmp_path / "programs"
+    made = ("--programs", "9", "--examples", "3", "--max_side", "4", "--seed", "1")
+    make_dataset.main(["--out", str(extra), *made])
     flags = (
+        "--extra_dataset_dirs", extra,
         *taught_policy, "--engine", "transformers", "--sizes", 2, "--perm", False, "--max_seq_length", 160,
         "--lora_r", 8, "--num_generations", 4, "--per_device_train_batch_size", 8, "--gradient_accumulation_steps", 2,
         "--max_steps", 4, "--eval_steps", 0, "--save_steps", 0, "--holdout_examples", 6, "--logging_steps", 1,
@@ -278,7 +283,8 @@ def test_completions_that_stop_are_learned_from_by_two_as_by_one(tmp_path, taugh
         "--supervised_weight", 1, "--supervised_batch_size", 10,
     )  # fmt: skip
     alone("train_grpo.py", *flags, "--output_dir", tmp_path / "one")
-    launch("train_grpo.py", *flags, "--output_dir", tmp_path / "two")
+    printed = launch("train_grpo.py", *flags, "--output_dir", tmp_path / "two")
+    assert printed.count("puzzles more to train on") == 1
     one, two = (records(tmp_path / name, "Final-RL-lora") for name in ("one", "two"))
     for name in (
         "reward",

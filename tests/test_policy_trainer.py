@@ -99,7 +99,7 @@ def test_who_samples_and_who_shares(monkeypatch, tmp_path):
     run = SimpleNamespace(settings=train_grpo.Settings(), precision=Precision("unsloth", "bfloat16", True))
     run.parent = tmp_path
     model.config.save_pretrained(tmp_path)
-    assert not samples_from_copy(model, run.settings) and not shares_prompts(model, run)
+    assert not samples_from_copy(model, run.settings, run.precision.engine) and not shares_prompts(model, run)
     run.settings.shared_prompts, run.settings.fast_rollouts = True, False
     with pytest.raises(ValueError, match="not with --fast_rollouts false"):
         check_sharing(run)
@@ -110,7 +110,7 @@ def test_who_samples_and_who_shares(monkeypatch, tmp_path):
     assert not shares_prompts(model, run)
     run.settings = train_grpo.Settings(shared_prompts=True, fast_rollouts=True)
     check_sharing(run)
-    assert samples_from_copy(model, run.settings) and shares_prompts(model, run)
+    assert samples_from_copy(model, run.settings, run.precision.engine) and shares_prompts(model, run)
 
     # A GPU: by the memory that the copy takes.
     run.settings = train_grpo.Settings()
@@ -119,10 +119,10 @@ def test_who_samples_and_who_shares(monkeypatch, tmp_path):
     for times, expected in ((5.9, False), (6.1, True)):
         memory = SimpleNamespace(total_memory=times * policy_trainer.copy_bytes(model, run.settings))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, memory=memory: memory)
-        assert samples_from_copy(model, run.settings) is expected
+        assert samples_from_copy(model, run.settings, run.precision.engine) is expected
         assert shares_prompts(model, run) is expected  # Unsloth's own generate goes with its own trainer
     run.settings.use_vllm = True
-    assert not samples_from_copy(model, run.settings) and not shares_prompts(model, run)
+    assert not samples_from_copy(model, run.settings, run.precision.engine) and not shares_prompts(model, run)
     run.precision = Precision("transformers", "bfloat16", False)
     assert not shares_prompts(model, run)  # vLLM's memory would be missing in the plan
     run.settings.use_vllm = False
