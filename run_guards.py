@@ -8,10 +8,13 @@ into one message that names what to lower and what is safe.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import functools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -236,10 +239,31 @@ def _spare_workers(trainer: Any) -> None:
         loader = make()
         inner = getattr(loader, "base_dataloader", loader)  # accelerate's wraps PyTorch's
         if inner.num_workers:
-            inner.worker_init_fn = partial(begin_worker, inner.worker_init_fn)
+            inner.worker_init_fn = leaving_signals(inner.worker_init_fn)
         return loader
 
     trainer.get_train_dataloader = get_train_dataloader
+
+
+def leaving_signals(begin: Callable[[int], Any] | None = None) -> Callable[[int], None]:
+    """The worker_init_fn of a loader whose processes leave signals to this one, and end with it.
+
+    Args:
+        begin: what each does then, if anything.
+    """
+    _end_workers_at_exit()
+    return partial(begin_worker, begin)
+
+
+@functools.cache
+def _end_workers_at_exit() -> None:
+    # At exit multiprocessing sends SIGTERM to daemons, as loaders' processes are, and waits for ever for those that
+    # leave it to others. An error that nothing catches keeps their loader until then.
+    @atexit.register
+    def end() -> None:
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
 
 
 def begin_worker(begin: Callable[[int], Any] | None, number: int) -> None:

@@ -8,18 +8,15 @@ same puzzles as the policy's prompts, in views of their own.
 
 from __future__ import annotations
 
-import atexit
 import math
-import weakref
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from distributed_tools import gather, process_count, process_index
 from model_tools import InputMaskingDataCollator
-from run_guards import begin_worker
+from run_guards import leaving_signals
 from trainer_tools import EpochSampler, planned_rows
 
 if TYPE_CHECKING:
@@ -82,15 +79,10 @@ class SupervisedMix:
             collate_fn=self.divide,
             num_workers=self.settings.dataloader_num_workers or 0,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=partial(begin_worker, None),
+            worker_init_fn=leaving_signals(),
             generator=torch.Generator(),  # else it would take a number of those that the training draws from
         )
-        batches = iter(loader)
-        # Its processes leave SIGTERM to this one (see `begin_worker`), by which multiprocessing would end them at exit
-        # and then wait for ever: a run that is stopped by an error has them still.
-        close = weakref.WeakMethod(self.close)
-        atexit.register(lambda: (method := close()) and method())
-        return batches
+        return iter(loader)
 
     def close(self) -> None:
         """End the processes that make batches, if there are any."""

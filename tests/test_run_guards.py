@@ -787,3 +787,15 @@ def test_what_is_free_is_read_for_a_folder_that_is_not_there_yet(tmp_path):
     assert free.memory > 2**20
     assert free.memory_name == ("GPU memory" if torch.cuda.is_available() else "main memory")
     assert not (tmp_path / "a").exists()
+
+
+def test_processes_that_make_batches_end_with_one_that_fails():
+    program = """
+import torch
+from run_guards import leaving_signals
+batches = iter(torch.utils.data.DataLoader(range(99), num_workers=2, worker_init_fn=leaving_signals()))
+next(batches)
+raise ValueError("nothing catches this")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "nothing catches this" in done.stderr
