@@ -18,6 +18,7 @@ import numpy as np
 
 from distributed_tools import agree, divide_batch, process_count
 from model_tools import InputMaskingDataCollator, Precision, format_duration, set_gradient_checkpointing
+from packing_tools import IGNORE_INDEX
 from run_guards import count_weights, is_out_of_memory, optimizer_bytes
 
 if TYPE_CHECKING:
@@ -124,14 +125,15 @@ def plan_batches(trial: Trial, *, steps: int, kept: BatchPlan | None = None) -> 
 
     sizes, checkpointing = choices(settings, own, cuda, kept)
     found = divisions_that_fit(sizes, checkpointing, own, fits) if cuda else [(sizes[0], checkpointing[0], None)]
-    plans = []
-    for size, on, peak in found:
-        set_gradient_checkpointing(model, engine, on)
-        plan = BatchPlan(size, own // size, on, trial.padding_free, compiled, peak)
-        plans.append(replace(plan, seconds_per_step=_slowest(trial.seconds_per_step(plan))))
-    best = min(plans, key=lambda plan: plan.seconds_per_step)
-    set_gradient_checkpointing(model, engine, best.gradient_checkpointing)
     may_compile = cuda and engine == "transformers" and compile_setting is None
+    plans = [BatchPlan(size, own // size, on, trial.padding_free, compiled, peak) for size, on, peak in found]
+    if len(plans) > 1 or may_compile or trial.tells_time:
+        for at, plan in enumerate(plans):
+            set_gradient_checkpointing(model, engine, plan.gradient_checkpointing)
+            plans[at] = replace(plan, seconds_per_step=_slowest(trial.seconds_per_step(plan)))
+        plans.sort(key=lambda plan: plan.seconds_per_step)
+    best = plans[0]
+    set_gradient_checkpointing(model, engine, best.gradient_checkpointing)
     if may_compile and steps * best.seconds_per_step > COMPILE_FROM and not best.gradient_checkpointing:
         best = _compiled_if_faster(model, trial, best)
     trial.release()
@@ -273,6 +275,7 @@ class Trial:
     """
 
     padding_free = False
+    tells_time = True  # whether what a step takes is wanted where there is nothing to choose
 
     def __init__(self, model: Any, run: StageRun, more: int = 0):
         """See the class."""
@@ -423,10 +426,13 @@ class SupervisedTrial(Trial):
         return float(self.samples.lengths().mean()) * plan.micro_batch_size * plan.passes
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """The model's own."""
+        """The model's own, called as a trainer calls it: for other keywords its layers would be compiled anew."""
         from accelerate.utils import send_to_device
 
-        return self.model(**{**send_to_device(batch, self.device), "use_cache": False}).loss
+        batch = {**send_to_device(batch, self.device), "use_cache": False}
+        if self.run.precision.engine == "transformers":
+            batch["num_items_in_batch"] = (batch["labels"] != IGNORE_INDEX).sum()
+        return self.model(**batch).loss
 
 
 def synchronised_time() -> float:

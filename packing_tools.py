@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prompt_sharing import SharedPrompts, attend_shared
+from prompt_sharing import SharedPrompts, attend_shared, define_operators
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ IGNORE_INDEX = -100
 DOCUMENTS = "packed_documents"  # in a batch for Unsloth: bounds (or SharedPrompts) and longest, see `pack_rows`
 LENGTH_STEP = 256  # the longest document's length is given in such steps, so that compiled code seldom sees a new one
 
-_attend_shared: Callable[..., Any] = attend_shared  # what `use_packed_attention` makes of it
+_attend_uncompiled: Callable[..., Any] = attend_shared  # what `use_packed_attention` makes of it
 
 
 def pack_rows(
@@ -135,9 +135,9 @@ def use_packed_attention(model: Any, engine: str = "transformers") -> None:
             return None
         return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
-    global _attend_shared
-    # Compiled layers leave it out: its kernels are called by name already, and each row divides its tokens otherwise.
-    _attend_shared = torch.compiler.disable(attend_shared)
+    global _attend_uncompiled
+    _attend_uncompiled = torch.compiler.disable(attend_shared)
+    define_operators()
     AttentionInterface.register(ATTENTION, packed_attention)
     AttentionMaskInterface.register(ATTENTION, mask)
     model.set_attn_implementation(ATTENTION)
@@ -284,8 +284,10 @@ def packed_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if shared_prompts is not None:
-        found = _attend_shared(query, key, value, shared_prompts, scaling, kernel=has_document_kernel(query))
-        return found, None
+        if has_document_kernel(query):
+            return attend_shared(query, key, value, shared_prompts, scaling, kernel=True), None
+        # Compiled layers leave it out: each row divides its tokens otherwise.
+        return _attend_uncompiled(query, key, value, shared_prompts, scaling, kernel=False), None
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -22,7 +22,7 @@ from prompt_sharing import reply_log_probs
 from rollout_tools import make_rollouts, make_stopped_rollouts, plain_module
 from run_guards import count_weights
 from sampling_tools import KEPT
-from supervised_mix import MASKED_REPLIES, SupervisedMix, ends_with_training
+from supervised_mix import MASKED_REPLIES, SupervisedMix, ends_with_training, learned_tokens
 from trainer_tools import (
     MUON,
     common_arguments,
@@ -136,7 +136,7 @@ def grpo_trainer(
             mix = SupervisedMix(run, data)
         trial = PolicyTrial(model, run, data, max_completion_length, from_copy, mix)
         run.plan = plan_batches(trial, steps=settings.max_steps, kept=run.kept_plan())
-        run.plan = replace(run.plan, seconds_per_step=None)  # the sampling is not in it
+        run.plan = replace(run.plan, seconds_per_step=None)  # a comparison's
         if mix is not None:
             mix.passes = run.plan.passes
         print(run.plan.describe(settings.max_steps, "completions"))
@@ -376,6 +376,7 @@ class PolicyTrial(Trial):
     """
 
     padding_free = True
+    tells_time = False  # the sampling would not be in it
 
     def __init__(
         self, model: Any, run: StageRun, data: StageData, max_completion_length: int, from_copy: bool,
@@ -446,4 +447,6 @@ class PolicyTrial(Trial):
 
         prompts, replies, more = batch
         loss = reply_log_probs(self.model, self.run.precision.engine, prompts, replies)[0].mean()
-        return loss if more is None else loss + self.model(**send_to_device(more, self.device)).loss
+        if more is None:
+            return loss
+        return loss + self.mix.divided_sum(self.model, send_to_device(more, self.device), learned_tokens(more))

@@ -239,8 +239,13 @@ def attend_shared(
         (1, tokens, query heads, size).
     """
     if kernel:
+        import torch
+
+        if not torch.compiler.is_compiling():
+            define_operators()
         q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
-        return _flash_function().apply(q, k, v, *shared[:3], shared.longest, shared.tokens, scaling)[None]
+        attend = torch.ops.arc_finetuning.attend_shared
+        return attend(q, k, v, *shared[:3], shared.longest, shared.tokens, scaling)[0][None]
     return _attend_part_by_part(query, key, value, shared, scaling)
 
 
@@ -270,58 +275,82 @@ def _attend_part_by_part(
     return torch.cat(found, dim=2).transpose(1, 2).contiguous()
 
 
-@functools.cache
-def _flash_function() -> Any:
-    # Made when it is first wanted: torch is not imported with this file.
+def _kernels() -> tuple[Any, Any]:
     import torch
 
-    attend, back = torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
+    return torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
 
-    class SharedFlash(torch.autograd.Function):
-        """Two calls of the kernel: each part to itself, and the replies to their prompts.
 
-        Softmax over both together is the mean of the two results, weighted by their sums of exponentials, whose
-        logarithms the kernel gives. In the backward pass each call gives its own share of the gradients, which depend
-        on the whole result and the whole sum only.
-        """
+@functools.cache
+def define_operators() -> None:
+    """Make known to torch, once, what `attend_shared` calls: to compiled layers it is one operation, whatever the row.
 
-        @staticmethod
-        def forward(
-            ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts: torch.Tensor, prompts: torch.Tensor,
-            owned: torch.Tensor, longest: tuple[int, int, int], tokens: int, scaling: float | None,
-        ) -> torch.Tensor:  # fmt: skip
-            own, own_sum, *own_state = attend(
-                q, k, v, parts, parts, longest[0], longest[0], 0.0, True, False, scale=scaling
-            )[:4]  # fmt: skip
-            to_prompt, prompt_sum, *prompt_state = attend(
-                q[tokens:], k[:tokens], v[:tokens], owned, prompts, longest[2], longest[1], 0.0, False, False,
-                scale=scaling,
-            )[:4]  # fmt: skip
-            both = torch.logaddexp(own_sum[:, tokens:], prompt_sum)  # (heads, tokens of replies)
-            share = torch.exp(prompt_sum - both).t()[..., None]
-            mixed = torch.lerp(own[tokens:].float(), to_prompt.float(), share).to(own.dtype)
-            out = torch.cat([own[:tokens], mixed])
-            sums = torch.cat([own_sum[:, :tokens], both], dim=1)
-            ctx.save_for_backward(q, k, v, out, sums, parts, prompts, owned, *own_state, *prompt_state)
-            ctx.longest, ctx.tokens, ctx.scaling = longest, tokens, scaling
-            return out
+    Two calls of the kernel: each part to itself, and the replies to their prompts. Softmax over both together is the
+    mean of the two results, weighted by their sums of exponentials, whose logarithms the kernel gives. In the backward
+    pass each call gives its own share of the gradients, which depend on the whole result and the whole sum only.
+    """
+    import torch  # here: it is not imported with this file
 
-        @staticmethod
-        def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
-            q, k, v, out, sums, parts, prompts, owned, own_seed, own_offset, seed, offset = ctx.saved_tensors
-            longest, tokens, scaling = ctx.longest, ctx.tokens, ctx.scaling
-            gradient = gradient.contiguous()
-            dq, dk, dv = back(
-                gradient, q, k, v, out, sums, parts, parts, longest[0], longest[0], 0.0, True, own_seed, own_offset,
-                scale=scaling,
-            )  # fmt: skip
-            more_q, more_k, more_v = back(
-                gradient[tokens:], q[tokens:], k[:tokens], v[:tokens], out[tokens:], sums[:, tokens:].contiguous(),
-                owned, prompts, longest[2], longest[1], 0.0, False, seed, offset, scale=scaling,
-            )  # fmt: skip
-            dq[tokens:] += more_q
-            dk[:tokens] += more_k
-            dv[:tokens] += more_v
-            return dq, dk, dv, None, None, None, None, None, None
+    rest = "Tensor parts, Tensor prompts, Tensor owned, SymInt[] longest, SymInt tokens, float? scaling"
+    name = "arc_finetuning::attend_shared"
 
-    return SharedFlash
+    @torch.library.custom_op(
+        name, mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {rest}) -> (Tensor, Tensor)"
+    )
+    def forward(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts: torch.Tensor, prompts: torch.Tensor,
+        owned: torch.Tensor, longest: Sequence[int], tokens: int, scaling: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        attend, _ = _kernels()
+        own, own_sum = attend(q, k, v, parts, parts, longest[0], longest[0], 0.0, True, False, scale=scaling)[:2]
+        to_prompt, prompt_sum = attend(
+            q[tokens:], k[:tokens], v[:tokens], owned, prompts, longest[2], longest[1], 0.0, False, False, scale=scaling
+        )[:2]
+        both = torch.logaddexp(own_sum[:, tokens:], prompt_sum)  # (heads, tokens of replies)
+        share = torch.exp(prompt_sum - both).t()[..., None]
+        mixed = torch.lerp(own[tokens:].float(), to_prompt.float(), share).to(own.dtype)
+        return torch.cat([own[:tokens], mixed]), torch.cat([own_sum[:, :tokens], both], dim=1)
+
+    @forward.register_fake
+    def _(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+    @torch.library.custom_op(
+        f"{name}_backward", mutates_args=(),
+        schema=f"(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums, {rest})"
+        " -> (Tensor, Tensor, Tensor)",
+    )  # fmt: skip
+    def backward(
+        gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
+        sums: torch.Tensor, parts: torch.Tensor, prompts: torch.Tensor, owned: torch.Tensor, longest: Sequence[int],
+        tokens: int, scaling: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+        _, back = _kernels()
+        gradient = gradient.contiguous()
+        # The states of a random generator, for a dropout that there is not.
+        state, offset = (torch.zeros(shape, dtype=torch.uint64, device=q.device) for shape in ((2,), ()))
+        dq, dk, dv = back(
+            gradient, q, k, v, out, sums, parts, parts, longest[0], longest[0], 0.0, True, state, offset, scale=scaling
+        )
+        more_q, more_k, more_v = back(
+            gradient[tokens:], q[tokens:], k[:tokens], v[:tokens], out[tokens:], sums[:, tokens:].contiguous(),
+            owned, prompts, longest[2], longest[1], 0.0, False, state, offset, scale=scaling,
+        )  # fmt: skip
+        dq[tokens:] += more_q
+        dk[:tokens] += more_k
+        dv[:tokens] += more_v
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()  # as q, k and v need not be
+
+    @backward.register_fake
+    def _(gradient: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(each.new_empty(each.shape) for each in inputs[:3])
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        q, k, v, parts, prompts, owned, *ctx.others = inputs
+        ctx.save_for_backward(q, k, v, *output, parts, prompts, owned)
+        ctx.set_materialize_grads(False)
+
+    def gradients(ctx: Any, gradient: torch.Tensor, of_sums: None) -> tuple[Any, ...]:
+        return *backward(gradient, *ctx.saved_tensors, *ctx.others), *[None] * 6
+
+    forward.register_autograd(gradients, setup_context=keep)

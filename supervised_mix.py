@@ -107,7 +107,7 @@ class SupervisedMix:
             if self._batches is None:
                 self._batches = self._from(step)
             self._step, self._parts, self._sum = step, next(self._batches), 0.0
-            self._learned = sum(gather(sum(map(_learned, self._parts))))
+            self._learned = sum(gather(sum(map(learned_tokens, self._parts))))
             if step + 1 >= self.settings.max_steps:
                 self.close()
         if part >= len(self._parts):
@@ -115,16 +115,28 @@ class SupervisedMix:
         batch = send_to_device(self._parts[part], device, non_blocking=True)
         # The model divides a sum by it; the mean over processes is then the step's.
         divisor = self._learned if process_count() == 1 else self._learned / process_count()
-        loss = model(**batch, num_items_in_batch=divisor).loss
+        loss = self.divided_sum(model, batch, divisor)
         self._sum = self._sum + loss.detach()
         return loss, self._sum if part + 1 == len(self._parts) else None
+
+    @staticmethod
+    def divided_sum(model: Any, batch: dict[str, Any], divisor: float) -> torch.Tensor:
+        """The sum of a batch's loss over its learned tokens, divided by a number.
+
+        Args:
+            model: see `loss`.
+            batch: on its device.
+            divisor: for the mean, the number of learned tokens.
+        """
+        return model(**batch, num_items_in_batch=divisor).loss
 
     def rows_of_pass(self, size: int, of: int) -> int:
         """Samples beside so many completions of a pass, of those of a step."""
         return math.ceil(self.own * size / of)
 
 
-def _learned(batch: dict[str, Any]) -> int:
+def learned_tokens(batch: dict[str, Any]) -> int:
+    """Tokens of a batch that its loss counts."""
     return int((batch["labels"] >= 0).sum())
 
 

@@ -1001,7 +1001,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_flags(argv)
     deadline = time.monotonic() + args.time_limit
     chain = Chain(args)
-    code = 0
+    code, written = 0, False
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the script that runs is told to stop too
     try:
         split = check_split(chain)
@@ -1009,14 +1009,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = run_jobs(jobs, chain, deadline)
             if code:
                 break
-            if any(job.result.name == "results.json" and not job.name.startswith("single-") for job in jobs):
+            written = any(job.result.name == "results.json" and not job.name.startswith("single-") for job in jobs)
+            if written:
                 write_record(chain, split)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
         signal.signal(signal.SIGTERM, before)
-    write_record(chain, split)
+    if code or not written:
+        write_record(chain, split)
     print_rows(score_rows(chain))
     print(args.results)
     if code == NOT_DONE:

@@ -1,5 +1,6 @@
 """How a step is computed: what is chosen, that trying leaves no trace, and that no division changes a step."""
 
+import functools
 import json
 import re
 from types import SimpleNamespace
@@ -132,6 +133,14 @@ def test_time_is_counted_by_tokens(trial, monkeypatch):
     assert trial.seconds_per_step(BatchPlan(4, 2, False, False)) == pytest.approx(2.0 * 8 * 25 / 20)
 
 
+def test_it_is_measured_only_where_the_time_is_wanted(trial, monkeypatch):
+    timed = []
+    monkeypatch.setattr(trial, "seconds_per_step", lambda plan: timed.append(plan) or 2.0)
+    assert batch_planning.plan_batches(trial, steps=4).seconds_per_step == 2.0 and len(timed) == 1
+    monkeypatch.setattr(trial, "tells_time", False)
+    assert batch_planning.plan_batches(trial, steps=4).seconds_per_step is None and len(timed) == 1
+
+
 @pytest.mark.parametrize("masked", [0, 1, 2])
 def test_rows_that_are_tried_have_the_longest_length_and_something_to_learn(trial, masked):
     row = batch_planning.uniform_row(40, masked, 80)
@@ -207,6 +216,23 @@ def test_a_step_is_the_same_however_it_is_divided(stage_flags, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0] == pytest.approx(losses[2], rel=1e-4)
     assert tokens[0] == tokens[1] == tokens[2] and len(set(tokens[0])) == 4
+
+
+def test_what_is_tried_is_called_as_the_training_calls_it(stage_flags, tmp_path, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    seen, plain = [], LlamaForCausalLM.forward
+
+    @functools.wraps(plain)
+    def forward(self, *args, **keywords):
+        if torch.is_grad_enabled():
+            seen.append((len(args), *sorted(keywords)))
+        return plain(self, *args, **keywords)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forward)
+    run_stage([*stage_flags, "--padding_free", True, "--save_steps", 0], tmp_path)
+    assert "num_items_in_batch" in seen[0] and len(seen) > 4
+    assert len(set(seen)) == 1, "compiled layers are compiled anew for other keywords"
 
 
 def test_tokens_are_counted_between_logs_too(stage_flags, tmp_path):

@@ -6,6 +6,8 @@ import tiny_models
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import packing_tools
+import prompt_sharing
 from packing_tools import use_packed_attention
 from prompt_sharing import attend_shared, covering_replies, reply_log_probs, share_prompts, solution_logits
 
@@ -121,6 +123,98 @@ def test_recomputed_activations_give_the_same_gradients():
         gradients.append([p.grad for p in model.parameters()])
     for plain, again in zip(*gradients, strict=True):
         assert torch.allclose(plain, again, atol=1e-6)
+
+
+def documents(of_queries, of_keys):
+    bounds = (each.tolist() for each in (of_queries[:-1], of_queries[1:], of_keys[:-1], of_keys[1:]))
+    return [(slice(a, b), slice(c, d)) for a, b, c, d in zip(*bounds, strict=True)]
+
+
+def scores_of(query, key, causal, scale):
+    scores = torch.einsum("qhd,khd->hqk", query.double(), repeated(query, key)) * (scale or query.shape[-1] ** -0.5)
+    return scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), -torch.inf) if causal else scores
+
+
+def repeated(query, other):
+    return other.double().repeat_interleave(query.shape[1] // other.shape[1], 1)
+
+
+def forward_kernel(q, k, v, of_queries, of_keys, longest_query, longest_key, dropout, causal, debug, *, scale=None):
+    """What aten::_flash_attention_forward gives, for rows of documents, on any device."""
+    assert of_queries.diff().max() <= longest_query and of_keys.diff().max() <= longest_key and not dropout
+    out, sums = torch.full_like(q, torch.nan), torch.full((q.shape[1], q.shape[0]), torch.nan)
+    for queries, keys in documents(of_queries, of_keys):
+        scores = scores_of(q[queries], k[keys], causal, scale)
+        sums[:, queries] = scores.logsumexp(-1).float()
+        out[queries] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), repeated(q, v[keys])).to(q.dtype)
+    return out, sums, None, None, None
+
+
+def backward_kernel(
+    gradient, q, k, v, out, sums, of_queries, of_keys, longest_query, longest_key, dropout, causal, state, offset, *,
+    scale=None,
+):  # fmt: skip
+    """What aten::_flash_attention_backward gives: from the result and the sums that it is told."""
+    dq, dk, dv = (torch.zeros_like(each) for each in (q, k, v))
+    group = q.shape[1] // k.shape[1]
+    for queries, keys in documents(of_queries, of_keys):
+        shares = (scores_of(q[queries], k[keys], causal, scale) - sums[:, queries, None].double()).exp()
+        own, whole = gradient[queries].double(), (gradient[queries].double() * out[queries].double()).sum(-1)
+        of_scores = shares * (torch.einsum("qhd,khd->hqk", own, repeated(q, v[keys])) - whole.t()[..., None])
+        of_scores *= scale or q.shape[-1] ** -0.5
+        dq[queries] = torch.einsum("hqk,khd->qhd", of_scores, repeated(q, k[keys])).to(q.dtype)
+        for found, parts, others in ((dk, of_scores, q[queries].double()), (dv, shares, own)):
+            of_heads = torch.einsum("hqk,qhd->khd", parts, others)
+            found[keys] = of_heads.unflatten(1, (-1, group)).sum(2).to(found.dtype)
+    return dq, dk, dv
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    monkeypatch.setattr(prompt_sharing, "_kernels", lambda: (forward_kernel, backward_kernel))
+    monkeypatch.setattr(packing_tools, "has_document_kernel", lambda query: True)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.5])
+def test_two_calls_of_a_kernel_give_what_its_parts_give(kernels, scaling):
+    row, shared, _ = share_prompts(*make_groups())
+    torch.manual_seed(0)
+    parts = [torch.randn(1, heads, row["input_ids"].shape[1], 8, requires_grad=True) for heads in (4, 2, 2)]
+    weights, results = torch.randn(1, row["input_ids"].shape[1], 4, 8), []
+    for kernel in (False, True):
+        found = attend_shared(*parts, shared, scaling, kernel=kernel)
+        results.append([found, *torch.autograd.grad((found * weights).sum(), parts)])
+    for plain, other in zip(*results, strict=True):
+        assert torch.allclose(plain, other, atol=1e-5) and plain.abs().sum() > 1
+    q, k, v = (part[0].transpose(0, 1).detach().requires_grad_() for part in parts)
+    given = (q, k, v, *shared[:3], list(shared.longest), shared.tokens, scaling)
+    torch.library.opcheck(torch.ops.arc_finetuning.attend_shared, given)
+
+
+def test_compiled_layers_are_one_graph_whatever_the_row(kernels):
+    from torch._dynamo.utils import counters
+
+    model = make_model().train()
+    use_packed_attention(model)
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            torch.compiler.reset()
+            counters.clear()
+            for layer in model.model.layers:
+                layer.compile(dynamic=True, fullgraph=True, backend="aot_eager")
+        for seed in range(3):
+            rng = np.random.default_rng(seed)
+            prompts = [rng.integers(0, 50, length) for length in rng.integers(2, 600, 3)]
+            prompts, replies = [prompts[at] for at in (0, 0, 1, 2, 2)], [rng.integers(0, 50, 3 + seed)] * 5
+            model.zero_grad()
+            found = reply_log_probs(model, "transformers", prompts, replies)[0]
+            found.sum().backward()
+            results.append([found.detach(), *(weight.grad.clone() for weight in model.parameters())])
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    for plain, compiled in zip(results[:3], results[3:], strict=True):
+        for one, other in zip(plain, compiled, strict=True):
+            assert torch.allclose(one, other, atol=1e-4)
 
 
 @pytest.mark.gpu

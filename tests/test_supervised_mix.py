@@ -182,7 +182,11 @@ def test_the_memory_that_is_tried_has_the_samples_besides(data, taught_policy):
     prompts, replies, more = trial.typical(16)[0]
     assert int((more["position_ids"] == 0).sum()) == 6
     alone = trial.loss((prompts, replies, None)).item()
+    seen = []
+    model.register_forward_pre_hook(lambda model, args, keywords: seen.append(sorted(keywords)), with_kwargs=True)
     both = trial.loss((prompts, replies, more)).item()
+    trial.mix.loss(model, 0, 0, "cpu")
+    assert seen[1] == seen[2], "compiled layers are compiled anew for other keywords"
     assert both == pytest.approx(alone + model(**more).loss.item(), rel=1e-5) != alone
 
 
