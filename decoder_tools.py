@@ -38,6 +38,10 @@ class UndecodableModelError(ValueError):
     """A model that cannot be decoded here: of another attention, with numbers that are none, not of its tokenizer."""
 
 
+class NonFiniteAnswersError(UndecodableModelError):
+    """A model that answers with numbers that are none (NaN), as after a training that diverged."""
+
+
 @dataclass
 class Work:
     """What decoding has cost, counted up by the functions that are given one.
@@ -476,10 +480,10 @@ def check_numbers(log_probs: Any) -> None:
     """Refuse what cannot be compared.
 
     Raises:
-        UndecodableModelError: a log probability is NaN.
+        NonFiniteAnswersError: a log probability is NaN.
     """
     if np.isnan(log_probs).any():
-        raise UndecodableModelError("the model answers with numbers that are none (NaN): nothing can be decoded")
+        raise NonFiniteAnswersError("the model answers with numbers that are none (NaN): nothing can be decoded")
 
 
 def affordable_rows(count: int, model: Any, fed: int) -> int:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from decoder_tools import check_numbers
 from distributed_tools import process_count, process_index
 from folded_lora import folded_throughout
 from model_tools import EMBEDDING_MODULES, Precision
@@ -257,6 +258,9 @@ def sample_until_wrong(
 
     Returns:
         For each prompt its samples, int64 (tokens,) each; one that is all of the solution is the solution.
+
+    Raises:
+        NonFiniteAnswersError: the model answers with NaN.
     """
     import torch
 
@@ -274,6 +278,7 @@ def sample_until_wrong(
         reached = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
         tokens = torch.searchsorted(reached, draws * reached[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
         begin, tokens = 0, tokens.cpu().numpy()
+        check_numbers(reached[:, -1].cpu().numpy())
         for solution in solutions[part]:
             own = tokens[begin : begin + len(solution)].T
             wrong = own != solution

@@ -44,6 +44,7 @@ from artifact_tools import (
     versions,
 )
 from batch_planning import BatchPlan
+from decoder_tools import NonFiniteAnswersError
 from distributed_tools import (
     fail,
     is_main,
@@ -68,6 +69,7 @@ from model_tools import (
 )
 from policy_trainer import PromptRows
 from run_guards import (
+    NonFiniteError,
     StopSignals,
     complete_checkpoints,
     count_weights,
@@ -87,6 +89,7 @@ from trainer_tools import check_arguments
 
 SAVE_SECONDS = 300.0  # of work between checkpoints, unless --save_steps says otherwise
 PROBE_ROWS = 64  # held-out puzzles on which a merge is compared with the trained model
+NO_PROBABILITIES = "probability tensor contains"  # torch.multinomial of NaN
 COURSE = "course.json"  # beside the checkpoints: what decides the course of the training that they are of
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -660,7 +663,12 @@ class StageRun:
                 steps_between_saves_multiple=generation_steps(trainer.args),
                 keep=self.settings.save_total_limit,
             )
-            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            try:
+                result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except (NonFiniteAnswersError, RuntimeError) as error:  # stage 3 samples before anything looks at the loss
+                if isinstance(error, NonFiniteAnswersError) or NO_PROBABILITIES in str(error):
+                    raise NonFiniteError("the model answers with NaN", trainer.state.global_step) from error
+                raise
         signals.end_if_received(self.work)
         state, seconds = trainer.state, result.metrics.get("train_runtime", 0.0)
         losses = [record["loss"] for record in state.log_history if "loss" in record]

@@ -273,6 +273,11 @@ def pretrain(
     compiling = COMPILED_BY if settings.pretrain_compile else 0
     printed_tokens = 0
 
+    def sent(values: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(values)
+        # From other memory the host would wait for the last step.
+        return tensor.pin_memory().to(device, non_blocking=True) if cuda else tensor
+
     def report() -> None:
         nonlocal losses, loss, printed, printed_tokens
         loss = _mean(losses, step)
@@ -300,7 +305,7 @@ def pretrain(
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(progress + 0.5 / settings.pretrain_steps, settings.pretrain_rate)
             tokens += used
-            ids, roles = torch.from_numpy(ids).to(device).long(), torch.from_numpy(roles).to(device)
+            ids, roles = sent(ids).long(), sent(roles)
             with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
                 logits = model(input_ids=ids, use_cache=False).logits
             # Position t predicts token t + 1; the last one predicts nothing, which costs less than cutting it off.

@@ -1,6 +1,7 @@
 """The trainer of stage 3: sharing prompts changes what is computed twice, and nothing else."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,6 +53,16 @@ def test_a_shared_prompt_trains_the_same(tmp_path, policy, extra):
                 assert record[figure] == pytest.approx(before[figure], rel=1e-3, abs=2e-5), figure
         for part, tensor in weights.items():
             assert torch.allclose(tensor, shared[part], atol=1e-5), part
+
+
+@pytest.mark.parametrize("way", ["copy", "trl", "along solutions"])
+def test_a_training_that_diverges_says_so_however_it_samples(tmp_path, policy, way):
+    more = STOPPED if way == "along solutions" else ("--fast_rollouts", way == "copy")
+    more += ("--learning_rate", 1e30, "--max_steps", 9)
+    code, printed = call("train_grpo", *policy, *more, "--output_dir", tmp_path)
+    assert code == 1, printed
+    assert re.search(r"the model answers with NaN after step [1-4], while training: nothing was saved", printed)
+    assert "Lower --learning_rate (now 1e+30)" in printed
 
 
 STOPPED = ("--stop_at_error", True, "--fast_rollouts", False, "--reward_cells", 0, "--micro_batch_size", 16)
