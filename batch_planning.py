@@ -98,8 +98,8 @@ def plan_batches(trial: Trial, *, steps: int, kept: BatchPlan | None = None) -> 
     """Decide how a step is computed, by trying passes of the model; the model is left as the plan says.
 
     On CUDA the largest division of a step that fits the free memory is taken, without checkpointing where it fits so;
-    where it does not, the faster of the two. Settings that say how are obeyed. On a CPU nothing is tried but the time:
-    a step is divided as the settings say. All processes of a run decide alike.
+    where it does not, the faster of the two. Settings that say how are obeyed. On a CPU nothing is tried but the time,
+    where it is wanted (see `Trial`): a step is divided as the settings say. All processes of a run decide alike.
 
     Args:
         trial: passes of the model that is about to be trained.

@@ -110,6 +110,7 @@ def use_packed_attention(model: Any, engine: str = "transformers") -> None:
     Raises:
         ValueError: a model whose attention is not full, or cannot be chosen.
     """
+    define_operators()
     if engine == "unsloth":
         check_full_attention(model.config)
         if not any(type(module).forward.__module__.startswith("unsloth.") for module in model.modules()):
@@ -137,7 +138,6 @@ def use_packed_attention(model: Any, engine: str = "transformers") -> None:
 
     global _attend_uncompiled
     _attend_uncompiled = torch.compiler.disable(attend_shared)
-    define_operators()
     AttentionInterface.register(ATTENTION, packed_attention)
     AttentionMaskInterface.register(ATTENTION, mask)
     model.set_attn_implementation(ATTENTION)

@@ -136,7 +136,7 @@ def grpo_trainer(
             mix = SupervisedMix(run, data)
         trial = PolicyTrial(model, run, data, max_completion_length, from_copy, mix)
         run.plan = plan_batches(trial, steps=settings.max_steps, kept=run.kept_plan())
-        run.plan = replace(run.plan, seconds_per_step=None)  # a comparison's
+        run.plan = replace(run.plan, seconds_per_step=None)  # where divisions were compared: the sampling is not in it
         if mix is not None:
             mix.passes = run.plan.passes
         print(run.plan.describe(settings.max_steps, "completions"))

@@ -348,9 +348,9 @@ def define_operators() -> None:
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         q, k, v, parts, prompts, owned, *ctx.others = inputs
         ctx.save_for_backward(q, k, v, *output, parts, prompts, owned)
-        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
 
-    def gradients(ctx: Any, gradient: torch.Tensor, of_sums: None) -> tuple[Any, ...]:
+    def gradients(ctx: Any, gradient: torch.Tensor, of_sums: Any) -> tuple[Any, ...]:
         return *backward(gradient, *ctx.saved_tensors, *ctx.others), *[None] * 6
 
     forward.register_autograd(gradients, setup_context=keep)

@@ -516,6 +516,8 @@ def _disk_error_number(error: BaseException) -> int | None:
 def _explain_numbers(error: NonFiniteError, doing: str, settings: Mapping[str, Any]) -> str:
     lower = [f"--{name} (now {settings[name]})" for name in ("learning_rate", "max_grad_norm") if name in settings]
     text = f"{error}, while {doing}: nothing was saved from then on."
+    if error.step == 0:
+        return f"{text}\nNothing was learned yet: it is the model that the training starts from."
     if lower:
         text += f"\nLower {' or '.join(lower)}; that is another training, which starts anew."
     if settings.get("dtype") == "float16":

@@ -16,6 +16,7 @@ import numpy as np
 
 from distributed_tools import gather, process_count, process_index
 from model_tools import InputMaskingDataCollator
+from packing_tools import IGNORE_INDEX
 from run_guards import leaving_signals
 from trainer_tools import EpochSampler, planned_rows
 
@@ -137,7 +138,7 @@ class SupervisedMix:
 
 def learned_tokens(batch: dict[str, Any]) -> int:
     """Tokens of a batch that its loss counts."""
-    return int((batch["labels"] >= 0).sum())
+    return int((batch["labels"] != IGNORE_INDEX).sum())
 
 
 def ends_with_training(mix: SupervisedMix) -> Any:

@@ -89,7 +89,7 @@ from trainer_tools import check_arguments
 
 SAVE_SECONDS = 300.0  # of work between checkpoints, unless --save_steps says otherwise
 PROBE_ROWS = 64  # held-out puzzles on which a merge is compared with the trained model
-NO_PROBABILITIES = "probability tensor contains"  # torch.multinomial of NaN
+NO_PROBABILITIES = "probability tensor contains"  # torch.multinomial of NaN; on CUDA an assert ends the process
 COURSE = "course.json"  # beside the checkpoints: what decides the course of the training that they are of
 
 # ---------------------------------------------------------------------------------------------------------------------

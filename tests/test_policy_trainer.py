@@ -163,6 +163,7 @@ def test_passes_that_are_tried():
     data = SimpleNamespace(samples=SimpleNamespace(__getitems__=lambda numbers: [rows[at % 2] for at in numbers]))
     run = SimpleNamespace(settings=settings, precision=Precision("transformers", "float32", False))
     trial = PolicyTrial(model, run, data, 6, from_copy=False)
+    assert not trial.tells_time, "without the sampling it says little"
     prompts, replies, more = trial.longest(8)
     assert more is None, "nothing is learned besides"
     assert {len(prompt) for prompt in prompts} == {40} and {len(reply) for reply in replies} == {6}

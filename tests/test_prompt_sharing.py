@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import packing_tools
 import prompt_sharing
+from batch_planning import compile_layers
 from packing_tools import use_packed_attention
 from prompt_sharing import attend_shared, covering_replies, reply_log_probs, share_prompts, solution_logits
 
@@ -191,6 +192,16 @@ def test_two_calls_of_a_kernel_give_what_its_parts_give(kernels, scaling):
     torch.library.opcheck(torch.ops.arc_finetuning.attend_shared, given)
 
 
+def rows_of_every_kind():
+    """Prompts and replies: of many lengths, several and one of each, alike and different in a group."""
+    for seed, owners in enumerate(((0, 0, 1, 2, 2), (0, 0, 0, 0), (0, 1, 2, 3, 3, 4), (0, 1))):
+        rng = np.random.default_rng(seed)
+        prompts = [rng.integers(0, 50, length) for length in rng.integers(2, 600, max(owners) + 1)]
+        same = rng.integers(0, 50, 7)
+        replies = [same if number == 1 else rng.integers(0, 50, 3 + number) for number in range(len(owners))]
+        yield [prompts[owner] for owner in owners], replies
+
+
 def test_compiled_layers_are_one_graph_whatever_the_row(kernels):
     from torch._dynamo.utils import counters
 
@@ -203,18 +214,46 @@ def test_compiled_layers_are_one_graph_whatever_the_row(kernels):
             counters.clear()
             for layer in model.model.layers:
                 layer.compile(dynamic=True, fullgraph=True, backend="aot_eager")
-        for seed in range(3):
-            rng = np.random.default_rng(seed)
-            prompts = [rng.integers(0, 50, length) for length in rng.integers(2, 600, 3)]
-            prompts, replies = [prompts[at] for at in (0, 0, 1, 2, 2)], [rng.integers(0, 50, 3 + seed)] * 5
+        for prompts, replies in rows_of_every_kind():
             model.zero_grad()
             found = reply_log_probs(model, "transformers", prompts, replies)[0]
             found.sum().backward()
             results.append([found.detach(), *(weight.grad.clone() for weight in model.parameters())])
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-    for plain, compiled in zip(results[:3], results[3:], strict=True):
+    for plain, compiled in zip(results[:4], results[4:], strict=True):
         for one, other in zip(plain, compiled, strict=True):
             assert torch.allclose(one, other, atol=1e-4)
+    with torch.no_grad():  # as stage 3 samples
+        for prompts, replies in rows_of_every_kind():
+            solution_logits(model, "transformers", prompts, replies)
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layers_compiled_for_a_gpu_give_what_they_give(dtype):
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(0)
+    model = make_model(head_dim=64).to("cuda", dtype).train()
+    use_packed_attention(model)
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            torch.compiler.reset()
+            counters.clear()
+            compile_layers(model)
+        for prompts, replies in rows_of_every_kind():
+            model.zero_grad()
+            with torch.autocast("cuda", dtype):
+                found = reply_log_probs(model, "transformers", prompts, replies)[0]
+            found.mean().backward()
+            results.append([found.detach(), *(weight.grad.clone() for weight in model.parameters())])
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    for plain, compiled in zip(results[:4], results[4:], strict=True):
+        for one, other in zip(plain, compiled, strict=True):
+            assert (one.float() - other.float()).norm() <= 0.05 * one.float().norm()
 
 
 @pytest.mark.gpu

@@ -545,6 +545,8 @@ def test_numbers_workers_and_everything_else(tmp_path):
     text = explain(error, "training", SETTINGS, tmp_path)
     assert "the loss is nan after step 40" in text and "float16" not in text
     assert "--learning_rate (now 0.0001) or --max_grad_norm (now 1.0)" in text
+    first = explain(NonFiniteError("the model answers with NaN", 0), "training", SETTINGS, tmp_path)
+    assert "it is the model that the training starts from" in first and "--learning_rate" not in first
     assert "--dtype bfloat16" in explain(error, "training", {**SETTINGS, "dtype": "float16"}, tmp_path)
     killed = RuntimeError("DataLoader worker (pid 123) is killed by signal: Killed. ")
     assert "--dataloader_num_workers (now 4)" in explain(killed, "training", {"dataloader_num_workers": 4}, tmp_path)
