@@ -290,13 +290,12 @@ def define_operators() -> None:
     pass each call gives its own share of the gradients, which depend on the whole result and the whole sum only.
     """
     import torch  # here: it is not imported with this file
+    from torch import library
 
     rest = "Tensor parts, Tensor prompts, Tensor owned, SymInt[] longest, SymInt tokens, float? scaling"
     name = "arc_finetuning::attend_shared"
 
-    @torch.library.custom_op(
-        name, mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {rest}) -> (Tensor, Tensor)"
-    )
+    @library.custom_op(name, mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {rest}) -> (Tensor, Tensor)")
     def forward(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts: torch.Tensor, prompts: torch.Tensor,
         owned: torch.Tensor, longest: Sequence[int], tokens: int, scaling: float | None,
@@ -315,7 +314,7 @@ def define_operators() -> None:
     def _(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
-    @torch.library.custom_op(
+    @library.custom_op(
         f"{name}_backward", mutates_args=(),
         schema=f"(Tensor gradient, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums, {rest})"
         " -> (Tensor, Tensor, Tensor)",

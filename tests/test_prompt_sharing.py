@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
+from torch import library
+from torch._dynamo.utils import counters
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import packing_tools
@@ -189,7 +191,7 @@ def test_two_calls_of_a_kernel_give_what_its_parts_give(kernels, scaling):
         assert torch.allclose(plain, other, atol=1e-5) and plain.abs().sum() > 1
     q, k, v = (part[0].transpose(0, 1).detach().requires_grad_() for part in parts)
     given = (q, k, v, *shared[:3], list(shared.longest), shared.tokens, scaling)
-    torch.library.opcheck(torch.ops.arc_finetuning.attend_shared, given)
+    library.opcheck(torch.ops.arc_finetuning.attend_shared, given)
 
 
 def rows_of_every_kind():
@@ -202,27 +204,33 @@ def rows_of_every_kind():
         yield [prompts[owner] for owner in owners], replies
 
 
+def results_of(model, compile_them=None):
+    """Log probabilities and gradients of rows of every kind, in turn; with the model's layers compiled first."""
+    if compile_them:
+        torch.compiler.reset()
+        counters.clear()
+        compile_them(model)
+    results = []
+    for prompts, replies in rows_of_every_kind():
+        model.zero_grad()
+        with torch.autocast(model.device.type, model.dtype, enabled=model.dtype != torch.float32):
+            found = reply_log_probs(model, "transformers", prompts, replies)[0]
+        found.mean().backward()
+        results.append([found.detach(), *(weight.grad.clone() for weight in model.parameters())])
+    return results
+
+
 def test_compiled_layers_are_one_graph_whatever_the_row(kernels):
-    from torch._dynamo.utils import counters
+    def compile_them(model):
+        for layer in model.model.layers:
+            layer.compile(dynamic=True, fullgraph=True, backend="aot_eager")
 
     model = make_model().train()
     use_packed_attention(model)
-    results = []
-    for compiled in (False, True):
-        if compiled:
-            torch.compiler.reset()
-            counters.clear()
-            for layer in model.model.layers:
-                layer.compile(dynamic=True, fullgraph=True, backend="aot_eager")
-        for prompts, replies in rows_of_every_kind():
-            model.zero_grad()
-            found = reply_log_probs(model, "transformers", prompts, replies)[0]
-            found.sum().backward()
-            results.append([found.detach(), *(weight.grad.clone() for weight in model.parameters())])
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-    for plain, compiled in zip(results[:4], results[4:], strict=True):
+    for plain, compiled in zip(results_of(model), results_of(model, compile_them), strict=True):
         for one, other in zip(plain, compiled, strict=True):
-            assert torch.allclose(one, other, atol=1e-4)
+            assert torch.allclose(one, other, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     with torch.no_grad():  # as stage 3 samples
         for prompts, replies in rows_of_every_kind():
             solution_logits(model, "transformers", prompts, replies)
@@ -233,27 +241,12 @@ def test_compiled_layers_are_one_graph_whatever_the_row(kernels):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_layers_compiled_for_a_gpu_give_what_they_give(dtype):
-    from torch._dynamo.utils import counters
-
-    torch.manual_seed(0)
     model = make_model(head_dim=64).to("cuda", dtype).train()
     use_packed_attention(model)
-    results = []
-    for compiled in (False, True):
-        if compiled:
-            torch.compiler.reset()
-            counters.clear()
-            compile_layers(model)
-        for prompts, replies in rows_of_every_kind():
-            model.zero_grad()
-            with torch.autocast("cuda", dtype):
-                found = reply_log_probs(model, "transformers", prompts, replies)[0]
-            found.mean().backward()
-            results.append([found.detach(), *(weight.grad.clone() for weight in model.parameters())])
-    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
-    for plain, compiled in zip(results[:4], results[4:], strict=True):
+    for plain, compiled in zip(results_of(model), results_of(model, compile_layers), strict=True):
         for one, other in zip(plain, compiled, strict=True):
             assert (one.float() - other.float()).norm() <= 0.05 * one.float().norm()
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 @pytest.mark.gpu
