@@ -98,8 +98,8 @@ def test_the_merge_is_the_model_that_was_trained(tmp_path, bases, tied, targets,
     assert check["adapter_kl"] > 1e-2  # there was something to merge
     assert 0 < check["kl"] < check["kl_bound"] < 1e-4
     # The order of a sum, which is the CPU's, decides a few weights: of these small models, float16 has hardly others to
-    # err by. Nearly all bfloat16 models are within 1%; one is 5.2% off with AVX2's kernels and 0.01% with plain ones
-    # (ATEN_CPU_CAPABILITY=default). What a merge must keep to is kl_bound, above.
+    # err by: up to 11%, with plain kernels (ATEN_CPU_CAPABILITY=default). Of bfloat16 models one is 2.8% off with those
+    # of AVX-512, and none more than 0.3% with AVX2's. What a merge must keep to is kl_bound, above.
     assert check["kl"] == pytest.approx(check["kl_rounding"], rel=0.5 if dtype == "float16" else 0.12, abs=1e-10)
     assert check["trained_kl"] < 2e-3  # a model in 16 bits calculates less exactly than it is stored
     assert check["top1"] > 0.97 and check["trained_top1"] > 0.97 and check["trained_greedy"] in (0, 0.5, 1)

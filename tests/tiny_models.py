@@ -111,10 +111,10 @@ def divergence(p, q):
 
 
 def train_a_little(model, precision, ids, steps=12, rate=1e-2):
-    """Train on one batch, as the precision says, with the same kernels on every CPU; returns the last loss.
+    """Train on one batch, as the precision says, without oneDNN's kernels; returns the last loss.
 
-    oneDNN chooses them by the CPU. With those for AMX one model in bfloat16 came out so that nearly all that rounding
-    its weights changes lay at one of 128 positions.
+    Which these are is the CPU's choice. With those for AMX one model in bfloat16 came out so that nearly all that
+    rounding its weights changes lay at one of 128 positions.
     """
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
