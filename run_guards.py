@@ -261,6 +261,8 @@ def _end_workers_at_exit() -> None:
     # leave it to others. An error that nothing catches keeps their loader until then.
     @atexit.register
     def end() -> None:
+        # PyTorch's handler raises for the first process that is killed, here of all places: the others would live on.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for child in multiprocessing.active_children():
             if child.daemon:
                 child.kill()

@@ -793,11 +793,15 @@ def test_what_is_free_is_read_for_a_folder_that_is_not_there_yet(tmp_path):
 
 def test_processes_that_make_batches_end_with_one_that_fails():
     program = """
-import torch
+import multiprocessing, torch
 from run_guards import leaving_signals
-batches = iter(torch.utils.data.DataLoader(range(99), num_workers=2, worker_init_fn=leaving_signals()))
+batches = iter(torch.utils.data.DataLoader(range(99), num_workers=8, worker_init_fn=leaving_signals()))
 next(batches)
+print(*(child.pid for child in multiprocessing.active_children()))
 raise ValueError("nothing catches this")
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "nothing catches this" in done.stderr
+    assert done.stderr.count("Traceback") == 1, done.stderr  # that they were killed is no error
+    workers = done.stdout.split()
+    assert len(workers) == 8 and not any(Path("/proc", worker).exists() for worker in workers)
