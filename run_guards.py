@@ -226,7 +226,7 @@ def guard(
                 return
             mark_complete(checkpoint_folder(args, state))
             if keep is not None:
-                _delete_older(Path(args.output_dir), keep)
+                delete_older(Path(args.output_dir), keep)
 
     trainer.add_callback(Guard())
 
@@ -376,8 +376,14 @@ def refuse_pickles(checkpoint: Path) -> None:
             ) from None
 
 
-def _delete_older(folder: Path, keep: int) -> None:
-    # Called when the newest is complete. Older ones that are not whole only take space.
+def delete_older(folder: Path, keep: int | None = None) -> None:
+    """Delete checkpoints that are older than the newest whole one.
+
+    Args:
+        folder: of the checkpoints.
+        keep: whole ones to keep. None: all, only what is left of others goes, by a run that was killed while it wrote
+            or deleted one.
+    """
     kept = complete_checkpoints(folder, quiet=True)[:keep]
     newest = int(CHECKPOINT.fullmatch(kept[0].name)[1]) if kept else -1
     for path in folder.glob("checkpoint-*"):

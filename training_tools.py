@@ -73,6 +73,7 @@ from run_guards import (
     StopSignals,
     complete_checkpoints,
     count_weights,
+    delete_older,
     disk_needs,
     find_shortages,
     flush,
@@ -647,6 +648,9 @@ class StageRun:
         before = {"global_step": 0, "max_steps": -1, "num_input_tokens_seen": 0}
         if checkpoint is not None:
             print(f"continuing from {checkpoint}")
+            if is_main():
+                with self.machine_errors("deleting what is left of older checkpoints"):
+                    delete_older(self.work)
             before = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
             if _is_over(before):
                 # Training was done, only not saved yet. A trainer that resumes here would take one step more.

@@ -197,8 +197,12 @@ def test_a_collapse_is_stopped_and_the_best_adapter_saved(tmp_path, policy):
     # Stopped, but the adapter is lost: it is made again from the checkpoints without one step more.
     for name in ("lora", "merged"):
         shutil.rmtree(artifact(tmp_path, name))
+    part = work / "checkpoint-1"  # as a run leaves it that is killed while it deletes an older one
+    part.mkdir()
+    (part / "optimizer.pt").write_bytes(b"1")
     code, printed = call("train_grpo", *flags)
     assert code == 0 and "continuing from" in printed and "steps to step" not in printed
+    assert not part.exists()
     assert manifest(tmp_path) == kept
     assert all(torch.equal(tensor, adapter(tmp_path)[name]) for name, tensor in saved.items())
 

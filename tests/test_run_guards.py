@@ -34,6 +34,7 @@ from run_guards import (
     StopSignals,
     complete_checkpoints,
     count_weights,
+    delete_older,
     disk_needs,
     explain,
     find_shortages,
@@ -193,6 +194,19 @@ def test_older_checkpoints_go_only_when_the_new_one_is_complete(tmp_path, monkey
         (["checkpoint-9"], "checkpoint-10"),
     ]  # fmt: skip
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-notes"]
+
+
+def test_parts_of_checkpoints_go_and_whole_ones_stay(tmp_path):
+    for step in (5, 10, 15, 20):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "optimizer.pt").write_text("numbers")
+        if step in (5, 15):
+            mark_complete(folder)
+    delete_older(tmp_path)
+    assert checkpoints(tmp_path) == ["checkpoint-5", "checkpoint-15", "checkpoint-20"]  # the last one is written anew
+    delete_older(tmp_path, keep=1)
+    assert checkpoints(tmp_path) == ["checkpoint-15", "checkpoint-20"]
 
 
 @pytest.mark.parametrize(
