@@ -13,11 +13,11 @@ What is there already is not made again: with -lora there and -merged missing, o
 
 from dataclasses import dataclass
 
-from artifact_tools import Stage
-from model_tools import InputMaskingDataCollator, add_lora, load_model
-from run_settings import SupervisedSettings, parse_settings, setting, user_errors
-from trainer_tools import heldout_measure, sft_trainer, watch
-from training_tools import StageRun, load_data, lora_options, report_masks
+from arc.models.loading import InputMaskingDataCollator, add_lora, load_model
+from arc.runs.artifacts import Stage
+from arc.runs.settings import SupervisedSettings, parse_settings, setting, user_errors
+from arc.training.run import StageRun, load_data, lora_options, report_masks
+from arc.training.trainer import heldout_measure, sft_trainer, watch
 
 STAGE = Stage("Base", parent="prepared", script="base_finetune.py", parent_script="base_finetune.py")
 

@@ -16,13 +16,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from answer_tools import Replies, find_models
-from artifact_tools import OutputLock
-from distributed_tools import fail, is_main, wait_for_everyone
-from evaluation_tools import evaluate, load_puzzles, print_tables, write_results
-from inference_tools import RULES
-from run_guards import machine_errors
-from run_settings import (
+from arc.decoding.greedy import RULES
+from arc.evaluation.answers import Replies, find_models
+from arc.evaluation.results import evaluate, load_puzzles, print_tables, write_results
+from arc.runs.artifacts import OutputLock
+from arc.runs.checkpoints import machine_errors
+from arc.runs.processes import fail, is_main, wait_for_everyone
+from arc.runs.settings import (
     SEED,
     WHOLE_FROM_1,
     DataSettings,

@@ -12,18 +12,18 @@ What is there already is not made again: with -lora there and -merged missing, o
 
 from dataclasses import dataclass, replace
 
-from artifact_tools import Stage
-from inference_tools import longest_reply
-from model_tools import add_lora, load_model
-from policy_guards import PolicyGuard
-from policy_settings import PolicySettings
-from policy_trainer import check_sharing, grpo_trainer, samples_from_copy
-from reward_tools import component_weights, reward_functions
-from rollout_tools import check_vllm
-from run_settings import parse_settings, user_errors
-from scan_tools import scan_prompts
-from trainer_tools import watch
-from training_tools import StageRun, load_data, lora_options, report_prompts
+from arc.decoding.greedy import longest_reply
+from arc.grpo.guard import PolicyGuard
+from arc.grpo.rewards import component_weights, reward_functions
+from arc.grpo.rollouts import check_vllm
+from arc.grpo.scan import scan_prompts
+from arc.grpo.settings import PolicySettings
+from arc.grpo.trainer import check_sharing, grpo_trainer, samples_from_copy
+from arc.models.loading import add_lora, load_model
+from arc.runs.artifacts import Stage
+from arc.runs.settings import parse_settings, user_errors
+from arc.training.run import StageRun, load_data, lora_options, report_prompts
+from arc.training.trainer import watch
 
 STAGE = Stage("Final-RL", parent="Final", script="train_grpo.py", parent_script="base_finetune_final.py")
 

@@ -55,7 +55,7 @@ def peak() -> float | None:
 def stage_settings(args: argparse.Namespace, extra: list[str]) -> Any:
     """Settings of stage 3 for all rows."""
     import train_grpo
-    from run_settings import parse_settings
+    from arc.runs.settings import parse_settings
 
     completions = args.prompts * args.generations
     flags = {
@@ -71,8 +71,8 @@ def stage_settings(args: argparse.Namespace, extra: list[str]) -> Any:
 
 def prepared(args: argparse.Namespace) -> Path:
     """The base with its vocabulary cut, made where it is not there."""
-    from artifact_tools import new_folder
-    from model_tools import prepare_base, write_manifest
+    from arc.models.loading import prepare_base, write_manifest
+    from arc.runs.artifacts import new_folder
 
     folder = Path(args.output_dir) / "Llama-3.2-1B-prepared"
     if not folder.exists():
@@ -83,7 +83,7 @@ def prepared(args: argparse.Namespace) -> Path:
 
 def prompts_of(args: argparse.Namespace, tokenizer: Any, count: int) -> list[np.ndarray]:
     """Token ids of held-out prompts."""
-    from training_tools import heldout_puzzles
+    from arc.training.run import heldout_puzzles
 
     dataset, encoder = heldout_puzzles(stage_settings(args, ["--engine", "transformers"]), tokenizer)
     rows = encoder.encode(dataset, dataset.keys[:count], max_tokens=args.max_seq_length - args.tokens, reply=False)
@@ -96,8 +96,8 @@ def run_rollouts(args: argparse.Namespace, ours: bool) -> list[dict[str, Any]]:
     """Sampling alone: transformers' generate, or the sampler of stage 3."""
     import torch
 
-    from model_tools import load_model, resolve_precision
-    from sampling_tools import DeviceSampler
+    from arc.decoding.device_sampling import DeviceSampler
+    from arc.models.loading import load_model, resolve_precision
 
     precision = resolve_precision("transformers", load_in_4bit=False)
     model, tokenizer = load_model(prepared(args), precision)
@@ -177,9 +177,9 @@ def random_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
 def run_ours(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Stage 3 up to the end of its training."""
     import train_grpo
-    from model_tools import add_lora, load_model
-    from policy_trainer import grpo_trainer
-    from training_tools import StageRun, load_data, lora_options
+    from arc.grpo.trainer import grpo_trainer
+    from arc.models.loading import add_lora, load_model
+    from arc.training.run import StageRun, load_data, lora_options
 
     settings = stage_settings(args, shlex.split(args.ours))
     run = StageRun(train_grpo.STAGE, settings)
@@ -250,7 +250,7 @@ def main() -> None:
         found = ways[args.row](args) if args.row in ways else run_rollouts(args, args.row == "rollouts")
         print("RESULT " + json.dumps(found))
         return
-    from artifact_tools import versions
+    from arc.runs.artifacts import versions
 
     rows, failed = [], []
     for name in args.rows:

@@ -39,11 +39,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from arc_loader import ArcDataset, format_options, seeded_rng
-from arc_samples import SampleEncoder
-from decoder_tools import Work
-from inference_tools import gather_candidates, generate_replies, longest_reply, view_keys
-from search_tools import Reply, sample_replies, score_replies, search_replies
+from arc.decoding.greedy import gather_candidates, generate_replies, longest_reply, view_keys
+from arc.decoding.rows import Work
+from arc.decoding.search import Reply, sample_replies, score_replies, search_replies
+from arc.puzzles.dataset import ArcDataset, format_options, seeded_rng
+from arc.puzzles.encoding import SampleEncoder
 
 if TYPE_CHECKING:
     import torch
@@ -347,7 +347,7 @@ Found = dict[tuple[int, int], list[Reply]]
 
 def search_plainly(model: Any, puzzles: Puzzles, options: dict[str, Any], guess: bool, work: Work) -> Found:
     """All views of all test inputs, one by one."""
-    from model_tools import decoding
+    from arc.models.loading import decoding
 
     found: Found = {}
     with decoding(model, "transformers"):
@@ -480,7 +480,7 @@ def measure_scoring(
     model: Any, puzzles: Puzzles, found: Found, device: Device, batch_size: int
 ) -> list[dict[str, Any]]:
     """Every grid found, under every view of its puzzle; where none was found, the solution."""
-    from model_tools import decoding
+    from arc.models.loading import decoding
 
     prompts, replies = [], []
     for i in range(len(puzzles.keys)):
@@ -577,8 +577,8 @@ def main() -> None:
 
     import torch
 
-    from artifact_tools import versions
-    from model_tools import load_model, resolve_precision
+    from arc.models.loading import load_model, resolve_precision
+    from arc.runs.artifacts import versions
 
     precision = resolve_precision("transformers", args.dtype, args.load_in_4bit == "true")
     args.dtype = precision.dtype

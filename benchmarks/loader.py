@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from arc_loader import ArcDataset, format_options
-from arc_samples import SampleEncoder, TrainingSamples
+from arc.puzzles.dataset import ArcDataset, format_options
+from arc.puzzles.encoding import SampleEncoder, TrainingSamples
 
 EOS = "<|eot_id|>"
 FORMAT = format_options(EOS)

@@ -65,12 +65,12 @@ def main() -> None:
 
     import torch
 
-    import merge_tools
-    from artifact_tools import versions
-    from inference_tools import exact_match
-    from model_tools import Precision, load_adapter, load_model, read_manifest
-    from run_settings import RunSettings
-    from training_tools import heldout_puzzles
+    from arc.decoding.greedy import exact_match
+    from arc.merging import merge as merge_module
+    from arc.models.loading import Precision, load_adapter, load_model, read_manifest
+    from arc.runs.artifacts import versions
+    from arc.runs.settings import RunSettings
+    from arc.training.run import heldout_puzzles
 
     manifest = read_manifest(args.lora)
     trained = Precision(**{**manifest["precision"], "engine": "transformers"})
@@ -121,7 +121,7 @@ def main() -> None:
         for merge_base in ("quantised", "original"):
             merged = Path(folder) / merge_base
             merged.mkdir()
-            done = merge_tools.merge_and_check(args.lora, merged, base=base, merge_base=merge_base)
+            done = merge_module.merge_and_check(args.lora, merged, base=base, merge_base=merge_base)
             checks[merge_base] = done.get("check", done)
             for precision in (sixteen, trained):
                 model, tokenizer = load_model(merged, precision)

@@ -49,9 +49,9 @@ def moved_share(output: Path, dataset_dir: str) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
-    from arc_loader import ArcDataset, format_options
-    from arc_samples import SampleEncoder
-    from model_tools import load_tokenizer
+    from arc.models.loading import load_tokenizer
+    from arc.puzzles.dataset import ArcDataset, format_options
+    from arc.puzzles.encoding import SampleEncoder
 
     before = load_file(output / f"{PREFIX}-prepared" / "model.safetensors")["model.embed_tokens.weight"].float()
     state = load_file(output / f"{PREFIX}-Base-lora" / "adapter_model.safetensors")
@@ -76,8 +76,8 @@ def check_artifacts(output: Path, name: str) -> dict[str, Any]:
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM
 
-    from merge_tools import compare_with_probe
-    from model_tools import Precision, load_model, read_manifest
+    from arc.merging.merge import compare_with_probe
+    from arc.models.loading import Precision, load_model, read_manifest
 
     lora, merged = output / f"{PREFIX}-{name}-lora", output / f"{PREFIX}-{name}-merged"
     device = {"": "cuda" if torch.cuda.is_available() else "cpu"}
@@ -110,7 +110,7 @@ def main() -> None:
 
     import torch
 
-    from artifact_tools import versions
+    from arc.runs.artifacts import versions
 
     output, logs = Path(args.output_dir), args.results.parent
     logs.mkdir(parents=True, exist_ok=True)

@@ -85,8 +85,8 @@ def main() -> None:
     import torch
     from safetensors.torch import load_file
 
-    from artifact_tools import versions
-    from model_tools import read_manifest
+    from arc.models.loading import read_manifest
+    from arc.runs.artifacts import versions
 
     args.output_dir.mkdir(parents=True)
     flags = ["--base_model", args.base_model, "--dataset_dir", args.dataset_dir, "--max_steps", str(args.steps)]

@@ -142,7 +142,7 @@ def make_model(folder: Path, shape: dict[str, int]) -> None:
 
 def run_row(row: Configuration, args: argparse.Namespace) -> dict[str, Any]:
     """Train some steps of stage 1 and measure them; of several processes each does, and gets the figures of all."""
-    from distributed_tools import divide_batch, gather
+    from arc.runs.processes import divide_batch, gather
 
     begin = time.perf_counter()
     size, passes = batch_of(row.tokens, args)
@@ -278,7 +278,7 @@ def main() -> None:
     if args.rows:
         run_rows([Configuration(**row) for row in json.loads(args.rows)], args)
         return
-    from artifact_tools import versions
+    from arc.runs.artifacts import versions
 
     wanted = configurations(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)

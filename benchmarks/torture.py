@@ -53,8 +53,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from artifact_tools import LOCK_HOLDER  # noqa: E402 - found only now
-from run_guards import MARKER  # noqa: E402
+from arc.runs.artifacts import LOCK_HOLDER  # noqa: E402 - found only now
+from arc.runs.checkpoints import MARKER  # noqa: E402
 
 PREFIX = "Llama-3.2-1B"
 STEPS = {"base_finetune.py": 24, "base_finetune_final.py": 24, "train_grpo.py": 8}
@@ -553,7 +553,7 @@ def processor() -> str:
 
 def summarise(chains: Sequence[Chain], seconds: float, durations: dict[str, dict[str, float]], workers: int) -> dict:
     """The figures of a run, for JSON."""
-    from artifact_tools import versions
+    from arc.runs.artifacts import versions
 
     folders = folders_of(chains[0].scripts)
     killed = [record for chain in chains for record in chain.kills]

@@ -193,10 +193,10 @@ def make_stage_1(flags: list[str], cast_together: bool = True) -> tuple[Any, Any
         cast_together: see model_tools.add_lora.
     """
     import base_finetune
-    from model_tools import InputMaskingDataCollator, add_lora, load_model
-    from run_settings import parse_settings
-    from trainer_tools import sft_trainer
-    from training_tools import StageRun, load_data, lora_options
+    from arc.models.loading import InputMaskingDataCollator, add_lora, load_model
+    from arc.runs.settings import parse_settings
+    from arc.training.run import StageRun, load_data, lora_options
+    from arc.training.trainer import sft_trainer
 
     settings = parse_settings(base_finetune.Settings, flags)
     run = StageRun(base_finetune.STAGE, settings)
@@ -224,9 +224,9 @@ def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def planned_samples(args: argparse.Namespace) -> tuple[Any, Any]:
     """The tokenizer, and the samples of all steps in the order in which stage 1 takes them."""
     import base_finetune
-    from run_settings import parse_settings
-    from trainer_tools import EpochSampler
-    from training_tools import StageRun, load_data
+    from arc.runs.settings import parse_settings
+    from arc.training.run import StageRun, load_data
+    from arc.training.trainer import EpochSampler
 
     settings = parse_settings(base_finetune.Settings, [*common_flags(args), "--engine", "transformers"])
     run = StageRun(base_finetune.STAGE, settings)
@@ -282,9 +282,9 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import TrainingArguments
 
-    from batch_planning import compile_layers, let_run_ahead
-    from model_tools import add_lora, load_model, resolve_precision
-    from trainer_tools import optimizer_with_embedding_rate
+    from arc.models.loading import add_lora, load_model, resolve_precision
+    from arc.training.batch_planning import compile_layers, let_run_ahead
+    from arc.training.trainer import optimizer_with_embedding_rate
 
     planned_samples(args)  # prepares the base where it is not there
     cuda = torch.cuda.is_available()
@@ -346,7 +346,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 def write_results(rows: list[dict[str, Any]], path: Path) -> None:
     """Write what has been measured so far."""
-    from artifact_tools import versions
+    from arc.runs.artifacts import versions
 
     path.parent.mkdir(parents=True, exist_ok=True)
     command = "python benchmarks/train.py --base_model MODEL --dataset_dir dataset"

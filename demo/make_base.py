@@ -5,7 +5,7 @@
 
 Reads nothing and fetches nothing. Writes OUT/ as transformers would: the configurations, model.safetensors (bfloat16;
 random weights unless --pretrain_steps is given), the tokenizer's files; and make_base.json, which records how it was
-made. Pretraining draws endless puzzles with rules and examples of their own (`pretraining.py`) and leaves some families
+made. Pretraining draws endless puzzles with rules and examples of their own (arc/generation) and leaves some families
 of rules out, so that a fine-tuning has something to teach; on CUDA it takes minutes, on a CPU it is for tests.
 
 What is like the real one, because the pipeline has to cope with it: one matrix for embedding and head (tied), grouped
@@ -28,8 +28,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from demo.make_dataset import FAMILIES
-from demo.pretraining import NEW_FAMILIES, Pretraining
+from arc.generation.families import FAMILIES
+from arc.generation.pretraining import NEW_FAMILIES, Pretraining
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -272,11 +272,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = build_model(tokenizer, **shape, seed=args.seed, rope_theta=args.rope_theta, spread=spread)
         record: dict[str, Any] = {"made_by": "demo/make_base.py"}
         if pretraining.pretrain_steps:
-            from demo.pretraining import pretrain, print_measured, solved_by_family
+            from arc.generation.pretraining import pretrain, print_measured, solved_by_family
 
             watch = {"workers": args.pretrain_workers, "measure": args.measure, "measure_steps": args.measure_steps}
             done = pretrain(model, tokenizer, pretraining, **watch)
-            record |= {"trained_on": "generated puzzles, see demo/pretraining.py", "pretraining": done}
+            record |= {"trained_on": "generated puzzles, see arc/generation/pretraining.py", "pretraining": done}
         else:
             record["trained_on"] = "nothing: random weights"
         record["settings"] = settings
@@ -337,7 +337,10 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     add("steps", "steps of a pretraining; 0: random weights (0)")
     add("seconds", "stop by then, the rate falling to 0 in time; compiling does not count; 0: no limit (0)")
     add("families", f"families of rules (all but {', '.join(NEW_FAMILIES)}; there are {', '.join(FAMILIES)})")
-    add("programs", "share of the puzzles whose rule is put together at random instead, see demo/rule_programs.py (0)")
+    add(
+        "programs",
+        "share of the puzzles whose rule is put together at random instead, see arc/generation (0)",
+    )
     add("sizes", "demonstrations of a puzzle, drawn from these (3)")
     add("max_side", "largest side of a grid (5)")
     add("batch", "tokens of a step, padding included (32768)")

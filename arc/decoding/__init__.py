@@ -1,0 +1,1 @@
+"""Decoding: search, greedy replies, sampling, scoring of replies, caches of keys and values."""

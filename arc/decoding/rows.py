@@ -1,0 +1,505 @@
+"""Rows of a batch that advance and rewind on their own: many prompts at once on one key-value cache.
+
+What costs time in decoding is the number of forward passes, not the tokens in one: a pass over 64 rows reads the
+weights as often as a pass over one. So all rows advance together, a pass may carry several tokens of a row (drafts), a
+finished row is replaced by one that waits, and no prompt is computed twice.
+
+A token's column in the cache is its position in its row. What a row holds is therefore said by one number, its length:
+to go back to an earlier branch a search makes it smaller, and nothing is moved or cleared, because a token sees only
+what stands at its own position and before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import numpy as np
+
+from arc.models.loading import decoding
+from arc.models.packing import check_full_attention
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+LOGIT_BYTES = 2**30  # of one pass, in float64: with a whole vocabulary, 64 rows of 100 tokens would take 6 GB
+MASK_BYTES = 2**32  # of one pass, as bool and as numbers: those of a row grow with the square of its length
+PREFILL_TOKENS = 2**14  # of one pass over prompts: more is hardly faster and takes memory
+CACHE_STEP = 256  # columns by which the cache grows
+MASK_STEP = 16  # attention kernels want the length of their masks aligned
+ATTENTION = "own_attention"  # the name under which transformers knows it
+
+
+class UndecodableModelError(ValueError):
+    """A model that cannot be decoded here: of another attention, with numbers that are none, not of its tokenizer."""
+
+
+class NonFiniteAnswersError(UndecodableModelError):
+    """A model that answers with numbers that are none (NaN), as after a training that diverged."""
+
+
+@dataclass
+class Work:
+    """What decoding has cost, counted up by the functions that are given one.
+
+    Args:
+        passes: forward passes, those over prompts included.
+        prompt_tokens: tokens of prompts that went through the model.
+        reply_tokens: tokens of replies that went through the model, drafts that did not hold included.
+        seen_tokens: tokens in the cache that passes over replies looked at, each row's once a pass: what such a pass
+            has to read beside the weights.
+        batch_size: rows that fitted in the end, where memory ran out; None: it never did.
+    """
+
+    passes: int = 0
+    prompt_tokens: int = 0
+    reply_tokens: int = 0
+    seen_tokens: int = 0
+    batch_size: int | None = None
+
+
+class Row(Protocol):
+    """What one row of a batch decodes: says what to feed and takes what the model answers."""
+
+    prompt: list[int]
+    path: list[int]  # tokens after the prompt; the last token of both together has not been fed yet
+    is_open: bool
+
+    def feed(self) -> list[int]:
+        """The last token, and a draft of what may come after it."""
+        ...
+
+    def take(self, *chosen: np.ndarray) -> None:
+        """What was chosen after each token fed, each (fed, ...); sets the path and `is_open`."""
+        ...
+
+
+def decode_rows(
+    model: Any,
+    engine: str,
+    rows: Sequence[Any],
+    batch_size: int,
+    choose: Callable[[torch.Tensor, Sequence[Any]], tuple[np.ndarray, ...]],
+    finish: Callable[[Any], None],
+    work: Work | None,
+) -> None:
+    """Advance rows until none is open.
+
+    Args:
+        model, engine, batch_size, work: see `search_tools.search_replies`.
+        rows: what is decoded, see `Row`.
+        choose: makes arrays (rows, fed, ...) of logits (rows, fed, vocabulary) and those rows, log probabilities last;
+            each row takes its own.
+        finish: called with each row that has closed.
+
+    Raises:
+        ValueError: a model or engine that this cannot decode, or one that answers with NaN.
+        torch.OutOfMemoryError: not even one row fits.
+    """
+    if engine != "transformers":
+        raise ValueError(
+            f"engine {engine} cannot decode rows of different lengths on one cache: load the model with "
+            "--engine transformers"
+        )
+    waiting: list[Row] = list(rows)
+    live: list[Row] = []
+
+    def run(size: int) -> None:
+        # After memory has run out, rows whose cache is gone are begun again with the path that they had come to.
+        waiting.extend(row for row in live if row.is_open)
+        for row in live:
+            if not row.is_open:
+                finish(row)
+        live.clear()
+        # The longest first: what does not fit shows at once, and the cache seldom has to grow.
+        waiting.sort(key=lambda row: -_length(row))
+        decoder = _Decoder(model, min(size, len(waiting)), work or Work())
+        while waiting or live:
+            while waiting and (not live or size - len(live) >= max(1, size // 8)):  # not one by one
+                decoder.admit(waiting, live, size - len(live))
+            decoder.advance(live, choose)
+            for at in reversed(range(len(live))):
+                if not live[at].is_open:
+                    finish(live[at])
+                    last = live.pop()
+                    if at < len(live):
+                        decoder.copy(len(live), at, _length(last))
+                        live[at] = last
+
+    with decoding(model, engine), row_attention(model):
+        halve_on_out_of_memory(run, batch_size, work)
+
+
+def _length(row: Row) -> int:
+    # Tokens of a row that are in the cache.
+    return len(row.prompt) + len(row.path) - 1
+
+
+class _Decoder:
+    """A model and its cache, whose first rows are those that are decoded."""
+
+    def __init__(self, model: Any, rows: int, work: Work):
+        self.model, self.work = model, work
+        self.device = model.get_input_embeddings().weight.device
+        self.cache = RowCache(rows)
+
+    def admit(self, waiting: list[Row], live: list[Row], count: int) -> None:
+        """Move up to `count` rows from waiting to live, with all but their last token computed; equal ones once."""
+        prefixes: dict[tuple[int, ...], list[Row]] = {}
+        for row in waiting[:count]:
+            prefix = (*row.prompt, *row.path)[:-1]
+            if prefix not in prefixes and prefixes and (len(prefixes) + 1) * len(next(iter(prefixes))) > PREFILL_TOKENS:
+                break
+            prefixes.setdefault(prefix, []).append(row)
+        first = len(live)
+        self._fill(first, list(prefixes))
+        admitted = [members[0] for members in prefixes.values()]
+        for at, (prefix, members) in enumerate(prefixes.items(), first):
+            for row in members[1:]:
+                self.copy(at, first + len(admitted), len(prefix))
+                admitted.append(row)
+        live += admitted  # only now: had memory run out, they would still wait
+        chosen = {id(row) for row in admitted}
+        waiting[:] = [row for row in waiting if id(row) not in chosen]
+
+    def _fill(self, first: int, prefixes: Sequence[Sequence[int]]) -> None:
+        import torch
+
+        width = max(len(prefix) for prefix in prefixes)
+        if not width:
+            return
+        ids = np.zeros((len(prefixes), width), dtype=np.int64)
+        for at, prefix in enumerate(prefixes):
+            ids[at, : len(prefix)] = prefix  # padded on the right, where what follows writes over it
+        self.cache.begin_prompts(first, width)
+        positions = torch.arange(width, device=self.device).expand(len(prefixes), width)
+        self._forward(ids, positions, None, logits_to_keep=1)  # the logits are not needed
+        self.work.prompt_tokens += sum(map(len, prefixes))
+
+    def advance(
+        self, live: Sequence[Row], choose: Callable[[torch.Tensor, Sequence[Any]], tuple[np.ndarray, ...]]
+    ) -> None:
+        """Feed every row once; rows with a long draft apart from the others, which would be padded to its length."""
+        feeds = [row.feed() for row in live]
+        shortest = min(map(len, feeds))
+        long = [at for at, feed in enumerate(feeds) if len(feed) > 2 * shortest + 32]
+        short = [at for at, feed in enumerate(feeds) if len(feed) <= 2 * shortest + 32]
+        for chosen in (short, sorted(long, key=lambda at: -len(feeds[at]))):
+            while chosen:
+                longest = max(len(feeds[at]) for at in chosen)
+                seen = max(_length(live[at]) for at in chosen) + longest
+                part = chosen[: affordable_rows(len(chosen), self.model, longest)]
+                part = part[: affordable_masks(len(part), self.model, longest, seen)]
+                chosen = chosen[len(part) :]
+                found = choose(self._step(part, live, feeds), [live[at] for at in part])
+                check_numbers(found[-1])
+                for row, at in enumerate(part):
+                    live[at].take(*(array[row] for array in found))
+
+    def _step(self, part: Sequence[int], live: Sequence[Row], feeds: Sequence[Sequence[int]]) -> torch.Tensor:
+        # Logits (part, fed, vocabulary).
+        import torch
+
+        fed = max(len(feeds[at]) for at in part)
+        begins = np.array([_length(live[at]) for at in part], dtype=np.int64)
+        ids = np.zeros((len(part), fed), dtype=np.int64)
+        for row, at in enumerate(part):
+            ids[row, : len(feeds[at])] = feeds[at]
+        columns = begins[:, None] + np.arange(fed)
+        places = torch.from_numpy(columns).to(self.device)
+        width = round_up(int(columns.max()) + 1, MASK_STEP)
+        self.cache.begin_step(list(part), places, width)
+        mask = torch.arange(width, device=self.device) <= places[:, None, :, None]
+        fed_tokens = sum(len(feeds[at]) for at in part)
+        self.work.reply_tokens += fed_tokens
+        self.work.seen_tokens += int(begins.sum()) + fed_tokens
+        return self._forward(ids, places, mask, logits_to_keep=0)
+
+    def _forward(
+        self, ids: np.ndarray, positions: torch.Tensor, mask: torch.Tensor | None, logits_to_keep: int
+    ) -> torch.Tensor:
+        import torch
+
+        self.work.passes += 1
+        return self.model(
+            input_ids=torch.from_numpy(ids).to(self.device),
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+        ).logits
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make row `target` of the cache hold the first `length` tokens of row `source`."""
+        self.cache.copy(source, target, length)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cache and attention
+
+
+class RowCache:
+    """Keys and values of a batch whose rows have different lengths, as attention layers of transformers use them.
+
+    The part of transformers' Cache that attention layers call, `update`, with one difference: where new tokens are
+    written, and what is seen, is said beforehand for each row, so that rows can be filled, rewound and copied on their
+    own (a DynamicCache can only be cropped for all rows at once, a StaticCache writes all rows at one position).
+    The column of a token is its position. Columns behind a row's tokens hold finite leftovers, hidden by the mask.
+
+    Args:
+        rows: of the batch.
+
+    Attributes:
+        layers: keys and values of each layer, each (rows, heads, columns, size of a head); made when they are first
+            needed, and made longer by CACHE_STEP columns where they are too short.
+    """
+
+    is_compileable = False
+
+    def __init__(self, rows: int):
+        """See the class."""
+        self.rows = rows
+        self.layers: list[list[torch.Tensor]] = []
+        self._is_prompt = False
+        self._width = 0
+
+    def begin_prompts(self, first: int, width: int) -> None:
+        """The next pass fills rows from `first` on from column 0, and sees nothing else."""
+        self._is_prompt, self._first, self._width = True, first, width
+
+    def begin_step(self, rows: list[int], columns: torch.Tensor, width: int) -> None:
+        """The next pass writes into `columns` (rows, fed) of the rows and sees their first `width` columns."""
+        import torch
+
+        self._is_prompt, self._columns, self._width = False, columns, width
+        self._slots = torch.tensor(rows, device=columns.device)[:, None]
+        # Consecutive rows are seen where they are, others have to be gathered.
+        whole = rows == list(range(len(rows)))
+        self._seen = slice(len(rows)) if whole else self._slots[:, 0]
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write what one layer computed, (rows, heads, fed, size of a head), and return all that it sees."""
+        layer = self._layer(layer_idx, keys, values)
+        if self._is_prompt:
+            for stored, new in zip(layer, (keys, values), strict=True):
+                stored[self._first : self._first + len(new), :, : self._width] = new
+            return keys, values
+        for stored, new in zip(layer, (keys, values), strict=True):
+            stored[self._slots, :, self._columns] = new.transpose(1, 2)
+        seen_keys, seen_values = (stored[self._seen, :, : self._width] for stored in layer)
+        return seen_keys, seen_values
+
+    def _layer(self, number: int, *new: torch.Tensor) -> list[torch.Tensor]:
+        while len(self.layers) <= number:
+            self.layers.append([tensor.new_zeros((self.rows, tensor.shape[1], 0, tensor.shape[3])) for tensor in new])
+        layer = self.layers[number]
+        missing = self._width - layer[0].shape[2]
+        if missing > 0:
+            # Zeros, since a mask does not hide what is not a number. One tensor at a time, to hold little twice.
+            missing = round_up(missing, CACHE_STEP)
+            for at, stored in enumerate(layer):
+                grown = stored.new_zeros((*stored.shape[:2], stored.shape[2] + missing, stored.shape[3]))
+                grown[:, :, : stored.shape[2]] = stored
+                layer[at] = grown
+        return layer
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make row `target` hold the first `length` tokens of row `source`."""
+        for layer in self.layers:
+            for stored in layer:
+                stored[target, :, :length] = stored[source, :, :length]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of the cache: models that ask for it are given positions and a mask, and do without it."""
+        return self.layers[layer_idx][0].shape[2] if layer_idx < len(self.layers) else 0
+
+
+@contextlib.contextmanager
+def row_attention(model: Any) -> Iterator[None]:
+    """Set an attention that takes masks of `RowCache`, and only masks, for as long as the context lasts.
+
+    Transformers' own copies keys and values for each query head that shares them where there is a mask.
+
+    Raises:
+        UndecodableModelError: see `own_attention`.
+    """
+    attention = _GroupedAttention()
+    try:
+        with own_attention(model, attention):
+            yield
+    finally:
+        attention.forget()
+
+
+@contextlib.contextmanager
+def own_attention(model: Any, attention: Callable[..., tuple[torch.Tensor, None]]) -> Iterator[None]:
+    """Set an attention of transformers' kind for as long as the context lasts.
+
+    Args:
+        model: of transformers.
+        attention: is given no mask but those that the model is called with.
+
+    Raises:
+        UndecodableModelError: a model whose attention is not full, or cannot be chosen.
+    """
+    from transformers import AttentionInterface
+
+    config = model.config
+    try:
+        check_full_attention(config)
+    except ValueError as error:
+        raise UndecodableModelError(str(error)) from None
+    AttentionInterface.register(ATTENTION, attention)
+    before = config._attn_implementation
+    model.set_attn_implementation(ATTENTION)
+    try:
+        if config._attn_implementation != ATTENTION:
+            raise UndecodableModelError(
+                f"{config.model_type} models do not let their attention be chosen: not supported"
+            )
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+class _GroupedAttention:
+    """Attention of transformers' kind whose masks are those of `RowCache`, made ready once a pass for all layers."""
+
+    def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the last mask."""
+        self._mask: torch.Tensor | None = None
+        self._bias: torch.Tensor | None = None
+
+    def __call__(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Attend.
+
+        Args:
+            module, dropout, kwargs: not needed.
+            query: (rows, query heads, fed, size).
+            key, value: (rows, heads, seen, size).
+            attention_mask: what is seen, bool (rows, 1, fed, seen); None: causal, with as many seen as fed.
+            scaling: of the products.
+
+        Returns:
+            (rows, fed, query heads, size), and no weights.
+        """
+        from torch.nn.functional import scaled_dot_product_attention
+
+        rows, heads, fed, size = query.shape
+        groups = heads // key.shape[1]
+        if attention_mask is None:
+            options = {"is_causal": True, "scale": scaling, "enable_gqa": groups > 1}
+            found = scaled_dot_product_attention(query, key, value, **options)
+        else:
+            # Query heads that share keys become further queries of one head.
+            folded = query.reshape(rows, key.shape[1], groups * fed, size)
+            bias = self._bias_of(attention_mask, groups, query.dtype)
+            found = scaled_dot_product_attention(folded, key, value, attn_mask=bias, scale=scaling)
+            found = found.reshape(rows, heads, fed, value.shape[-1])
+        return found.transpose(1, 2).contiguous(), None
+
+    def _bias_of(self, mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
+        # All layers are given the same mask. Of a bool one, torch would make the numbers to add in each layer anew:
+        # three kernels more, in passes whose time is that of launching kernels.
+        if mask is not self._mask or self._bias.dtype != dtype:
+            repeated = mask if mask.shape[2] == 1 else mask.repeat(1, 1, groups, 1)
+            self._bias = mask.new_zeros(repeated.shape, dtype=dtype).masked_fill_(~repeated, -math.inf)
+            self._mask = mask
+        return self._bias
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory and numbers
+
+
+def halve_on_out_of_memory(run: Callable[[int], T], batch_size: int, work: Work | None = None) -> T:
+    """Call `run(batch_size)`, and again with half the batch for as long as memory runs out.
+
+    Args:
+        run: does the work with batches of the given size; called again, it has to go on where it stopped.
+        batch_size: to begin with.
+        work: told the size that was gone on with, so that the caller can begin with it the next time.
+
+    Raises:
+        torch.OutOfMemoryError: a batch of 1 does not fit.
+    """
+    import torch
+
+    while True:
+        try:
+            return run(batch_size)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+        # Outside of `except`, where the error still holds the frames and so the tensors that filled the memory.
+        batch_size //= 2
+        print(f"out of memory: going on with batches of {batch_size}")
+        if work is not None:
+            work.batch_size = batch_size
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def check_tokens(model: Any, what: str, rows: Sequence[np.ndarray | None]) -> None:
+    """Refuse token ids that a model has not: on a CUDA device they would end the process.
+
+    Raises:
+        ValueError: a row is empty, or (UndecodableModelError) has such a token. A row of None is passed over.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    for number, row in enumerate(rows):
+        if row is not None and not len(row):
+            raise ValueError(f"{what} {number} is empty: expected at least one token")
+        if row is not None and not 0 <= np.min(row) <= np.max(row) < size:
+            raise UndecodableModelError(
+                f"{what} {number} has tokens from {np.min(row)} to {np.max(row)}, the model {size:,}"
+            )
+
+
+def check_numbers(log_probs: Any) -> None:
+    """Refuse what cannot be compared.
+
+    Raises:
+        NonFiniteAnswersError: a log probability is NaN.
+    """
+    if np.isnan(log_probs).any():
+        raise NonFiniteAnswersError("the model answers with numbers that are none (NaN): nothing can be decoded")
+
+
+def affordable_rows(count: int, model: Any, fed: int) -> int:
+    """How many of `count` rows have logits that fit into LOGIT_BYTES; at least 1."""
+    return max(1, min(count, LOGIT_BYTES // (8 * model.config.vocab_size * fed)))
+
+
+def affordable_masks(count: int, model: Any, fed: int, seen: int) -> int:
+    """How many of `count` rows have attention masks (fed, seen) that fit into MASK_BYTES; at least 1."""
+    config = model.config
+    groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    # One bool as it comes; for each query head that shares keys, two more and a number: see `_GroupedAttention`.
+    row = fed * seen * (1 + groups * (2 + model.get_input_embeddings().weight.element_size()))
+    return max(1, min(count, MASK_BYTES // row))
+
+
+def round_up(number: int, step: int) -> int:
+    """The next multiple of `step`."""
+    return -(-number // step) * step

@@ -1,0 +1,1 @@
+"""Evaluation: answers, selection, scores, the cache of results, the report."""

@@ -1,0 +1,1 @@
+"""Puzzles made by rules, for the demo and for pretraining."""

@@ -1,0 +1,1 @@
+"""Reinforcement learning: rewards, prompts, scan, rollouts, guard, trainer."""

@@ -1,0 +1,1 @@
+"""Models: vocabulary, loading, the collator, LoRA, rows without padding, attention."""

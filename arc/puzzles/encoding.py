@@ -1,0 +1,429 @@
+"""From views to token ids: what trainers and decoders read.
+
+Where the tokenizer gives one token per cell, ids are put together straight from the arrays, a batch at once, without a
+call of the tokenizer; else the text is tokenised and spans come from character offsets. Never imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from arc.puzzles.dataset import COLOURS, ArcDataset, does_not_fit, seeded_rng, shortened_key
+
+
+class _Layout(NamedTuple):
+    """Where the grids of a batch of samples stand among its tokens (one token per cell). G grids, S samples."""
+
+    keys: list[str]
+    grids: np.ndarray  # int64 (G,), numbers in the store
+    sample: np.ndarray  # int64 (G,), which sample each belongs to
+    is_output: np.ndarray  # bool (G,)
+    rows: np.ndarray  # int64 (G,), rows as turned
+    tokens: np.ndarray  # int64 (G,), tokens with what stands around the grid
+    lengths: np.ndarray  # int64 (S,), tokens
+    symmetries: np.ndarray  # int64 (S, 3), see `View`
+    colours: np.ndarray  # uint8 (S, 10)
+
+
+class SampleEncoder:
+    """Turns keys into token ids, straight from the arrays where the tokenizer gives one token per cell.
+
+    Attributes:
+        one_token_per_cell: whether ids are put together from the arrays; else the tokenizer is called on the text.
+            Found out by encoding a text that has every number of up to three digits and every seam between the parts.
+    """
+
+    def __init__(self, tokenizer: Any, preprompt: str, query_beg: str, reply_beg: str, reply_end: str, lines_sep: str):
+        """See the class.
+
+        Args:
+            tokenizer: a fast tokenizer, called as those of transformers are.
+            preprompt, query_beg, reply_beg, reply_end, lines_sep: the format, see `format_options`.
+        """
+        self.tokenizer = tokenizer
+        self.format = {
+            "preprompt": preprompt,
+            "query_beg": query_beg,
+            "reply_beg": reply_beg,
+            "reply_end": reply_end,
+            "lines_sep": lines_sep,
+        }
+        plain, full = self._ids(preprompt), tokenizer(preprompt)["input_ids"]
+        added = len(full) - len(plain)
+        self.prefix = np.array(full, dtype=np.int32)  # BOS, if the tokenizer adds it, and the preprompt
+        self._query_beg, self._reply_beg, self._reply_end, self._lines_sep = (
+            np.array(self._ids(text), dtype=np.int32) for text in (query_beg, reply_beg, reply_end, lines_sep)
+        )
+        digits = [self._ids(digit) for digit in COLOURS]
+        self.one_token_per_cell = (
+            full[added:] == plain  # nothing is added at the end
+            and all(len(ids) == 1 for ids in digits)
+            and len({ids[0] for ids in digits}) == 10
+            and len(self._lines_sep) == 1
+        )
+        if self.one_token_per_cell:
+            self._digits = np.array([ids[0] for ids in digits], dtype=np.int32)
+            self.one_token_per_cell = self._seams_hold()
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    def _seams_hold(self) -> bool:
+        """Whether ids of parts, put together, are the ids of the whole."""
+        numbers = [f"{i:0{width}d}" for width in (1, 2, 3) for i in range(10**width)]
+        long = ["0123456789" * 3, "9876543210" * 3]
+        grids = [[a, b] for a in COLOURS for b in COLOURS] + [long, [row[:29] for row in long], numbers]
+        text, ids = self.format["preprompt"], list(self.prefix)
+        for rows in grids:
+            cells = [[*self._digits[[int(c) for c in row]], *self._lines_sep] for row in rows]
+            body = [i for row in cells for i in row][: -len(self._lines_sep)]
+            grid = self.format["lines_sep"].join(rows)
+            text += self.format["query_beg"] + grid + self.format["reply_beg"] + grid + self.format["reply_end"]
+            ids += [*self._query_beg, *body, *self._reply_beg, *body, *self._reply_end]
+        return list(self.tokenizer(text)["input_ids"]) == [int(i) for i in ids]
+
+    def encode(
+        self, ds: ArcDataset, keys: Sequence[str], max_tokens: int | None = None, reply: bool = True
+    ) -> list[dict[str, Any]]:
+        """Token ids of views; best in batches of 64 or more.
+
+        Args:
+            ds: holds the puzzles.
+            keys: views.
+            max_tokens: limit of all ids, BOS included; demonstrations are left out from the end until a sample fits.
+            reply: whether the solution follows the query, where it is known; False: a prompt that ends with
+                `reply_beg`.
+
+        Returns:
+            A row for each key: key (with the `ex...` that shortening has made), input_ids int32 (tokens,), equal to
+            `tokenizer(task["text"])["input_ids"]` (of `task["input"]` for a prompt), and reply_spans int32 (replies,
+            2), token positions [start, end) of each reply with its end, demonstrations first.
+
+        Raises:
+            ValueError: a sample is too long with one demonstration, a prompt has no test input, or a key is wrong.
+        """
+        if not self.one_token_per_cell:
+            return self._encode_texts(ds, list(keys), max_tokens, reply)
+        return self._assemble(ds, self._layout(ds, keys, max_tokens, reply)) if len(keys) else []
+
+    def encode_reply(self, grid: np.ndarray) -> np.ndarray:
+        """Token ids of a grid as a reply, its end included.
+
+        Args:
+            grid: 0..9, (height, width), as the view shows it.
+
+        Returns:
+            int32 (tokens,): what `encode` gives for the reply's span where the solution is this grid.
+        """
+        if not self.one_token_per_cell:
+            # Behind a query, because some tokenizers mark where a text begins.
+            query = self.format["preprompt"] + self.format["query_beg"] + COLOURS[0] + self.format["reply_beg"]
+            reply = ArcDataset.fmt_output(grid, self.format["reply_end"], lines_sep=self.format["lines_sep"])
+            encoded = self.tokenizer(query + reply, return_offsets_mapping=True)
+            offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64)
+            behind = (offsets[:, 1] > offsets[:, 0]) & (offsets[:, 0] >= len(query))  # a token belongs where it starts
+            return np.array(encoded["input_ids"], dtype=np.int32)[int(np.argmax(behind)) :]
+        cells = np.full((len(grid), grid.shape[1] + 1), self._lines_sep[0], dtype=np.int32)
+        cells[:, :-1] = self._digits[grid]
+        return np.concatenate([cells.ravel()[:-1], self._reply_end])
+
+    def lengths(
+        self, ds: ArcDataset, keys: Sequence[str], max_tokens: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of views, int64 (keys,), and which of them lose demonstrations, bool (keys,). See `encode`."""
+        if self.one_token_per_cell:
+            layout = self._layout(ds, keys, max_tokens, reply=True)
+            made, lengths = layout.keys, layout.lengths
+        else:
+            rows = self._encode_texts(ds, list(keys), max_tokens, reply=True)
+            made = [row["key"] for row in rows]
+            lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
+        return lengths, np.array([a != b for a, b in zip(keys, made, strict=True)], dtype=bool)
+
+    def too_long(self, ds: ArcDataset, keys: Sequence[str], max_tokens: int, turned: bool = True) -> list[str]:
+        """Keys of which not every view fits `max_tokens` with one demonstration, whichever comes first.
+
+        A view's length depends on its orientation, not on its colours: a grid of many rows has more line ends. Where
+        digits merge, the count of one token per cell is an upper bound: only puzzles beyond it are given to the
+        tokenizer, with the colours they have (Llama 3 merges digits by their number alone, so there it is exact).
+
+        Args:
+            ds: holds the puzzles.
+            keys: views.
+            max_tokens: limit of all ids, BOS included.
+            turned: whether views may be turned; False: only the orientation of the keys counts.
+        """
+        beyond = []
+        for begin in range(0, len(keys), 4096):
+            part = keys[begin : begin + 4096]
+            worst = np.zeros(len(part), dtype=np.int64)
+            for turn in (0, 1) if turned else (0,):
+                layout = self._layout(ds, part, None, reply=True, turn=turn)
+                pair = layout.tokens[:-1] + layout.tokens[1:]
+                is_pair = layout.is_output[1:] & ~layout.is_output[:-1]  # no output ever stands first in a sample
+                # The last two grids of a sample are its test pair, if it has both; only demonstrations can be left out.
+                last = np.cumsum(np.bincount(layout.sample, minlength=len(part))) - 1
+                views = [ds.resolve(key) for key in part]
+                tests = np.array([view.query >= 0 and view.solution >= 0 for view in views])
+                is_pair[last[tests] - 1] = False
+                largest = np.zeros(len(part), dtype=np.int64)
+                np.maximum.at(largest, layout.sample[1:][is_pair], pair[is_pair])
+                worst = np.maximum(worst, len(self.prefix) + largest + np.where(tests, pair[last - 1], 0))
+            beyond += [key for key, tokens in zip(part, worst.tolist(), strict=True) if tokens > max_tokens]
+        if self.one_token_per_cell:
+            return beyond
+        return [key for key in beyond if self._longest_text(ds, key, turned) > max_tokens]
+
+    def _longest_text(self, ds: ArcDataset, key: str, turned: bool) -> int:
+        texts = [
+            ds.fmt_task(f"{key}{turn}.ex{i}", **self.format)["text"]
+            for turn in (("", ".tp") if turned else ("",))
+            for i in range(len(ds.resolve(key).order))
+        ]
+        return max(len(ids) for ids in self.tokenizer(texts)["input_ids"])
+
+    def _layout(
+        self, ds: ArcDataset, keys: Sequence[str], max_tokens: int | None, reply: bool, turn: int = 0
+    ) -> _Layout:
+        """Grids and lengths of samples, demonstrations left out as needed; `turn` 1: as if every key was transposed."""
+        views = [ds.resolve(key) for key in keys]
+        numbers: list[int] = []
+        counts = []  # grids of each sample
+        for key, view in zip(keys, views, strict=True):
+            before, first = len(numbers), view.train.first
+            for i in view.order:
+                numbers += (first + 2 * i, first + 2 * i + 1)
+            if not reply:
+                if view.query < 0:
+                    raise ValueError(f"key {key!r} names no test input to make a prompt of, expected PUZZLE_INDEX")
+                numbers.append(view.query)
+            elif view.solution >= 0:
+                numbers += (view.query, view.solution)
+            counts.append(len(numbers) - before)
+        grids, sizes = np.array(numbers, dtype=np.int64), np.array(counts, dtype=np.int64)
+        sample = np.arange(len(keys)).repeat(sizes)
+        first = np.cumsum(sizes) - sizes
+        is_output = (np.arange(len(grids)) - first[sample]) % 2 == 1
+        symmetries = np.array([view.symmetry for view in views], dtype=np.int64)
+        heights, widths = ds.store.heights[grids].astype(np.int64), ds.store.widths[grids].astype(np.int64)
+        rows = np.where(symmetries[sample, 0] ^ turn, widths, heights)
+        around = np.where(is_output, len(self._reply_end), len(self._query_beg) + len(self._reply_beg))
+        tokens = heights * widths + (rows - 1) + around
+        lengths = len(self.prefix) + np.add.reduceat(tokens, first)
+        made = list(keys)
+        if max_tokens is not None and (lengths > max_tokens).any():
+            keep = np.ones(len(grids), dtype=bool)
+            for s in np.flatnonzero(lengths > max_tokens).tolist():
+                count = len(views[s].order)
+                end = first[s] + 2 * count
+                pairs = tokens[first[s] : end].reshape(count, 2).sum(axis=1)
+                fits = lengths[s] - pairs.sum() + np.cumsum(pairs) <= max_tokens
+                kept = int(fits.sum())
+                if not kept:
+                    raise does_not_fit(keys[s], int(lengths[s] - pairs[1:].sum()), max_tokens)
+                keep[first[s] + 2 * kept : end] = False
+                lengths[s] -= pairs[kept:].sum()
+                made[s] = shortened_key(keys[s], kept)
+            grids, sample, is_output, rows, tokens = (a[keep] for a in (grids, sample, is_output, rows, tokens))
+        colours = (
+            np.frombuffer("".join(view.colours for view in views).encode("ascii"), dtype=np.uint8).reshape(-1, 10) - 48
+        )
+        return _Layout(made, grids, sample, is_output, rows, tokens, lengths, symmetries, colours)
+
+    def _assemble(self, ds: ArcDataset, layout: _Layout) -> list[dict[str, Any]]:
+        """Ids of a batch: what stands around grids is written to its places, all cells at once to the places left."""
+        store, grids, sample, rows = ds.store, layout.grids, layout.sample, layout.rows
+        heights, widths = store.heights[grids].astype(np.int64), store.widths[grids].astype(np.int64)
+        columns = heights + widths - rows
+        # A symmetry is affine in flat indices: the view's cell (r, c) is the store's origin + r * down + c * right.
+        transposed, mirror_rows, mirror_columns = (layout.symmetries[sample].T == 1).reshape(3, -1)
+        down, right = np.where(transposed, 1, widths), np.where(transposed, widths, 1)
+        origin = store.offsets[grids] + np.where(mirror_rows, (rows - 1) * down, 0)
+        origin += np.where(mirror_columns, (columns - 1) * right, 0)
+        down, right = np.where(mirror_rows, -down, down), np.where(mirror_columns, -right, right)
+        # One line a row of a grid, its end included but for the last row's.
+        grid_of_line = np.arange(len(grids)).repeat(rows)
+        ends_of_grids = np.cumsum(rows)
+        line = np.arange(len(grid_of_line)) - (ends_of_grids - rows)[grid_of_line]
+        line_lengths = columns[grid_of_line] + 1
+        line_lengths[ends_of_grids - 1] -= 1
+        line_ends = np.cumsum(line_lengths)
+        right = right[grid_of_line]
+        begins = origin[grid_of_line] + line * down[grid_of_line] - (line_ends - line_lengths) * right
+        source = np.arange(line_ends[-1])
+        source *= right.repeat(line_lengths)
+        source += begins.repeat(line_lengths)
+        cells = store.cells.take(source, mode="clip")  # a line's end points beyond its row: replaced below
+        lookup = self._digits[layout.colours].ravel()
+        body = lookup.take(cells + (10 * sample[grid_of_line]).repeat(line_lengths))
+        inner = np.ones(len(line_ends), dtype=bool)
+        inner[ends_of_grids - 1] = False
+        body[line_ends[inner] - 1] = self._lines_sep[0]
+
+        starts = np.cumsum(layout.lengths) - layout.lengths
+        grid_ends = np.cumsum(layout.tokens) + (sample + 1) * len(self.prefix)
+        grid_starts = grid_ends - layout.tokens
+        ids = np.empty(int(layout.lengths.sum()), dtype=np.int32)
+        is_cell = np.ones(len(ids), dtype=bool)
+        inputs, outputs = ~layout.is_output, layout.is_output
+        for places, part in (
+            (starts, self.prefix),
+            (grid_starts[inputs], self._query_beg),
+            (grid_ends[inputs] - len(self._reply_beg), self._reply_beg),
+            (grid_ends[outputs] - len(self._reply_end), self._reply_end),
+        ):
+            places = places[:, None] + np.arange(len(part))
+            ids[places], is_cell[places] = part, False
+        ids[is_cell] = body
+        owner = sample[outputs]
+        spans = np.stack((grid_starts[outputs], grid_ends[outputs]), axis=1) - starts[owner][:, None]
+        spans = spans.astype(np.int32)
+        span_ends = np.cumsum(np.bincount(owner, minlength=len(starts))).tolist()
+        samples = zip(
+            layout.keys, starts.tolist(), layout.lengths.tolist(), [0, *span_ends[:-1]], span_ends, strict=True
+        )
+        # Copies: a row that is kept must not keep its batch.
+        return [
+            {"key": key, "input_ids": ids[at : at + length].copy(), "reply_spans": spans[a:b].copy()}
+            for key, at, length, a, b in samples
+        ]
+
+    def _encode_texts(
+        self, ds: ArcDataset, keys: list[str], max_tokens: int | None, reply: bool
+    ) -> list[dict[str, Any]]:
+        """As `encode`, by the tokenizer: digits may merge, but the characters of each token are known."""
+        made, counts = list(keys), [len(ds.resolve(key).order) for key in keys]
+        rows: list[dict[str, Any] | None] = [None] * len(keys)
+        todo = list(range(len(keys)))
+        while todo:
+            texts, replies = zip(*(self._text(ds, made[i], reply) for i in todo), strict=True)
+            encoded = self.tokenizer(list(texts), return_offsets_mapping=True)
+            again = []
+            for place, i in enumerate(todo):
+                ids = encoded["input_ids"][place]
+                if max_tokens is not None and len(ids) > max_tokens:
+                    counts[i] -= 1
+                    if counts[i] < 1:
+                        raise does_not_fit(keys[i], len(ids), max_tokens)
+                    made[i] = shortened_key(made[i], counts[i])
+                    again.append(i)
+                    continue
+                offsets = np.asarray(encoded["offset_mapping"][place], dtype=np.int64).reshape(-1, 2)
+                # A token belongs to a reply if it starts there; BOS and its like have no characters and start nowhere.
+                real = np.flatnonzero(offsets[:, 1] > offsets[:, 0])
+                bounds = np.searchsorted(offsets[real, 0], np.array(replies[place], dtype=np.int64).reshape(-1, 2))
+                spans = np.append(real, len(ids))[bounds]
+                spans[:, 1] = np.append(real, 0)[bounds[:, 1] - 1] + 1
+                input_ids = np.array(ids, dtype=np.int32)
+                rows[i] = {"key": made[i], "input_ids": input_ids, "reply_spans": spans.astype(np.int32)}
+            todo = again
+        return [row for row in rows if row is not None]
+
+    def _text(self, ds: ArcDataset, key: str, reply: bool) -> tuple[str, list[tuple[int, int]]]:
+        """A view's text and the character spans of its replies, from the parts' lengths: no search could be misled."""
+        view = ds.resolve(key)
+        task = ds.fmt_task(key, **self.format)
+        if not reply and view.query < 0:
+            raise ValueError(f"key {key!r} names no test input to make a prompt of, expected PUZZLE_INDEX")
+        numbers = [n for i in view.order for n in (view.train.first + 2 * i, view.train.first + 2 * i + 1)]
+        numbers += [view.query, view.solution] if reply and "reply" in task else []
+        heights, widths = ds.store.heights[numbers].astype(int), ds.store.widths[numbers].astype(int)
+        rows = widths if view.symmetry[0] else heights
+        around = [len(self.format["query_beg"] + self.format["reply_beg"]), len(self.format["reply_end"])] * (
+            len(numbers) // 2
+        )
+        ends = len(self.format["preprompt"]) + np.cumsum(
+            heights * widths + (rows - 1) * len(self.format["lines_sep"]) + np.array(around, dtype=int)
+        )
+        return task["text" if reply else "input"], list(zip(ends[0::2].tolist(), ends[1::2].tolist(), strict=True))
+
+
+class TrainingSamples:
+    """Rows for a trainer: a map-style dataset of encoded views. Pickles, forks, and depends on no state.
+
+    Row `epoch * len + index` is the view `index` of that epoch, so that a row number alone says which views an epoch
+    has, in whatever process and order the rows are made.
+
+    Attributes:
+        dropped: puzzles of which not every view fits `max_tokens` with one demonstration: left out, to be printed.
+        views: the views of what is left.
+    """
+
+    def __init__(
+        self, ds: ArcDataset, encoder: SampleEncoder, max_tokens: int, seed: int, epochs: int = 1, **view_options: Any
+    ):
+        """See the class.
+
+        Args:
+            ds: what is trained on.
+            encoder: makes the ids.
+            max_tokens: limit of a row, BOS included.
+            seed: of the views.
+            epochs: how many are planned; see `total_rows`. Later rows are made all the same.
+            view_options: tp, rt, perm, keep_background, shfl_ex, perm_share as in `Views`.
+        """
+        turned = bool(view_options.get("tp")) or bool(view_options.get("rt"))
+        long = {ArcDataset.get_base_key(key) for key in encoder.too_long(ds, ds.keys, max_tokens, turned)}
+        self.dropped = [puzzle for puzzle in ds.challenge if puzzle in long]
+        kept = ds if not long else ds.change_keys(key for key in ds.keys if ArcDataset.get_base_key(key) not in long)
+        self.encoder, self.max_tokens, self.epochs = encoder, max_tokens, epochs
+        self.views = kept.views(seed, **view_options)
+        self._surveys: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of all planned epochs."""
+        return self.epochs * len(self)
+
+    def __len__(self) -> int:
+        """Rows of one epoch."""
+        return len(self.views)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """The rows of the first epoch."""
+        return (self[row] for row in range(len(self)))
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        """One row, see `SampleEncoder.encode`."""
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
+        """Many rows at once: many times faster than one by one; torch's DataLoader calls this for a batch.
+
+        Raises:
+            IndexError: a negative row, or there are no rows.
+        """
+        numbers = np.asarray(rows, dtype=np.int64)
+        if not len(self) or (len(numbers) and numbers.min() < 0):
+            raise IndexError(f"row {rows[0]} of {len(self):,} rows an epoch")
+        keys = self.views.keys(numbers // len(self), numbers % len(self))
+        return self.encoder.encode(self.views.ds, keys, self.max_tokens)
+
+    def lengths(self, rows: int = 20_000, seed: int = 0) -> np.ndarray:
+        """Tokens of a seeded random choice of the first epoch's rows (of all, if there are fewer), int64 (rows,)."""
+        return self._survey(rows, seed)[0]
+
+    def shortened(self, rows: int = 20_000, seed: int = 0) -> float:
+        """Share of rows that lose demonstrations to fit, over the same choice as `lengths`."""
+        lost = self._survey(rows, seed)[1]
+        return float(lost.mean()) if len(lost) else 0.0
+
+    def _survey(self, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        # Lengths and shortened rows are asked for one after the other, and with merging digits a survey takes a while.
+        if (rows, seed) not in self._surveys:
+            self._surveys[rows, seed] = self._encode_survey(rows, seed)
+        return self._surveys[rows, seed]
+
+    def _encode_survey(self, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        chosen = np.sort(seeded_rng(seed, "survey").permutation(len(self))[:rows])
+        found = [
+            self.encoder.lengths(self.views.ds, self.views.keys(np.zeros_like(part), part), self.max_tokens)
+            for part in np.array_split(chosen, max(1, len(chosen) // 1024))
+            if len(part)
+        ]
+        if not found:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
+        return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))

@@ -1,0 +1,1 @@
+"""Supervised stages: the run, the trainer, batch planning, optimizers, logs."""

@@ -1,0 +1,906 @@
+"""One run of a stage: data, trainer, logs; train, then merge.
+
+The stage scripts decide what is trained on what; this module does what they have in common. Heavy libraries are
+imported inside functions, Unsloth before the libraries that it patches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from arc.decoding.rows import NonFiniteAnswersError
+from arc.grpo.trainer import PromptRows
+from arc.merging.merge import PROBE, MergeError, describe_check, make_probe_rows, merge_and_check, record_probe
+from arc.models.loading import (
+    InputMaskingDataCollator,
+    absolute_reference,
+    config_token_ids,
+    cut_tokenizer,
+    format_duration,
+    load_tokenizer,
+    prepare_base,
+    print_mask_report,
+    read_manifest,
+    resolve_precision,
+    save_adapter,
+    write_manifest,
+)
+from arc.puzzles.dataset import ArcDataset, Holdout, format_options
+from arc.puzzles.encoding import SampleEncoder, TrainingSamples
+from arc.puzzles.leaks import find_leaks
+from arc.puzzles.task_augmentation import augment_tasks
+from arc.runs.artifacts import (
+    INCOMPLETE,
+    OutputLock,
+    Stage,
+    changed_settings,
+    existing,
+    file_table,
+    find_damage,
+    find_outdated,
+    find_parent,
+    fingerprint,
+    made_from,
+    move_aside,
+    new_folder,
+    provenance,
+    read_manifest_or_nothing,
+    stale_base,
+    versions,
+)
+from arc.runs.checkpoints import (
+    NonFiniteError,
+    StopSignals,
+    complete_checkpoints,
+    count_weights,
+    delete_older,
+    disk_needs,
+    find_shortages,
+    flush,
+    generation_steps,
+    guard,
+    machine_errors,
+    memory_needs,
+    read_free,
+    refuse_pickles,
+)
+from arc.runs.processes import (
+    fail,
+    is_main,
+    leave,
+    process_count,
+    wait_for_everyone,
+)
+from arc.runs.settings import DataSettings, RunSettings, course_settings, default_course, user_errors
+from arc.training.batch_planning import BatchPlan
+from arc.training.trainer import check_arguments
+
+SAVE_SECONDS = 300.0  # of work between checkpoints, unless --save_steps says otherwise
+PROBE_ROWS = 64  # held-out puzzles on which a merge is compared with the trained model
+NO_PROBABILITIES = "probability tensor contains"  # torch.multinomial of NaN; on CUDA an assert ends the process
+COURSE = "course.json"  # beside the checkpoints: what decides the course of the training that they are of
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+@dataclass
+class StageData:
+    """Rows of a stage: what is trained on, what is held out, and how rows become tokens."""
+
+    split: Holdout
+    samples: TrainingSamples
+    encoder: SampleEncoder
+    tokenizer: Any
+    heldout: ArcDataset
+
+    @property
+    def format(self) -> dict[str, str]:
+        """The text format's options."""
+        return format_options(self.tokenizer.eos_token)
+
+    @property
+    def puzzles(self) -> ArcDataset:
+        """What is trained on: those that fit, of `split.train` and of those made of them (task_augmentation)."""
+        return self.samples.views.ds
+
+    def prompts(self, count: int, max_tokens: int) -> list[dict[str, Any]]:
+        """Up to `count` held-out rows that end where the reply begins, as the encoder gives them."""
+        return self.encoder.encode(self.heldout, self.heldout.keys[:count], max_tokens=max_tokens, reply=False)
+
+    def heldout_rows(self, max_tokens: int) -> list[dict[str, Any]]:
+        """All held-out rows with their replies."""
+        return self.encoder.encode(self.heldout, self.heldout.keys, max_tokens=max_tokens)
+
+
+def load_dataset(settings: DataSettings) -> ArcDataset:
+    """Load the dataset folder, the same way in every script.
+
+    Raises:
+        ValueError, FileNotFoundError: bad data, missing folder.
+    """
+    try:
+        return _load_folder(settings.dataset_dir, settings)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; name yours with --dataset_dir, or make one to try with: python demo/make_dataset.py --out "
+            f"{settings.dataset_dir}"
+        ) from None
+
+
+def _load_folder(folder: str, settings: DataSettings) -> ArcDataset:
+    bounds = tuple(settings.grid_sizes) or None
+    return ArcDataset.load_from_local_json(
+        folder, sizes=tuple(settings.sizes), seed=settings.dataset_seed, grid_sizes=bounds
+    )
+
+
+def split_dataset(data: ArcDataset, settings: DataSettings, quiet: bool = False) -> Holdout:
+    """Split a dataset, the same way in every script; `n` limits what is trained on, extra_dataset_dirs add to it.
+
+    Prints how many puzzles there are, unless `quiet`.
+
+    Raises:
+        ValueError: more held out or asked for than there is.
+    """
+    try:
+        split = data.holdout(settings.holdout_examples, settings.holdout_tasks, settings.holdout_seed)
+    except ValueError as error:
+        raise ValueError(f"--holdout_examples, --holdout_tasks: {settings.dataset_dir}: {error}") from None
+    train = split.train if settings.n is None else split.train.subset(settings.n)
+    if not quiet:
+        _report_left_out(data)
+        print(
+            f"{settings.dataset_dir}: {len(data.keys):,} base puzzles; {len(train.keys):,} to train on, held out "
+            f"{len(split.seen.keys):,} of the same tasks and {len(split.unseen.keys):,} of "
+            f"{settings.holdout_tasks} others"
+        )
+    extras = [load_extra(folder, settings, split, quiet) for folder in settings.extra_dataset_dirs]
+    try:
+        return split._replace(train=train.append(*extras) if extras else train)
+    except ValueError as error:
+        raise ValueError(f"--extra_dataset_dirs {' '.join(settings.extra_dataset_dirs)}: {error}") from None
+
+
+def _report_left_out(data: ArcDataset) -> None:
+    if data.left_out:
+        print("left out: " + ", ".join(f"{count:,} {what}" for what, count in data.left_out.items()))
+
+
+def load_extra(folder: str, settings: DataSettings, split: Holdout, quiet: bool = False) -> ArcDataset:
+    """Puzzles of one of extra_dataset_dirs, without those that would give away what is held out.
+
+    Left out, counted and printed are the tasks that have the name of one that is held out whole, and puzzles that equal
+    a held-out one or have its test pair among theirs, in whatever symmetry, colours and order (see `find_leaks`). A
+    task that is held out and has another name here is recognised by these alone.
+
+    Args:
+        folder: of task files.
+        settings: sizes, grid_sizes and dataset_seed are those of all folders.
+        split: what is held out.
+        quiet: print nothing.
+
+    Raises:
+        ValueError, FileNotFoundError: bad data, missing folder, a puzzle's id that the dataset has too.
+    """
+    try:
+        data = _load_folder(folder, settings)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"--extra_dataset_dirs: {error}") from None
+    if twice := sorted(data.challenge.keys() & {*split.train.challenge, *split.seen.challenge}):
+        raise ValueError(
+            f"--extra_dataset_dirs: {folder}: {settings.dataset_dir} has a puzzle {twice[0]!r} too: expected tasks of "
+            "other names"
+        )
+    unseen = {split.unseen.task_of(puzzle) for puzzle in split.unseen.challenge}
+    named = {puzzle for puzzle in data.challenge if data.task_of(puzzle) in unseen}
+    shared: set[str] = set()
+    for heldout in (split.seen, split.unseen):
+        leaks = find_leaks(heldout, data)
+        shared.update(*leaks.puzzles.values(), *leaks.tests.values())
+    kept = data.select_puzzles(data.challenge.keys() - named - shared)
+    if not quiet:
+        _report_left_out(data)
+        print(f"{folder}: {len(kept.keys):,} puzzles more to train on")
+        if named or shared:
+            print(
+                f"left out: {len(named):,} puzzles of tasks that are held out, and {len(shared - named):,} with a "
+                "held-out test pair"
+            )
+    return kept
+
+
+def load_split(settings: DataSettings, quiet: bool = False) -> Holdout:
+    """Load the dataset folder and split it; see `load_dataset` and `split_dataset`."""
+    return split_dataset(load_dataset(settings), settings, quiet)
+
+
+def augmentation(settings: RunSettings) -> dict[str, Any]:
+    """The settings' augmentation as keyword arguments of the loader."""
+    choice = {"all": "all", "true": True, "false": False}
+    return {
+        "tp": choice[settings.tp.lower()],
+        "rt": choice[settings.rt.lower()],
+        "perm": settings.perm,
+        "keep_background": settings.keep_background,
+        "shfl_ex": settings.shfl_ex,
+        "perm_share": settings.perm_share,
+    }
+
+
+def stage_tokenizer(run: StageRun) -> Any:
+    """The tokenizer of a stage: its parent's, cut as the prepared base's will be where that is not made yet."""
+    tokenizer = load_tokenizer(run.parent)
+    if run.to_prepare is not None and not run.settings.full_vocab:
+        from transformers import AutoConfig
+
+        tokenizer, _ = cut_tokenizer(
+            tokenizer, config_token_ids(AutoConfig.from_pretrained(str(run.parent), trust_remote_code=False))
+        )
+    return tokenizer
+
+
+def load_data(run: StageRun, solved_only: bool = False) -> StageData:
+    """Load and split the data and make the rows that are trained on. What is left out is counted and printed.
+
+    Args:
+        run: gives the settings and what is started from.
+        solved_only: train on puzzles with solutions only; else the others are trained on by their demonstrations.
+
+    Raises:
+        ValueError, FileNotFoundError: bad data, or nothing that fits `max_seq_length`.
+    """
+    settings, tokenizer = run.settings, stage_tokenizer(run)
+    split = load_split(settings)
+    if solved_only:
+        split = split._replace(train=with_solutions(split.train, "to train on"))
+        if not len(split.train.keys):
+            raise ValueError(f"{settings.dataset_dir}: no puzzle to train on has the outputs of its tests")
+    encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
+    puzzles = augment_tasks(split.train, settings.task_augmentation, settings.seed)
+    if more := len(puzzles.keys) - len(split.train.keys):
+        print(f"task_augmentation: {more:,} puzzles of new tasks, made of {len(split.train.keys):,}")
+    samples = TrainingSamples(puzzles, encoder, settings.max_seq_length, seed=settings.seed, **augmentation(settings))
+    if samples.dropped:
+        print(
+            f"left out: {len(samples.dropped):,} puzzles that do not fit --max_seq_length {settings.max_seq_length} "
+            f"with one demonstration ({', '.join(samples.dropped[:3])}{', ...' if len(samples.dropped) > 3 else ''})"
+        )
+    if len(samples) == 0:
+        raise ValueError(f"no puzzle fits --max_seq_length {settings.max_seq_length}: raise it, or lower --sizes")
+    heldout = _measured_on(split, encoder, settings)
+    return StageData(split, samples, encoder, tokenizer, heldout)
+
+
+def with_solutions(puzzles: ArcDataset, what: str) -> ArcDataset:
+    """The puzzles whose tests have outputs; those that lack them are counted and printed."""
+    solved = puzzles.select_puzzles(puzzles.challenge.keys() & puzzles.solutions.keys())
+    if missing := len(puzzles.keys) - len(solved.keys):
+        print(f"left out: {missing:,} of {len(puzzles.keys):,} {what}: no outputs of their tests")
+    return solved
+
+
+def fitting(heldout: ArcDataset, encoder: SampleEncoder, max_tokens: int) -> ArcDataset:
+    """The held-out puzzles that have solutions and fit the longest row; the others are counted and printed."""
+    heldout = with_solutions(heldout, "held out")
+    long = set(encoder.too_long(heldout, heldout.keys, max_tokens, turned=False))
+    if not long:
+        return heldout
+    print(f"held out: {len(long)} of {len(heldout.keys)} puzzles do not fit --max_seq_length and are not measured")
+    return heldout.change_keys([key for key in heldout.keys if key not in long])
+
+
+def heldout_puzzles(settings: RunSettings, tokenizer: Any) -> tuple[ArcDataset, SampleEncoder]:
+    """What a stage with these settings measures on: new puzzles of trained tasks, else those of held-out tasks."""
+    encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
+    split = load_split(replace(settings, extra_dataset_dirs=[]), quiet=True)  # of what is held out they change nothing
+    return _measured_on(split, encoder, settings), encoder
+
+
+def _measured_on(split: Holdout, encoder: SampleEncoder, settings: RunSettings) -> ArcDataset:
+    # New puzzles of trained tasks tell whether training works; whole held-out tasks are kept for the evaluation.
+    heldout = split.seen if len(split.seen.keys) else split.unseen
+    return tasks_in_turn(fitting(heldout, encoder, settings.max_seq_length), settings.holdout_seed)
+
+
+def tasks_in_turn(ds: ArcDataset, seed: int) -> ArcDataset:
+    """The dataset with its keys in a random order, one of each task before the second of any: the first stand for all.
+
+    In the dataset's own order the lowest numbers come first, and tasks with few puzzles have no others.
+
+    Args:
+        ds: the dataset.
+        seed: of the order of tasks and of the puzzles of each.
+    """
+    of_task: dict[str, list[str]] = {}
+    for place in np.random.default_rng(seed).permutation(len(ds.keys)):
+        of_task.setdefault(ds.task_of(ds.keys[place]), []).append(ds.keys[place])
+    rounds = itertools.zip_longest(*of_task.values())
+    return ds.change_keys(key for part in rounds for key in part if key is not None)
+
+
+def report_masks(run: StageRun, data: StageData, collator: InputMaskingDataCollator) -> None:
+    """Print what is learned and how much there is; in a dry run, which measures nothing, also a guess at the time."""
+    settings = run.settings
+    lengths = data.samples.lengths()
+    steps_per_epoch = math.ceil(len(data.samples) / settings.samples_per_step)
+    epochs = settings.num_train_epochs if settings.max_steps < 0 else settings.max_steps / steps_per_epoch
+    tokens = float(lengths.mean()) * len(data.samples) * epochs
+    seed_rows = np.random.default_rng(settings.seed).permutation(len(data.samples))[:32]
+    rows = data.samples.__getitems__(seed_rows.tolist())
+    seconds = estimate_seconds(run, tokens) / process_count() if settings.dry_run else None
+    print_mask_report(rows, collator, lengths=lengths, rows_per_epoch=len(data.samples), epochs=epochs, seconds=seconds)
+    shortened = data.samples.shortened()
+    if shortened:
+        print(f"shortened: {shortened:.1%} of the samples lose demonstrations to fit {settings.max_seq_length} tokens")
+
+
+def report_prompts(run: StageRun, data: StageData, max_completion_length: int) -> None:
+    """Print one prompt, how many there are and how long prompts and completions may be."""
+    settings = run.settings
+    completions = settings.samples_per_step
+    row = PromptRows(data).__getitems__([0])[0]
+    print(f"key {row['key']}\n{row['prompt']}")
+    print(
+        f"{len(data.samples):,} prompts, with their replies up to {settings.max_seq_length} tokens; completions of up "
+        f"to {max_completion_length}; a step: {completions // settings.num_generations} prompts x "
+        f"{settings.num_generations} completions; {settings.max_steps} steps"
+    )
+
+
+# Share of the machine's measured matrix rate that training reached; see benchmarks/README.md.
+EFFICIENCY = {("unsloth", "cuda"): 0.12, ("transformers", "cuda"): 0.35, ("transformers", "cpu"): 0.35}
+
+
+def estimate_seconds(run: StageRun, tokens: float) -> float:
+    """Rough seconds for training on `tokens` tokens: 6 operations a parameter and token at a rate measured just now."""
+    import torch
+    from transformers import AutoConfig
+
+    precision = run.precision
+    config = AutoConfig.from_pretrained(str(run.parent), trust_remote_code=False)
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    parameters = layers * (hidden * hidden * 3 + 3 * hidden * config.intermediate_size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    side = 4096 if device == "cuda" else 512
+    a = torch.randn(side, side, device=device, dtype=precision.torch_dtype)
+    for _ in range(3):
+        a @ a
+    synchronise = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    synchronise()
+    begin = time.perf_counter()
+    for _ in range(10):
+        a @ a
+    synchronise()
+    rate = 10 * 2 * side**3 / (time.perf_counter() - begin)
+    return 6 * parameters * tokens / (rate * EFFICIENCY[precision.engine, device])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Train, then merge
+
+
+class StageRun:
+    """One run of a stage: what is there already, what it starts from, training, saving, merging.
+
+    Args:
+        stage: names.
+        settings: resolved settings.
+
+    Attributes:
+        precision: engine and formats of the training.
+        parent: what training starts from (None if the adapter is there already).
+        to_prepare: the folder of the prepared base if `begin` has to make it, else None.
+        to_move: what `begin` moves aside first (--overwrite).
+        made_from: name and fingerprint of the parent as training found it.
+        work: folder of checkpoints and logs.
+        plan: how a step is computed, once a trainer is made that decides it.
+    """
+
+    def __init__(self, stage: Stage, settings: RunSettings):
+        """Look at what is there, without writing; a user's mistake ends the program with one message."""
+        self.stage, self.settings = stage, settings
+        self.lora, self.merged, self.work = stage.lora(settings), stage.merged(settings), stage.checkpoints(settings)
+        self.parent: Path | str | None = None
+        self.to_prepare: Path | None = None
+        self.to_move: list[Path] = []
+        self.made_from: dict[str, str] = {}
+        self.plan: BatchPlan | None = None
+        self.lock = OutputLock(Path(settings.output_dir), stage.script)
+        with user_errors():
+            self.precision = resolve_precision(settings.engine, settings.dtype, settings.load_in_4bit)
+            if self._is_trained():
+                print(f"{self.lora} is there: training skipped")
+                return
+            if self.precision.engine == "unsloth":
+                import_unsloth()
+            check_arguments(self)
+            self.parent = find_parent(stage, settings, without_prepared=stage.prepared(settings) in self.to_move)
+            if stage.parent == "prepared" and self.parent == _as_given(settings.base_model):
+                self.to_prepare = stage.prepared(settings)
+            four_bit = ", base in 4 bits" if self.precision.load_in_4bit else ""
+            several = f", {process_count()} processes" if process_count() > 1 else ""
+            formats = f"{self.precision.engine}, {self.precision.dtype}{four_bit}{several}"
+            print(f"{stage.script}: {self.parent} -> {self.lora} ({formats})")
+            print("versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
+            if self.precision.load_in_4bit and read_manifest(self.parent).get("merged_onto") == "quantised":
+                print(
+                    "note: the parent was merged onto its quantised base and is quantised again here, which rounds "
+                    "small changes away; merged with --merge_base original it keeps them (benchmarks/README.md)"
+                )
+
+    def _is_trained(self) -> bool:
+        # Whether the adapter is there and is what these settings make. With --overwrite, notes what has to go aside.
+        stage, settings = self.stage, self.settings
+        overwrite = "--overwrite moves it aside (nothing is deleted) and makes it anew"
+        if stage.parent == "prepared" and stage.prepared(settings).exists():
+            prepared = stage.prepared(settings)
+            damage = find_damage(prepared)
+            problem = f"{prepared} is damaged: {damage}" if damage else stale_base(prepared, settings)
+            if problem and not settings.overwrite:
+                raise ValueError(problem + ("; --overwrite moves it aside and prepares it anew" if damage else ""))
+            if problem:
+                self.to_move = existing([self.merged, self.work, self.lora, prepared])
+                return False
+        if not self.lora.exists():
+            if not self.merged.exists():
+                return False
+            if not settings.overwrite:
+                raise ValueError(
+                    f"{self.merged} is there without {self.lora}: bring that back, or use another --output_dir; "
+                    "--overwrite trains the adapter again"
+                )
+            return False  # made again, from its last checkpoint if that is there; the merge may still fit it then
+        damage = find_damage(self.lora, "adapter")
+        problem = f"is damaged: {damage}" if damage else self._outdated()
+        if problem and not settings.overwrite:
+            raise ValueError(f"{self.lora} {problem}; {overwrite}")
+        if problem:
+            print(f"{self.lora} {problem}: it will be moved aside")
+            # The checkpoints and the merge of a damaged adapter are still good: it is made again from the last of them.
+            self.to_move = [self.lora] if damage else existing([self.merged, self.work, self.lora])
+        return not problem
+
+    def _outdated(self) -> str | None:
+        """Why the adapter is not what this run would train, as words; None if it is."""
+        recorded = read_manifest(self.lora)
+        if not recorded.get("files"):  # made elsewhere: there is nothing to compare with
+            return None
+        parent = Path(self.settings.base_model or "") if self.stage.parent != "prepared" else Path("")
+        parent = parent if parent != Path("") else self.stage.default_parent(self.settings)
+        before = recorded.get("made_from", {})
+        if parent.is_dir() and fingerprint(parent) not in before.values():
+            return f"was trained from another model than the one that is in {parent} now"
+        if not parent.exists() and self.settings.base_model and self.stage.parent != "prepared":
+            if absolute_reference(parent) not in before and str(Path(parent).resolve()) not in before:
+                return f"was trained from {', '.join(before)}, not from {parent}"
+        earlier = find_outdated(self.lora)
+        if earlier:
+            return f"rests on something that has changed ({earlier})"
+        named = self.settings.engine, self.settings.dtype, self.settings.load_in_4bit
+        asked = {
+            name: value
+            for name, flag, value in zip(asdict(self.precision), named, asdict(self.precision).values(), strict=True)
+            if flag not in ("auto", None)
+        }
+        data, folders = None, self.settings.extra_dataset_dirs
+        gone = [folder for folder in folders if not Path(folder).is_dir()]
+        if gone and folders != recorded.get("settings", {}).get("extra_dataset_dirs", []):
+            raise FileNotFoundError(f"--extra_dataset_dirs: {gone[0]}: no such folder")
+        if gone:  # as with a dataset that is gone: what was made of it is still good
+            print(f"note: {gone[0]} is gone, so that the puzzles that {self.lora} was trained on are not compared")
+        elif Path(self.settings.dataset_dir).is_dir():
+            data = load_split(self.settings, quiet=True).train.content_hash()
+        changed = changed_settings(recorded, self.settings, asked, data)
+        return f"was trained with other settings: {', '.join(changed)}" if changed else None
+
+    def needs_training(self) -> bool:
+        """Whether the adapter is not there yet."""
+        return self.parent is not None
+
+    def begin(self, data: StageData) -> None:
+        """The last checks; end here in a dry run, else take the output folder and make the base if need be.
+
+        Args:
+            data: what is trained on; checkpoints of a run on other data, or with other settings, are refused.
+        """
+        with user_errors():
+            self._check_checkpoints(data)
+            self._check_machine(data.tokenizer)
+            if self.settings.dry_run:
+                print("dry run: settings, data, model folder and masks are fine")
+                sys.exit(0)
+            wait_for_everyone()  # all have seen what is there before anything changes
+            if is_main():
+                self.lock.acquire()
+                try:
+                    self._take_over(data)
+                except BaseException:
+                    self.lock.release()
+                    raise
+            wait_for_everyone()
+            if self.to_prepare is not None:  # the main process has made it
+                self.parent, self.to_prepare = self.to_prepare, None
+
+    def _take_over(self, data: StageData) -> None:
+        # The first things that are written, once the output folder is this run's.
+        for folder in self.to_move:
+            move_aside(folder)
+        if self.lora.exists():
+            raise FileExistsError(f"{self.lora} was made by another run meanwhile: run the command again")
+        self.work.mkdir(parents=True, exist_ok=True)
+        if self.to_prepare is not None:
+            if self.to_prepare.exists():
+                raise FileExistsError(f"{self.to_prepare} was made by another run meanwhile: run the command again")
+            self._prepare(self.parent, self.to_prepare)
+            self.parent, self.to_prepare = self.to_prepare, None
+            moved = len(self.to_move)
+            self._check_checkpoints(data)  # now that the base can be compared too
+            for folder in self.to_move[moved:]:
+                move_aside(folder)
+            self.work.mkdir(exist_ok=True)
+        self.made_from = made_from(self.parent, self.lora)
+        self._write_course(data)
+
+    def _check_checkpoints(self, data: StageData) -> None:
+        # What changes the course of the training must be what the checkpoints were made with.
+        path = self.work / COURSE
+        if self.work in self.to_move or not path.is_file() or not complete_checkpoints(self.work, quiet=True):
+            return
+        try:
+            # A setting that an earlier version did not have had what is the default now.
+            before = default_course(type(self.settings)) | json.loads(path.read_text(encoding="utf-8"))
+            course = self._course(data)
+            changed = sorted(name for name in course if name in before and before[name] != course[name])
+        except (ValueError, TypeError):
+            changed = [f"{path} cannot be read"]
+        if not changed:
+            return
+        problem = f"{self.work} holds checkpoints of a run with other settings ({', '.join(changed)})"
+        if not self.settings.overwrite:
+            raise ValueError(f"{problem}: use those, or --overwrite, which moves them aside and starts anew")
+        print(f"{problem}: it will be moved aside")
+        self.to_move.append(self.work)
+
+    def _check_machine(self, tokenizer: Any) -> None:
+        # Whether there is room for what will be written, and memory for the weights at the very least.
+        from transformers import AutoConfig
+
+        settings, precision = self.settings, self.precision
+        there = complete_checkpoints(self.work, quiet=True)
+        counts = count_weights(
+            AutoConfig.from_pretrained(str(self.parent), trust_remote_code=False),
+            target_modules=settings.target_modules,
+            r=settings.lora_r,
+            vocabulary=None if self.to_prepare is None or settings.full_vocab else len(tokenizer),
+        )
+        best = settings.save_total_limit + 1 if getattr(settings, "collapse_guard", False) else 0
+        disk = disk_needs(
+            counts,
+            optim=settings.optim,
+            checkpoints=0 if settings.save_steps == 0 or _is_last(there) else settings.save_total_limit,
+            checkpoints_there=len(there),
+            best=max(0, best - len(list(self.work.glob("best-*.safetensors")))),
+            prepared=self.to_prepare is not None,
+        )
+        memory = memory_needs(counts, **asdict(precision), optim=settings.optim, processes=process_count())
+        free = read_free(settings.output_dir)
+        if free.memory_name == "main memory":
+            free = replace(free, memory=free.memory // process_count())  # each has a copy of the model
+        # What a killed run left half-written makes room.
+        left = [self.lora.with_name(self.lora.name + INCOMPLETE), self.merged.with_name(self.merged.name + INCOMPLETE)]
+        left += [path for path in self.work.glob("checkpoint-*") if path not in there]
+        size = sum(path.stat().st_size for folder in left for path in folder.rglob("*") if path.is_file())
+        shortages = find_shortages([disk, *memory], replace(free, disk=free.disk + size))
+        if shortages:
+            raise ValueError("\n".join(shortages))
+
+    def _course(self, data: StageData) -> dict[str, Any]:
+        course = course_settings(asdict(self.settings)) | {
+            "precision": asdict(self.precision),
+            "puzzles": data.split.train.content_hash(),
+        }
+        if self.to_prepare is None:
+            course["the model that it starts from"] = fingerprint(self.parent)
+        return json.loads(json.dumps(course))
+
+    def _write_course(self, data: StageData) -> None:
+        beside = (self.work / COURSE).with_suffix(".tmp")
+        beside.write_text(json.dumps(self._course(data), indent=2) + "\n", encoding="utf-8")
+        flush(beside)
+        beside.replace(self.work / COURSE)
+
+    def _prepare(self, base: Path | str, folder: Path) -> None:
+        print(f"preparing {base} -> {folder}")
+        with self.machine_errors("preparing the base"), new_folder(folder) as beside:
+            done = prepare_base(base, beside, self.settings.full_vocab)
+            if Path(base).is_dir():
+                done["base_files"] = file_table(Path(base), model_only=True)
+            script = self.stage.script
+            write_manifest(beside, provenance("prepared", script, self.settings, **done))
+
+    def train(self, trainer: Any, data: StageData) -> None:
+        """Train, from the last complete checkpoint of an interrupted run if there is one, and print a summary.
+
+        Args:
+            trainer: any trainer of the pipeline.
+            data: what it trains on; a checkpoint of a run on other data is refused.
+        """
+        import torch
+
+        with user_errors():
+            checkpoint = self._last_checkpoint()
+            if checkpoint is not None:
+                refuse_pickles(checkpoint)
+        before = {"global_step": 0, "max_steps": -1, "num_input_tokens_seen": 0}
+        if checkpoint is not None:
+            print(f"continuing from {checkpoint}")
+            if is_main():
+                with self.machine_errors("deleting what is left of older checkpoints"):
+                    delete_older(self.work)
+            before = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            if _is_over(before):
+                # Training was done, only not saved yet. A trainer that resumes here would take one step more.
+                with self.machine_errors("loading the checkpoint"):
+                    trainer._load_from_checkpoint(str(checkpoint))
+                    trainer.state = type(trainer.state)(**before)
+                return
+        by_the_clock = self.settings.save_steps is None
+        with self.machine_errors("training"), StopSignals() as signals:
+            guard(
+                trainer,
+                signals=signals,
+                save_seconds=SAVE_SECONDS if by_the_clock else None,
+                steps_between_saves_multiple=generation_steps(trainer.args),
+                keep=self.settings.save_total_limit,
+            )
+            try:
+                result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except (NonFiniteAnswersError, RuntimeError) as error:  # stage 3 samples before anything looks at the loss
+                if isinstance(error, NonFiniteAnswersError) or NO_PROBABILITIES in str(error):
+                    raise NonFiniteError("the model answers with NaN", trainer.state.global_step) from error
+                raise
+        signals.end_if_received(self.work)
+        state, seconds = trainer.state, result.metrics.get("train_runtime", 0.0)
+        losses = [record["loss"] for record in state.log_history if "loss" in record]
+        tokens = state.num_input_tokens_seen - before["num_input_tokens_seen"]
+        memory = ""
+        if torch.cuda.is_available():
+            memory = f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        print(
+            f"trained {state.global_step - before['global_step']} steps to step {state.global_step} in "
+            f"{format_duration(seconds)}: last loss {losses[-1] if losses else math.nan:.4f}, {tokens:,} tokens, "
+            f"{tokens / max(seconds, 1e-9):,.0f} tokens/s{memory}"
+        )
+
+    def _last_checkpoint(self) -> Path | None:
+        return next(iter(complete_checkpoints(self.work)), None)
+
+    def _last_state(self) -> dict[str, Any]:
+        # Of the trainer, in the newest checkpoint; empty where there is none.
+        there = complete_checkpoints(self.work, quiet=True)
+        return json.loads((there[0] / "trainer_state.json").read_text(encoding="utf-8")) if there else {}
+
+    def steps_done(self) -> int:
+        """Optimizer steps of the newest checkpoint, from which the training continues."""
+        return self._last_state().get("global_step", 0)
+
+    def kept_plan(self) -> BatchPlan | None:
+        """How a step was computed up to the newest checkpoint; None if that is not known."""
+        kept = self._last_state().get("stateful_callbacks", {}).get("Plan", {}).get("attributes")
+        try:
+            return BatchPlan(**kept) if kept else None
+        except TypeError:  # another version's
+            return None
+
+    def machine_errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
+        """Trouble of the machine in the block becomes one message that says what is safe; see run_guards."""
+        return machine_errors(
+            doing,
+            self._settings_in_use() if doing == "training" else {},
+            folder=self.settings.output_dir,
+            checkpoint=self._last_checkpoint,
+            artifacts=[self.stage.default_parent(self.settings), self.lora, self.merged],
+        )
+
+    def _settings_in_use(self) -> dict[str, Any]:
+        # With what was chosen where they leave it open.
+        names = ("micro_batch_size", "gradient_checkpointing", "padding_free", "compile_layers")
+        chosen = {name: getattr(self.plan, name) for name in names} if self.plan is not None else {}
+        if self.plan is not None and self.settings.dataloader_num_workers is None:
+            chosen["dataloader_num_workers"] = self.plan.loader_processes
+        return asdict(self.settings) | {"dtype": self.precision.dtype} | chosen
+
+    def save(self, model: Any, data: StageData, **about: Any) -> None:
+        """Write the adapter with its tokenizer, manifest, metrics, curves, and what the trained model answers.
+
+        Of processes that trained together the main one does, and merges; the others end here.
+
+        Args:
+            model: the trained peft model.
+            data: what it was trained on.
+            about: what the manifest shall say besides.
+        """
+        from arc.evaluation.report import plot_metrics
+
+        leave()
+        made = {
+            "data_fingerprint": data.split.train.content_hash(),
+            "made_from": self.made_from,
+            "batches": self.plan.choice() if self.plan is not None else None,
+            **about,
+        }
+        manifest = provenance(self.stage.name, self.stage.script, self.settings, **made)
+        with self.machine_errors("saving the adapter"), new_folder(self.lora) as beside:
+            save_adapter(model, data.tokenizer, beside, base=self.parent, precision=self.precision, manifest=manifest)
+            metrics = self.work / "metrics.jsonl"
+            if metrics.is_file():
+                shutil.copy(metrics, beside / metrics.name)
+                with _worth_less_than_the_training("no picture of the curves"):
+                    plot_metrics(metrics, beside / "loss.png")
+            with _worth_less_than_the_training("what the trained model answers is not recorded"):
+                rows = data.heldout_rows(self.settings.max_seq_length)[:PROBE_ROWS] or make_probe_rows(data.tokenizer)
+                record_probe(model, self.precision.engine, data.tokenizer, rows, beside / PROBE)
+        print(f"saved {self.lora}")
+
+    def merge(self) -> None:
+        """Merge the adapter into its base, unless that is done, and prove that the result is their sum."""
+        import gc
+
+        import torch
+
+        leave()
+        try:
+            with user_errors():
+                if self._is_merged():
+                    print(f"{self.merged} is there: merge skipped")
+                    return
+                if self.settings.dry_run:
+                    print(f"dry run: {self.lora} would be merged into {self.merged}")
+                    return
+                self.lock.acquire()
+                if self._is_merged():
+                    raise FileExistsError(f"{self.merged} was made by another run meanwhile: run the command again")
+                parent = self._where_the_parent_is()
+                if self.merged.exists():
+                    move_aside(self.merged)
+            gc.collect()  # the memory of the trained model
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            begin = time.perf_counter()
+            with self._merge_errors(), self.machine_errors("merging"), new_folder(self.merged) as beside:
+                done = merge_and_check(self.lora, beside, base=parent, merge_base=self.settings.merge_base)
+                # How the adapter was trained stands in its own manifest; this run's flags had no part in it.
+                made = {name: value for name, value in read_manifest(self.lora).items() if name != "files"}
+                made |= {"adapter": str(self.lora.resolve()), **done, "base": str(parent)}
+                write_manifest(beside, {**made, "made_from": made_from(self.lora, self.merged)})
+        finally:
+            self.lock.release()
+        print(describe_check(done["check"]))
+        print(f"saved {self.merged}: merged onto the {done['merged_onto']} base in {time.perf_counter() - begin:.0f} s")
+        if done["merged_onto"] == "quantised":
+            print(
+                "note: a next stage that quantises this model again loses its small changes (benchmarks/README.md); to "
+                "keep them, run this again with --merge_base original --overwrite"
+            )
+
+    @contextlib.contextmanager
+    def _merge_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:  # an adapter that does not fit its base, or of a kind that cannot be merged
+            if os.environ.get("ARC_TRACEBACK"):
+                raise
+            fail(f"error: {self.lora} cannot be merged: {error}", 2)
+        except MergeError as error:
+            if os.environ.get("ARC_TRACEBACK"):
+                raise
+            fail(
+                f"error: the merge of {self.lora} failed its proof and was not kept: {error}\n"
+                "The adapter is as it was.",
+                1,
+            )
+
+    def _is_merged(self) -> bool:
+        # Whether the merge is there and is that of this adapter onto the base that is asked for.
+        if not self.merged.exists():
+            return False
+        damage, recorded = find_damage(self.merged), read_manifest_or_nothing(self.merged)
+        problem = f"is damaged: {damage}" if damage else None
+        if not problem and find_outdated(self.merged):
+            problem = f"is outdated: {find_outdated(self.merged)}"
+        if not problem and "merged_onto" in recorded:
+            four_bit = recorded.get("precision", {}).get("load_in_4bit", False)
+            onto = "quantised" if self.settings.merge_base == "quantised" and four_bit else "16-bit"
+            if recorded["merged_onto"] != onto:
+                was = recorded.get("merge_base")
+                problem = f"was merged with --merge_base {was}, asked for is {self.settings.merge_base}"
+        if problem and not self.settings.overwrite:
+            raise ValueError(f"{self.merged} {problem}; --overwrite moves it aside and merges again")
+        if problem:
+            print(f"{self.merged} {problem}: it is moved aside")
+        return not problem
+
+    def _where_the_parent_is(self) -> Path | str:
+        # The adapter names its base by an absolute path; a whole output folder may have been moved or copied since.
+        if self.parent is not None:
+            return self.parent
+        for name, recorded in read_manifest(self.lora).get("made_from", {}).items():
+            here = self.lora.parent / name
+            if here.is_dir() and fingerprint(here) == recorded:
+                return here
+        from peft import PeftConfig
+
+        named = PeftConfig.from_pretrained(str(self.lora)).base_model_name_or_path
+        if Path(named).is_absolute() and not Path(named).is_dir():
+            raise FileNotFoundError(f"{self.lora} was trained on {named}, which is not there: bring it back to merge")
+        return named
+
+
+@contextlib.contextmanager
+def _worth_less_than_the_training(without: str) -> Iterator[None]:
+    # Hours of training must not be lost to a plot, or to a forward pass that a library has changed.
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001
+        if os.environ.get("ARC_TRACEBACK"):
+            raise
+        print(f"note: {without} ({type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]})")
+
+
+def _is_last(checkpoints: list[Path]) -> bool:
+    # Whether the newest checkpoint is of the training's last step.
+    if not checkpoints:
+        return False
+    state = json.loads((checkpoints[0] / "trainer_state.json").read_text(encoding="utf-8"))
+    return _is_over(state)
+
+
+def _is_over(state: dict[str, Any]) -> bool:
+    # Whether a training, by the state of its newest checkpoint, is done or was stopped for a reason (policy_guards).
+    guards = (state.get("stateful_callbacks") or {}).values()
+    stopped = any(isinstance(kept, dict) and kept.get("reason") for kept in guards)
+    return state["global_step"] == state["max_steps"] or stopped
+
+
+def _as_given(base_model: str | None) -> Path | str | None:
+    return Path(base_model) if base_model and Path(base_model).is_dir() else base_model
+
+
+def import_unsloth() -> None:
+    """Import Unsloth before trl, peft and transformers' models: it patches them."""
+    import warnings
+
+    with warnings.catch_warnings():
+        # The parser of the flags has loaded transformers' top level, which holds nothing that is patched.
+        warnings.filterwarnings("ignore", message="WARNING: Unsloth should be imported before")
+        import unsloth  # noqa: F401
+
+
+def lora_options(settings: RunSettings) -> dict[str, Any]:
+    """The settings' LoRA as keyword arguments of `add_lora`."""
+    return {
+        "target_modules": settings.target_modules,
+        "r": settings.lora_r,
+        "lora_alpha": settings.lora_alpha,
+        "lora_dropout": settings.lora_dropout,
+        "bias": settings.lora_bias,
+        "use_rslora": settings.use_rslora,
+        "random_state": settings.random_state,
+        "max_seq_length": settings.max_seq_length,
+        "gradient_checkpointing": settings.gradient_checkpointing is not False,  # until the plan decides
+        "fold": settings.fold_lora,
+    }
