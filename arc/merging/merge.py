@@ -1040,9 +1040,8 @@ def _merge_in_own_process(
         command += ["--base", str(base)] if base else []
         command += ["--precision", json.dumps(asdict(precision))] if precision else []
         # The scripts are run from any folder: the process finds the package where this one did.
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        }
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path}
         # Line by line through this process, so that the output goes wherever this process's goes.
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment

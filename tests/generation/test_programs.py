@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from arc.generation import rule_programs
+from arc.generation import concepts as concept_operations
+from arc.generation import programs as rule_programs
 from arc.generation.families import draw_pairs
 from arc.generation.programs import LENGTHS, OPERATIONS, SCENES, Unfit, inside_of, neighbours_of, parts_of, program
 

@@ -250,7 +250,7 @@ print("done", flush=True)
 
 @contextlib.contextmanager
 def started(folder, seconds=0.2, multiple=1, options=""):
-    text = TRAINING.format(tests=str(ROOT / "tests"), seconds=seconds, multiple=multiple, options=options)
+    text = TRAINING.format(tests=str(ROOT), seconds=seconds, multiple=multiple, options=options)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-c", text, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -630,7 +630,7 @@ def test_a_full_disk_while_a_checkpoint_is_written_costs_only_that_checkpoint(tm
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("ARC_TRACEBACK", None)
     done = subprocess.run(
-        [sys.executable, "-c", FULL.format(tests=str(ROOT / "tests"), limits=limits), str(tmp_path)],
+        [sys.executable, "-c", FULL.format(tests=str(ROOT), limits=limits), str(tmp_path)],
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
