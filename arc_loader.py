@@ -13,8 +13,9 @@ A key such as `007bbfb7_0.tp.rt.perm0123456789.ex2-0-1` names a view: puzzle, te
 `arc/puzzles/keys.py` explains the grammar. Needs numpy, never torch. The code is in `arc/puzzles/`.
 """
 
-from arc.puzzles.dataset import ArcDataset, Holdout, format_options
+from arc.puzzles.dataset import ArcDataset, Holdout
 from arc.puzzles.encoding import SampleEncoder
 from arc.puzzles.leaks import find_leaks, puzzle_fingerprint
+from arc.puzzles.text import format_options
 
 __all__ = ["ArcDataset", "Holdout", "SampleEncoder", "find_leaks", "format_options", "puzzle_fingerprint"]

@@ -13,10 +13,14 @@ What is there already is not made again: with -lora there and -merged missing, o
 
 from dataclasses import dataclass
 
-from arc.models.loading import InputMaskingDataCollator, add_lora, load_model
+from arc.models.collator import InputMaskingDataCollator
+from arc.models.loading import load_model
+from arc.models.lora import add_lora
 from arc.runs.artifacts import Stage
 from arc.runs.settings import SupervisedSettings, parse_settings, setting, user_errors
-from arc.training.run import StageRun, load_data, lora_options, report_masks
+from arc.training.data import load_data
+from arc.training.mask_report import report_masks
+from arc.training.run import StageRun, lora_options
 from arc.training.trainer import heldout_measure, sft_trainer, watch
 
 STAGE = Stage("Base", parent="prepared", script="base_finetune.py", parent_script="base_finetune.py")

@@ -16,11 +16,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from arc.decoding.greedy import RULES
 from arc.evaluation.answers import Replies, find_models
 from arc.evaluation.results import evaluate, load_puzzles, print_tables, write_results
-from arc.runs.artifacts import OutputLock
-from arc.runs.checkpoints import machine_errors
+from arc.evaluation.selection import RULES
+from arc.runs.lock import OutputLock
 from arc.runs.processes import fail, is_main, wait_for_everyone
 from arc.runs.settings import (
     SEED,
@@ -33,6 +32,7 @@ from arc.runs.settings import (
     setting,
     user_errors,
 )
+from arc.runs.troubles import machine_errors
 
 
 @dataclass

@@ -6,19 +6,12 @@ The code is in `arc/models/` and `arc/merging/`.
 """
 
 from arc.merging.merge import merge_adapter, merge_and_check
-from arc.models.loading import (
-    InputMaskingDataCollator,
-    Precision,
-    add_lora,
-    cut_tokenizer,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    prepare_base,
-    read_manifest,
-    resolve_precision,
-    save_adapter,
-)
+from arc.models.collator import InputMaskingDataCollator
+from arc.models.loading import Precision, load_model, resolve_precision
+from arc.models.lora import add_lora, load_adapter, save_adapter
+from arc.models.manifests import read_manifest
+from arc.models.prepared_base import prepare_base
+from arc.models.vocabulary import cut_tokenizer, load_tokenizer
 
 __all__ = [
     "InputMaskingDataCollator",

@@ -14,15 +14,18 @@ from dataclasses import dataclass, replace
 
 from arc.decoding.greedy import longest_reply
 from arc.grpo.guard import PolicyGuard
+from arc.grpo.prompts import report_prompts
 from arc.grpo.rewards import component_weights, reward_functions
 from arc.grpo.rollouts import check_vllm
 from arc.grpo.scan import scan_prompts
 from arc.grpo.settings import PolicySettings
 from arc.grpo.trainer import check_sharing, grpo_trainer, samples_from_copy
-from arc.models.loading import add_lora, load_model
+from arc.models.loading import load_model
+from arc.models.lora import add_lora
 from arc.runs.artifacts import Stage
 from arc.runs.settings import parse_settings, user_errors
-from arc.training.run import StageRun, load_data, lora_options, report_prompts
+from arc.training.data import load_data
+from arc.training.run import StageRun, lora_options
 from arc.training.trainer import watch
 
 STAGE = Stage("Final-RL", parent="Final", script="train_grpo.py", parent_script="base_finetune_final.py")

@@ -71,7 +71,8 @@ def stage_settings(args: argparse.Namespace, extra: list[str]) -> Any:
 
 def prepared(args: argparse.Namespace) -> Path:
     """The base with its vocabulary cut, made where it is not there."""
-    from arc.models.loading import prepare_base, write_manifest
+    from arc.models.manifests import write_manifest
+    from arc.models.prepared_base import prepare_base
     from arc.runs.artifacts import new_folder
 
     folder = Path(args.output_dir) / "Llama-3.2-1B-prepared"
@@ -83,7 +84,7 @@ def prepared(args: argparse.Namespace) -> Path:
 
 def prompts_of(args: argparse.Namespace, tokenizer: Any, count: int) -> list[np.ndarray]:
     """Token ids of held-out prompts."""
-    from arc.training.run import heldout_puzzles
+    from arc.training.data import heldout_puzzles
 
     dataset, encoder = heldout_puzzles(stage_settings(args, ["--engine", "transformers"]), tokenizer)
     rows = encoder.encode(dataset, dataset.keys[:count], max_tokens=args.max_seq_length - args.tokens, reply=False)
@@ -178,8 +179,10 @@ def run_ours(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Stage 3 up to the end of its training."""
     import train_grpo
     from arc.grpo.trainer import grpo_trainer
-    from arc.models.loading import add_lora, load_model
-    from arc.training.run import StageRun, load_data, lora_options
+    from arc.models.loading import load_model
+    from arc.models.lora import add_lora
+    from arc.training.data import load_data
+    from arc.training.run import StageRun, lora_options
 
     settings = stage_settings(args, shlex.split(args.ours))
     run = StageRun(train_grpo.STAGE, settings)

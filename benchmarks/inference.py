@@ -39,11 +39,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from arc.decoding.greedy import gather_candidates, generate_replies, longest_reply, view_keys
-from arc.decoding.rows import Work
-from arc.decoding.search import Reply, sample_replies, score_replies, search_replies
-from arc.puzzles.dataset import ArcDataset, format_options, seeded_rng
+from arc.decoding.greedy import generate_replies, longest_reply
+from arc.decoding.rows import Reply, Work
+from arc.decoding.sampling import sample_replies
+from arc.decoding.scoring import score_replies
+from arc.decoding.search import search_replies
+from arc.evaluation.selection import gather_candidates
+from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.encoding import SampleEncoder
+from arc.puzzles.keys import seeded_rng
+from arc.puzzles.text import format_options
+from arc.puzzles.views import view_keys
 
 if TYPE_CHECKING:
     import torch

@@ -580,8 +580,8 @@ def check_split(chain: Chain) -> dict[str, Any]:
     Raises:
         ValueError: settings that do not agree, or another split than the one written down.
     """
+    from arc.puzzles.splits import load_dataset
     from arc.runs.settings import DataSettings
-    from arc.training.run import load_dataset
 
     dataset_dir, found = chain.args.dataset_dir, {}
     names = {**{name: name for name in STAGES}, "ablation": "stage2"}
@@ -747,8 +747,8 @@ def _table_row(results: Mapping[str, Any] | None, model: str) -> dict[str, Any] 
 
 def guards_puzzles(chain: Chain) -> set[str]:
     """The held-out test inputs by which stage 3 chooses its adapter."""
-    from arc.models.loading import load_tokenizer
-    from arc.training.run import heldout_puzzles
+    from arc.models.vocabulary import load_tokenizer
+    from arc.training.data import heldout_puzzles
 
     settings = settings_of("stage3", chain.config("stage3"), chain.args.dataset_dir)
     if not (settings.collapse_guard and settings.eval_steps and settings.eval_puzzles):
@@ -824,7 +824,7 @@ def training_figures(lora: Path) -> dict[str, Any]:
     Returns:
         tokens: all that the steps had; training_seconds: of the steps alone, without measuring, loading and merging.
     """
-    from arc.evaluation.report import read_metrics
+    from arc.training.curves import read_metrics
 
     path = lora / "metrics.jsonl"
     if not path.is_file():
@@ -919,7 +919,7 @@ def plot_stages(chain: Chain, out: Path) -> None:
     """Draw the curves of the stages, one row each; nothing, if none has been trained."""
     from matplotlib.figure import Figure
 
-    from arc.evaluation.report import draw_curves, find_curves, read_metrics
+    from arc.training.curves import draw_curves, find_curves, read_metrics
 
     panels = dict.fromkeys(STAGES, ("loss", "share of puzzles solved", "tokens per second"))
     panels["stage3"] = ("reward", *panels["stage3"][1:])  # of its loss the policy's part is about 0 whatever is learned

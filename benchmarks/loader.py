@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from arc.puzzles.dataset import ArcDataset, format_options
+from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.encoding import SampleEncoder, TrainingSamples
+from arc.puzzles.text import format_options
 
 EOS = "<|eot_id|>"
 FORMAT = format_options(EOS)

@@ -67,10 +67,12 @@ def main() -> None:
 
     from arc.decoding.greedy import exact_match
     from arc.merging import merge as merge_module
-    from arc.models.loading import Precision, load_adapter, load_model, read_manifest
+    from arc.models.loading import Precision, load_model
+    from arc.models.lora import load_adapter
+    from arc.models.manifests import read_manifest
     from arc.runs.artifacts import versions
     from arc.runs.settings import RunSettings
-    from arc.training.run import heldout_puzzles
+    from arc.training.data import heldout_puzzles
 
     manifest = read_manifest(args.lora)
     trained = Precision(**{**manifest["precision"], "engine": "transformers"})

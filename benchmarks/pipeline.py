@@ -49,9 +49,10 @@ def moved_share(output: Path, dataset_dir: str) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
-    from arc.models.loading import load_tokenizer
-    from arc.puzzles.dataset import ArcDataset, format_options
+    from arc.models.vocabulary import load_tokenizer
+    from arc.puzzles.dataset import ArcDataset
     from arc.puzzles.encoding import SampleEncoder
+    from arc.puzzles.text import format_options
 
     before = load_file(output / f"{PREFIX}-prepared" / "model.safetensors")["model.embed_tokens.weight"].float()
     state = load_file(output / f"{PREFIX}-Base-lora" / "adapter_model.safetensors")
@@ -76,8 +77,9 @@ def check_artifacts(output: Path, name: str) -> dict[str, Any]:
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM
 
-    from arc.merging.merge import compare_with_probe
-    from arc.models.loading import Precision, load_model, read_manifest
+    from arc.merging.proof import compare_with_probe
+    from arc.models.loading import Precision, load_model
+    from arc.models.manifests import read_manifest
 
     lora, merged = output / f"{PREFIX}-{name}-lora", output / f"{PREFIX}-{name}-merged"
     device = {"": "cuda" if torch.cuda.is_available() else "cpu"}

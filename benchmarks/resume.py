@@ -85,7 +85,7 @@ def main() -> None:
     import torch
     from safetensors.torch import load_file
 
-    from arc.models.loading import read_manifest
+    from arc.models.manifests import read_manifest
     from arc.runs.artifacts import versions
 
     args.output_dir.mkdir(parents=True)

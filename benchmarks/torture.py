@@ -53,8 +53,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from arc.runs.artifacts import LOCK_HOLDER  # noqa: E402 - found only now
 from arc.runs.checkpoints import MARKER  # noqa: E402
+from arc.runs.lock import LOCK_HOLDER  # noqa: E402
 
 PREFIX = "Llama-3.2-1B"
 STEPS = {"base_finetune.py": 24, "base_finetune_final.py": 24, "train_grpo.py": 8}

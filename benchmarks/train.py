@@ -193,9 +193,12 @@ def make_stage_1(flags: list[str], cast_together: bool = True) -> tuple[Any, Any
         cast_together: see model_tools.add_lora.
     """
     import base_finetune
-    from arc.models.loading import InputMaskingDataCollator, add_lora, load_model
+    from arc.models.collator import InputMaskingDataCollator
+    from arc.models.loading import load_model
+    from arc.models.lora import add_lora
     from arc.runs.settings import parse_settings
-    from arc.training.run import StageRun, load_data, lora_options
+    from arc.training.data import load_data
+    from arc.training.run import StageRun, lora_options
     from arc.training.trainer import sft_trainer
 
     settings = parse_settings(base_finetune.Settings, flags)
@@ -225,7 +228,8 @@ def planned_samples(args: argparse.Namespace) -> tuple[Any, Any]:
     """The tokenizer, and the samples of all steps in the order in which stage 1 takes them."""
     import base_finetune
     from arc.runs.settings import parse_settings
-    from arc.training.run import StageRun, load_data
+    from arc.training.data import load_data
+    from arc.training.run import StageRun
     from arc.training.trainer import EpochSampler
 
     settings = parse_settings(base_finetune.Settings, [*common_flags(args), "--engine", "transformers"])
@@ -282,7 +286,8 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import TrainingArguments
 
-    from arc.models.loading import add_lora, load_model, resolve_precision
+    from arc.models.loading import load_model, resolve_precision
+    from arc.models.lora import add_lora
     from arc.training.batch_planning import compile_layers, let_run_ahead
     from arc.training.trainer import optimizer_with_embedding_rate
 

@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from arc.models import loading
-from arc.puzzles.dataset import ArcDataset, format_options
+from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.encoding import SampleEncoder
+from arc.puzzles.text import format_options
 
 ROOT = Path(__file__).resolve().parents[1]
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|eom_id|>", "<|eot_id|>"]
@@ -94,7 +94,8 @@ def prepared_base(folder, tied=True, full_vocab=False, **more):
     """Such a base as stages start from: its vocabulary cut, unless it is to be kept whole."""
     prepared = folder / "prepared"
     prepared.mkdir()
-    loading.prepare_base(save_base(folder / "base", byte_level_tokenizer(), tied, **more), prepared, full_vocab)
+    base = save_base(folder / "base", byte_level_tokenizer(), tied, **more)
+    prepare_base(base, prepared, full_vocab)
     return prepared
 
 

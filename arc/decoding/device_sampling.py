@@ -15,13 +15,14 @@ import numpy as np
 from arc.decoding.prefix_cache import PrefixCache
 from arc.decoding.rows import (
     PREFILL_TOKENS,
+    Reply,
     Work,
     check_numbers,
     check_tokens,
     halve_on_out_of_memory,
     own_attention,
 )
-from arc.decoding.search import Reply, draw_tokens, random_draws
+from arc.decoding.sampling import draw_tokens, random_draws
 from arc.models.loading import decoding
 
 if TYPE_CHECKING:

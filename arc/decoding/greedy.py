@@ -5,16 +5,14 @@ Search, sampling and scoring of token ids are in arc/decoding/search.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from arc.models.loading import decoding
-from arc.puzzles.dataset import ArcDataset, format_options, seeded_rng
-from arc.puzzles.files import MAX_SIDE
+from arc.puzzles.dataset import ArcDataset
+from arc.puzzles.text import format_options
 
 
 def generate_replies(
@@ -137,24 +135,6 @@ def exact_match(
     }
 
 
-def can_become_grid(text: str, lines_sep: str) -> bool:
-    """Whether a reply that begins like this can still be one that `ArcDataset.decode` reads.
-
-    Args:
-        text: the reply so far, without its end.
-        lines_sep: what stands between rows, one character.
-    """
-    *rows, last = text.split(lines_sep)
-    width = len(rows[0]) if rows else MAX_SIDE
-    return (
-        len(rows) + bool(last) <= MAX_SIDE
-        and len(last) <= width <= MAX_SIDE
-        and all(len(row) == width for row in rows)
-        and (not rows or width > 0)
-        and all(not row or (row.isascii() and row.isdigit()) for row in (*rows, last))
-    )
-
-
 def longest_reply(dataset: ArcDataset, keys: Sequence[str], tokenizer: Any) -> int:
     """Tokens of the longest reply to any of the keys, end token included, in whichever orientation is longer."""
     options = format_options(tokenizer.eos_token)
@@ -168,129 +148,3 @@ def longest_reply(dataset: ArcDataset, keys: Sequence[str], tokenizer: Any) -> i
         )
         longest = max(longest, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
     return longest
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Views of a puzzle
-
-SYMMETRIES = tuple(".tp" * transposed + ".rt" * turns for turns in range(4) for transposed in range(2))
-
-
-def view_keys(dataset: ArcDataset, key: str, views: int, seed: int = 42, keep_background: bool = False) -> list[str]:
-    """Keys of views of one test input; asking for more of them leaves the first ones as they are.
-
-    The first is the key itself. View i has symmetry i modulo 8, a colour permutation and an order of the demonstrations
-    of its own, which depend on the seed, the key and i alone.
-
-    Args:
-        dataset: holds the puzzle.
-        key: a test input, without transforms.
-        views: how many, from 1.
-        seed: of the draws.
-        keep_background: colour 0 stays 0.
-    """
-    count = len(dataset.resolve(key).order)
-    keys = [key]
-    for number in range(1, views):
-        rng = seeded_rng(seed, key, str(number))
-        colours = [0, *(1 + rng.permutation(9))] if keep_background else rng.permutation(10)
-        order = "-".join(map(str, rng.permutation(count)))
-        keys.append(f"{key}{SYMMETRIES[number % 8]}.perm{''.join(map(str, colours))}.ex{order}")
-    return keys
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which of many grids: no model is needed here
-
-
-@dataclass(eq=False)
-class Candidate:
-    """A grid that was found as the answer to a test input, in one view or several.
-
-    Args:
-        grid: uint8 (height, width), as the puzzle itself shows it.
-        found: number of a view -> log probability of the replies of that view that mean this grid.
-        scored: log probability of the grid under each view, found there or not, (views,); None: not known.
-    """
-
-    grid: np.ndarray
-    found: dict[int, float] = field(default_factory=dict)
-    scored: list[float] | None = None
-
-
-def gather_candidates(views: Sequence[Sequence[tuple[np.ndarray | None, float]]]) -> list[Candidate]:
-    """Merge what the views of one test input have found.
-
-    Args:
-        views: for each view its replies, each a grid mapped back as `ArcDataset.decode` gives it (None: it is no grid,
-            and left out) and a log probability. Replies of a view are disjoint, so those of one grid add up.
-
-    Returns:
-        One candidate for each different grid, in the order in which they come first.
-    """
-    merged: dict[tuple[tuple[int, ...], bytes], Candidate] = {}
-    for view, replies in enumerate(views):
-        for grid, log_prob in replies:
-            if grid is None:
-                continue
-            grid = np.ascontiguousarray(grid, dtype=np.uint8)
-            candidate = merged.setdefault((grid.shape, grid.tobytes()), Candidate(grid))
-            before = candidate.found.get(view, -math.inf)
-            candidate.found[view] = float(np.logaddexp(before, log_prob))
-    return list(merged.values())
-
-
-def select(candidates: Sequence[Candidate], rule: str = "product", count: int = 2) -> list[np.ndarray]:
-    """The best grids by a rule.
-
-    - first_view: probability in view 0; what it has not found is no candidate. What a system without views would say.
-    - max: the highest probability in any view that found it.
-    - sum: the sum of the probabilities in the views that found it.
-    - product: the product of the probabilities under all views (product of experts).
-    - majority: how many views have it as their most probable grid.
-
-    Ties are broken by the sum, then by shape and cells, so that the order of views and candidates does not matter.
-
-    Args:
-        candidates: of one test input, different grids, as `gather_candidates` gives them.
-        rule: a name from `RULES`.
-        count: how many grids.
-
-    Returns:
-        Up to `count` grids, the best first.
-
-    Raises:
-        ValueError: no such rule, or "product" where a candidate has not been scored.
-
-    Source: Franzen et al. 2025, arXiv 2505.07859, for the product; sum and max as in their code of 2024.
-    """
-    if rule not in RULES:
-        raise ValueError(f"no rule {rule!r}: expected one of {', '.join(RULES)}")
-    if rule == "first_view":
-        candidates = [candidate for candidate in candidates if 0 in candidate.found]
-    unscored = sum(candidate.scored is None for candidate in candidates)
-    if rule == "product" and unscored:
-        raise ValueError(f"{unscored} of {len(candidates)} candidates have not been scored: the product needs it")
-    ranks = sorted(range(len(candidates)), key=lambda i: _identity(candidates[i]))
-    sums = [math.fsum(math.exp(log_prob) for log_prob in candidate.found.values()) for candidate in candidates]
-    ranks.sort(key=lambda i: -sums[i])
-    scores = {
-        "first_view": lambda i: candidates[i].found[0],
-        "max": lambda i: max(candidates[i].found.values(), default=-math.inf),
-        "sum": lambda i: sums[i],
-        "product": lambda i: math.fsum(candidates[i].scored or []),
-        "majority": lambda i: votes[i],
-    }
-    votes = dict.fromkeys(ranks, 0)
-    for view in sorted({view for candidate in candidates for view in candidate.found}):
-        # `ranks` is in the order of the tie-break, and the first of equals is taken.
-        votes[max(ranks, key=lambda i, view=view: candidates[i].found.get(view, -math.inf))] += 1
-    ranks.sort(key=lambda i: -scores[rule](i))
-    return [candidates[i].grid for i in ranks[:count]]
-
-
-RULES = ("first_view", "max", "sum", "product", "majority")
-
-
-def _identity(candidate: Candidate) -> tuple[tuple[int, ...], bytes]:
-    return candidate.grid.shape, candidate.grid.tobytes()

@@ -25,6 +25,25 @@ from arc.models.packing import check_full_attention
 if TYPE_CHECKING:
     import torch
 
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """A reply and how probable it is.
+
+    Args:
+        tokens: int64 (tokens,), end token included if there is one.
+        log_prob: natural logarithm of the probability that the model gives these tokens after the prompt.
+    """
+
+    tokens: np.ndarray
+    log_prob: float
+
+
+def check_generation_settings(max_new_tokens: int, batch_size: int) -> None:
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(f"max_new_tokens and batch_size are {max_new_tokens} and {batch_size}: expected at least 1")
+
+
 T = TypeVar("T")
 LOGIT_BYTES = 2**30  # of one pass, in float64: with a whole vocabulary, 64 rows of 100 tokens would take 6 GB
 MASK_BYTES = 2**32  # of one pass, as bool and as numbers: those of a row grow with the square of its length

@@ -19,22 +19,22 @@ from typing import Any
 import diskcache
 import numpy as np
 
-from arc.decoding.greedy import Candidate, can_become_grid, gather_candidates, view_keys
-from arc.decoding.rows import Work
-from arc.decoding.search import Reply, sample_replies, score_replies, search_replies
+from arc.decoding.rows import Reply, Work
+from arc.decoding.sampling import sample_replies
+from arc.decoding.scoring import score_replies
+from arc.decoding.search import search_replies
 from arc.evaluation.result_cache import UntrustedCacheError
-from arc.models.loading import (
-    Precision,
-    check_base,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    read_manifest,
-    resolve_precision,
-)
-from arc.puzzles.dataset import ArcDataset, format_options
+from arc.evaluation.selection import Candidate, gather_candidates
+from arc.models.loading import Precision, load_model, resolve_precision
+from arc.models.lora import load_adapter
+from arc.models.manifests import read_manifest
+from arc.models.prepared_base import check_base
+from arc.models.vocabulary import load_tokenizer
+from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.encoding import SampleEncoder
 from arc.puzzles.files import MAX_SIDE
+from arc.puzzles.text import can_become_grid, format_options
+from arc.puzzles.views import view_keys
 from arc.runs.artifacts import find_damage, fingerprint
 from arc.runs.settings import user_errors
 

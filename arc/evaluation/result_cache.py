@@ -131,7 +131,7 @@ def open_cache(folder: str | Path) -> diskcache.Cache:
     folder = Path(folder).absolute()  # so that diskcache does not expand a ~
     if os.path.expandvars(folder) != str(folder):
         raise ValueError(f"the cache folder {folder}: diskcache would expand the $ in its name; use another name")
-    _check_settings(folder)
+    check_generation_settings(folder)
     try:
         return diskcache.Cache(str(folder), disk=TrustedDisk, **SETTINGS)
     except sqlite3.DatabaseError as error:
@@ -166,7 +166,7 @@ def _unreadable(folder: Path, error: sqlite3.DatabaseError) -> Exception:
     return UntrustedCacheError(folder, f"a database that cannot be read ({error})")
 
 
-def _check_settings(folder: Path) -> None:
+def check_generation_settings(folder: Path) -> None:
     """Look at the settings that a database holds, before diskcache obeys them.
 
     diskcache puts names and values into PRAGMA statements and sets attributes of its own objects by them.

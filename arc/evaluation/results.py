@@ -15,17 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from arc.decoding.greedy import RULES, select
 from arc.decoding.rows import UndecodableModelError
 from arc.evaluation import scores
 from arc.evaluation.answers import Answer, EvaluatedModel, Replies, answer_puzzles, progress
 from arc.evaluation.result_cache import UntrustedCacheError, cache_errors, open_cache
+from arc.evaluation.selection import RULES, select
+from arc.puzzles import text as text_module
 from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.leaks import find_leaks
+from arc.puzzles.splits import load_dataset, load_split, split_dataset
 from arc.runs.artifacts import move_aside, versions
 from arc.runs.processes import gather, is_main, leave, share, wait_for_everyone
 from arc.runs.settings import user_errors
-from arc.training.run import load_dataset, load_split, split_dataset
 
 SCHEMA = 2  # of results.json
 NOT_THE_RESULT = ("output_dir", "cache_dir", "batch_size")  # settings that say where and how, not what comes out
@@ -269,7 +270,7 @@ def _judge(answer: Answer, solution: np.ndarray | None, rule: str) -> dict[str, 
         "greedy_correct": is_right(answer.greedy),
         "found": any(is_right(candidate.grid) for candidate in answer.candidates),
         "right_shape": first is not None and first.shape == solution.shape,
-        "cell_accuracy": scores.cell_accuracy(first, solution),
+        "cell_accuracy": text_module.cell_accuracy(first, solution),
         "prob_truth": 0.0 if answer.truth is None else math.exp(answer.truth),
         "rules": {name: [is_right(grid) for grid in grids] for name, grids in by_rule.items()},
     }

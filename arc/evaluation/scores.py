@@ -18,13 +18,6 @@ SHARES = ("exact_1", "exact_2", "greedy", "decodable", "right_shape", "found")
 MEANS = ("score", "cell_accuracy", "prob_truth", "prob_greedy")
 
 
-def cell_accuracy(guess: np.ndarray | None, solution: np.ndarray) -> float:
-    """Share of right cells; 0 for no guess or one of another shape."""
-    if guess is None or guess.shape != solution.shape:
-        return 0.0
-    return float(np.mean(guess == solution))
-
-
 def wilson_interval(count: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """95% interval of a share of independent trials.
 

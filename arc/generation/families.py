@@ -556,7 +556,7 @@ def _changed_puzzle(
     puzzle: tuple[str, list[Grid]], max_side: int, seed: int
 ) -> tuple[dict[str, Any], list[Grid]] | None:
     name, outputs = puzzle
-    from arc.puzzles.dataset import seeded_rng
+    from arc.puzzles.keys import seeded_rng
 
     return change_outputs(seeded_rng(seed, CHANGED, name), [grid.astype(int) for grid in outputs], max_side)
 
@@ -582,7 +582,8 @@ def generate_changed(
     Raises:
         FileNotFoundError, ValueError: settings out of range, bad files, more held out than there is, or no task left.
     """
-    from arc.puzzles.dataset import ArcDataset, seeded_rng
+    from arc.puzzles.dataset import ArcDataset
+    from arc.puzzles.keys import seeded_rng
     from arc.runs.settings import DataSettings
 
     problems = [

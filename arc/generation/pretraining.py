@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arc.generation.families import FAMILIES, MAX_SIDE, MIN_SIDE, PROGRAM, draw_pairs, draw_program
-from arc.puzzles.dataset import ArcDataset, format_options
+from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.encoding import SampleEncoder
 from arc.puzzles.leaks import find_leaks
+from arc.puzzles.text import format_options
 
 if TYPE_CHECKING:
     import torch
@@ -208,7 +209,7 @@ def _only(items: list[Any]) -> Any:
 
 def encoder_of(tokenizer: Any) -> tuple[SampleEncoder, list[int]]:
     """An encoder of the cut vocabulary, one token per cell, and the whole vocabulary's id of each token."""
-    from arc.models.loading import cut_tokenizer
+    from arc.models.vocabulary import cut_tokenizer
 
     padded = copy.deepcopy(tokenizer)
     padded.pad_token = PAD_TOKEN

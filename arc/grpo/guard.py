@@ -22,10 +22,12 @@ from typing import Any
 import numpy as np
 
 from arc.decoding.greedy import GreedyAnswer, greedy_answers
+from arc.decoding.log_probabilities import log_probabilities
 from arc.grpo.rewards import repetition
-from arc.merging.merge import log_probabilities
-from arc.runs.checkpoints import complete_checkpoints, flush
-from arc.training.run import StageData, StageRun
+from arc.runs.checkpoints import complete_checkpoints
+from arc.runs.files import flush
+from arc.training.data import StageData
+from arc.training.run import StageRun
 
 STATE = "policy_guard"  # in trainer_state.json
 FALL_LEVEL = 0.01  # see `has_fallen`

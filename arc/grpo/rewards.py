@@ -13,8 +13,8 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from arc.evaluation.scores import cell_accuracy
 from arc.puzzles.dataset import ArcDataset
+from arc.puzzles.text import cell_accuracy
 
 NGRAM = 4  # characters; a grid repeats itself too, so that only the excess over the solution's own share tells
 COMPONENTS = ("exact_match", "cell_accuracy", "right_shape", "well_formed")

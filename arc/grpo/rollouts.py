@@ -22,9 +22,10 @@ import numpy as np
 
 from arc.decoding.device_sampling import DeviceSampler
 from arc.decoding.rows import check_numbers
-from arc.decoding.search import random_draws
+from arc.decoding.sampling import random_draws
 from arc.models.folded_lora import folded_throughout
-from arc.models.loading import EMBEDDING_MODULES, Precision
+from arc.models.loading import Precision
+from arc.models.lora import EMBEDDING_MODULES
 from arc.models.prompt_sharing import solution_logits
 from arc.runs.processes import process_count, process_index
 

@@ -22,14 +22,16 @@ from typing import Any
 import numpy as np
 
 from arc.decoding.device_sampling import DeviceSampler
-from arc.decoding.greedy import can_become_grid, generate_replies
+from arc.decoding.greedy import generate_replies
 from arc.decoding.rows import Work, halve_on_out_of_memory
-from arc.decoding.search import sample_replies
+from arc.decoding.sampling import sample_replies
 from arc.grpo.rewards import judge_components
-from arc.puzzles.dataset import seeded_rng
+from arc.puzzles.keys import seeded_rng
+from arc.puzzles.text import can_become_grid
 from arc.runs.artifacts import fingerprint
-from arc.runs.checkpoints import flush
-from arc.training.run import StageData, StageRun
+from arc.runs.files import flush
+from arc.training.data import StageData
+from arc.training.run import StageRun
 
 CHUNK = 256  # prompts between two writes of the file: what a killed scan has to repeat
 ROWS = 512  # replies sampled at once; halved where memory does not suffice

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from arc.models.loading import LINEAR_MODULES
+from arc.models.lora import LINEAR_MODULES
 from arc.runs.settings import WHOLE_FROM_1, RunSettings, failed_checks, setting
 
 

@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arc.models.loading import InputMaskingDataCollator
+from arc.models.collator import InputMaskingDataCollator
 from arc.models.packing import IGNORE_INDEX
-from arc.runs.checkpoints import leaving_signals
 from arc.runs.processes import gather, process_count, process_index
+from arc.runs.workers import leaving_signals
 from arc.training.trainer import EpochSampler, planned_rows
 
 if TYPE_CHECKING:
     import torch
 
-    from arc.training.run import StageData, StageRun
+    from arc.training.data import StageData
+    from arc.training.run import StageRun
 
 MASKED_REPLIES = 1  # stage 2's default: a rule cannot be known before its first pair
 

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from arc.decoding.device_sampling import KEPT
+from arc.grpo.prompts import PromptRows
 from arc.grpo.rollouts import make_rollouts, make_stopped_rollouts, plain_module
 from arc.grpo.supervised_mix import MASKED_REPLIES, SupervisedMix, ends_with_training, learned_tokens
-from arc.models.loading import EMBEDDING_MODULES, train_in_float32
+from arc.models.lora import EMBEDDING_MODULES, train_in_float32
 from arc.models.packing import can_pack, check_full_attention, use_packed_attention
 from arc.models.prompt_sharing import reply_log_probs
-from arc.runs.checkpoints import count_weights
+from arc.runs.needs import count_weights
 from arc.runs.processes import process_count
 from arc.training.batch_planning import BatchPlan, Trial, compile_layers, let_run_ahead, plan_batches, uniform_row
 from arc.training.trainer import (
@@ -35,39 +36,11 @@ from arc.training.trainer import (
 if TYPE_CHECKING:
     import torch
 
-    from arc.training.run import StageData, StageRun
+    from arc.training.data import StageData
+    from arc.training.run import StageRun
+
 
 ROOM_FOR_COPY = 6  # times the plain copy of the model: from this GPU memory on, completions are sampled from one
-
-
-class PromptRows:
-    """Prompts of the samples, for trl's GRPOTrainer: "prompt" (text), "key" (view), "prompt_ids", "solution_ids".
-
-    Args:
-        data: gives the samples.
-        chosen: rows of the first epoch that are used, int (rows,); None: all. Each further epoch holds the same puzzles
-            in the same symmetries, with colours and orders of its own.
-    """
-
-    def __init__(self, data: StageData, chosen: np.ndarray | None = None):
-        """See the class."""
-        self.data, self.chosen = data, chosen
-
-    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Rows by number; a prompt leaves room for its reply within the longest row."""
-        if self.chosen is not None:
-            epochs, places = np.divmod(np.asarray(rows, dtype=np.int64), len(self.chosen))
-            rows = (epochs * len(self.data.samples) + self.chosen[places]).tolist()
-        different = sorted(set(rows))  # trl asks for each row once for each completion of its group
-        made = {}
-        for row, sample in zip(different, self.data.samples.__getitems__(different), strict=True):
-            task = self.data.puzzles.fmt_task(sample["key"], **self.data.format)
-            begin, end = sample["reply_spans"][-1]
-            ids = np.asarray(sample["input_ids"], dtype=np.int64)
-            made[row] = {
-                "prompt": task["input"], "key": task["key"], "prompt_ids": ids[:begin], "solution_ids": ids[begin:end],
-            }  # fmt: skip
-        return [made[row] for row in rows]
 
 
 class DecodingOnce:

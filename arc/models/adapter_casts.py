@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from arc.runs.processes import process_count
+from arc.models.loading import several_processes
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +96,7 @@ class AdapterCasts:
         global _running
         import torch
 
-        on = model.training and torch.is_grad_enabled() and process_count() == 1
+        on = model.training and torch.is_grad_enabled() and not several_processes()
         on = on and not any(module.gradient_checkpointing for module in self.flagged)
         _running, self.casts = (self if on else None), None
 

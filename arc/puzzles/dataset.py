@@ -12,7 +12,7 @@ view of a puzzle: puzzle, test index, then transforms in order:
     ds = ArcDataset.load_from_local_json("dataset")
     views = ds.views(seed=42, tp="all", rt="all", perm=True, shfl_ex=True)
     key, task = ds.get_task(views.key(epoch=0, index=5), **format_options("<|eot_id|>"))
-    grid, correct, info = ds.decode(task["reply"], lines_sep="\\n", key=key)
+    grid, correct, info = ds.decode(task["reply"], lines_sep="\n", key=key)
 
 Method names and keywords are those of the ARChitects' 2024 loader, so that notebooks written for it port; the code is
 our own. It needs numpy and the standard library (tqdm only for progress bars), never torch or transformers: tokenizers
@@ -27,7 +27,6 @@ import contextlib
 import hashlib
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,158 +52,27 @@ from arc.puzzles.files import (
     show,
     show_name,
 )
+from arc.puzzles.keys import (
+    COLOURS,
+    View,
+    check_colours,
+    check_order,
+    counter_draws,
+    seed_words,
+    seeded_rank,
+    seeded_rng,
+    shortened_key,
+    split_name,
+    turned,
+)
 from arc.puzzles.leaks import puzzle_fingerprint
+from arc.puzzles.text import does_not_fit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = "0123456789"
+
 ATTEMPTS = ("attempt_1", "attempt_2")
-
-
-def format_options(eos_token: str) -> dict[str, str]:
-    """The text format: one token per cell once the vocabulary is cut.
-
-    Args:
-        eos_token: the tokenizer's end token; every reply ends with it.
-
-    Returns:
-        Keyword arguments for `ArcDataset.get_task`, `SampleEncoder` and the like. The preprompt leaves out I and O,
-        which mark inputs and outputs.
-
-    Source: the published recipe of the ARChitects.
-    """
-    return {
-        "preprompt": "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghjklmnpqrstuvwxyz",
-        "query_beg": "I",
-        "reply_beg": "\n+/-=O",
-        "reply_end": "\n" + eos_token,
-        "lines_sep": "\n",
-    }
-
-
-def find_reply_spans(text: str, reply_beg: str, reply_end: str) -> list[tuple[int, int]]:
-    """Where the replies of a formatted text are.
-
-    Args:
-        text: formatted puzzles.
-        reply_beg: what stands before each reply.
-        reply_end: what each reply ends with; part of its span.
-
-    Returns:
-        Character spans (start, end) of the replies, demonstrations' included. A text that ends with `reply_beg` is a
-        prompt: the reply that it asks for has no span.
-
-    Raises:
-        ValueError: the text is cut in the middle of a reply, or `reply_beg` or `reply_end` is empty.
-    """
-    if not reply_beg or not reply_end:
-        raise ValueError(
-            f"found reply_beg {reply_beg!r} and reply_end {reply_end!r}: expected text in both to search for"
-        )
-    spans, position = [], 0
-    while (begin := text.find(reply_beg, position)) >= 0:
-        begin += len(reply_beg)
-        if begin == len(text):
-            break
-        end = text.find(reply_end, begin)
-        if end < 0:
-            raise ValueError(
-                f"the text is cut in the middle of a reply: the one from character {begin} on has no {reply_end!r}"
-            )
-        position = end + len(reply_end)
-        spans.append((begin, position))
-    return spans
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Keys and draws
-
-
-def _seed_words(seed: int | None, *names: str) -> list[int]:
-    if seed is None:
-        return [int(word) for word in np.random.SeedSequence().generate_state(2)]
-    return [int(seed) % 2**64, *(zlib.crc32(name.encode()) for name in names)]
-
-
-def seeded_rng(seed: int | None, *names: str) -> np.random.Generator:
-    """A generator that depends on the seed and the names alone; seed None: on nothing."""
-    return np.random.default_rng(_seed_words(seed, *names))
-
-
-def _rank(seed: int, name: str) -> bytes:
-    """Place of a name in a seeded order that does not depend on which other names there are."""
-    return hashlib.sha256(f"{int(seed)}:{name}".encode()).digest()
-
-
-def _mixed(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser: uint64 in, well mixed uint64 out."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def _draws(seed: int, epochs: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
-    """Random uint64 (rows, count) that depend on (seed, epoch, index) and the column alone.
-
-    A numpy generator for each row would do as well, and take 20 times longer than the rest of making a view.
-
-    Source: SplitMix64 (Steele, Lea and Flood 2014), as a counter-based generator.
-    """
-    step = np.uint64(0x9E3779B97F4A7C15)
-    state = _mixed(np.full(len(indices), int(seed) % 2**64, dtype=np.uint64) + step)
-    state = _mixed(state + epochs.astype(np.uint64) * step)
-    state = _mixed(state + indices.astype(np.uint64) * step)
-    return _mixed(state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * step)
-
-
-class View(NamedTuple):
-    """A key resolved against a dataset: which grids, and how they are turned and coloured."""
-
-    train: Pairs
-    order: Sequence[int]
-    query: int  # number of the test input in the store, -1: none
-    solution: int  # number of its output, -1: unknown
-    symmetry: tuple[int, int, int]  # transpose, then mirror the order of rows, then of columns
-    colours: str  # colour c becomes the digit at position c
-
-
-def _split_name(key: str) -> tuple[str, int]:
-    """Puzzle id and test index (-1: none) of a key."""
-    name = key.partition(".")[0]
-    puzzle, separator, number = name.partition("_")
-    if not separator:
-        return puzzle, -1
-    if not (number.isascii() and number.isdigit()):
-        raise ValueError(f"key {key!r}: found test index {number!r}, expected PUZZLE_INDEX such as 007bbfb7_0")
-    return puzzle, int(number)
-
-
-def _check_colours(transform: str) -> str:
-    """The ten digits of `perm...`."""
-    colours = transform[4:]
-    if len(colours) != 10 or frozenset(colours) != frozenset(COLOURS):
-        raise ValueError(f"found {transform!r}, expected perm and each of the digits 0 to 9 once")
-    return colours
-
-
-def _check_order(transform: str, count: int) -> list[int]:
-    """The numbers of `ex...`, each a different one of `count` demonstrations."""
-    words = transform[2:].split("-")
-    order = [int(word) if word.isascii() and word.isdigit() else -1 for word in words]
-    if min(order) < 0 or max(order) >= count or len(set(order)) < len(order):
-        raise ValueError(
-            f"found {transform!r}, expected different numbers of the {count} demonstrations, 0 to {count - 1}"
-        )
-    return order
-
-
-def _turned(symmetry: tuple[int, int, int], transform: str) -> tuple[int, int, int]:
-    """A symmetry (transpose, mirror rows, mirror columns) followed by tp or rt."""
-    transposed, rows, columns = symmetry
-    # rot90 is a transpose followed by a mirror of the rows.
-    return (1 - transposed, columns, rows) if transform == "tp" else (1 - transposed, 1 - columns, rows)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The dataset
@@ -526,16 +394,16 @@ class ArcDataset:
     @staticmethod
     def get_base_key_and_reply_num(key: str) -> tuple[str, int]:
         """Puzzle id and test index of a key; -1: the key names no test input."""
-        return _split_name(key)
+        return split_name(key)
 
     @classmethod
     def get_base_key(cls, key: str) -> str:
         """Puzzle id of a key."""
-        return _split_name(key)[0]
+        return split_name(key)[0]
 
     def task_of(self, key: str) -> str:
         """The task that a key's puzzle was made from: a file of pairs; otherwise the puzzle is a task of its own."""
-        puzzle = _split_name(key)[0]
+        puzzle = split_name(key)[0]
         return self._tasks.get(puzzle, puzzle)
 
     def change_keys(self, keys: Iterable[str]) -> ArcDataset:
@@ -594,7 +462,7 @@ class ArcDataset:
         """Puzzle id -> test index -> keys; keys without a test index count as index 0."""
         groups: dict[str, list[list[str]]] = {}
         for key in self.keys:
-            puzzle, number = _split_name(key)
+            puzzle, number = split_name(key)
             group = groups.setdefault(puzzle, [])
             group += [[] for _ in range(max(number, 0) + 1 - len(group))]
             group[max(number, 0)].append(key)
@@ -657,12 +525,12 @@ class ArcDataset:
             puzzles.setdefault(self.task_of(puzzle), []).append(puzzle)
         if not 0 <= tasks < max(len(puzzles), 1):
             raise ValueError(f"{tasks:,} tasks to hold out, expected 0 to the maximum of {max(len(puzzles) - 1, 0):,}")
-        ranked = sorted(puzzles, key=lambda task: _rank(seed, task))
+        ranked = sorted(puzzles, key=lambda task: seeded_rank(seed, task))
         stay = ranked[tasks:]
         whole = all(len(puzzles[task]) == 1 for task in stay)
         candidates = []  # one puzzle of every task, then a second one of every task, ...
         for place, task in enumerate(stay):
-            ordered = sorted(puzzles[task], key=lambda puzzle: _rank(seed, puzzle))
+            ordered = sorted(puzzles[task], key=lambda puzzle: seeded_rank(seed, puzzle))
             candidates += [(turn, place, puzzle) for turn, puzzle in enumerate(ordered[: None if whole else -1])]
         maximum = max(len(candidates) - 1, 0) if whole else len(candidates)
         if not 0 <= examples <= maximum:
@@ -701,7 +569,7 @@ class ArcDataset:
 
         Source: ARChitects' augment_keys, whose draws of `tp` and `rt` are repeated n times; here every draw is its own.
         """
-        views = Views(self.change_keys(keys), _seed_words(seed)[0], **options)
+        views = Views(self.change_keys(keys), seed_words(seed)[0], **options)
         order = np.arange(len(views)).reshape(len(keys), -1).T.ravel()
         return [key for draw in range(n) for key in views.keys(np.full(len(order), draw), order)]
 
@@ -715,7 +583,7 @@ class ArcDataset:
 
         Source: ARChitects' augment; other draws.
         """
-        views = Views(self, _seed_words(seed)[0], **options)
+        views = Views(self, seed_words(seed)[0], **options)
         each = len(views.symmetries)
         rows = np.arange(len(views)).reshape(-1, 1, each).repeat(n, axis=1).ravel()
         draws = np.tile(np.arange(n).repeat(each), len(self.keys))
@@ -730,7 +598,7 @@ class ArcDataset:
             ValueError: no such puzzle or test input, or a transform that is not in the grammar.
         """
         name, *transforms = key.split(".")
-        puzzle, number = _split_name(name)
+        puzzle, number = split_name(name)
         entry = self.challenge.get(puzzle)
         if entry is None:
             raise ValueError(f"key {key!r}: no puzzle {puzzle!r} among {len(self.challenge):,}")
@@ -742,12 +610,12 @@ class ArcDataset:
         try:
             for transform in transforms:
                 if transform in ("tp", "rt"):
-                    symmetry = _turned(symmetry, transform)
+                    symmetry = turned(symmetry, transform)
                 elif transform.startswith("perm"):
-                    new = _check_colours(transform)
+                    new = check_colours(transform)
                     colours = new if colours is COLOURS else "".join(new[int(c)] for c in colours)
                 elif transform.startswith("ex"):
-                    order = [order[i] for i in _check_order(transform, len(order))]
+                    order = [order[i] for i in check_order(transform, len(order))]
                 else:
                     raise ValueError(f"found transform {transform!r}, expected tp, rt, permDDDDDDDDDD or ex2-0-1")
         except ValueError as error:
@@ -867,7 +735,7 @@ class ArcDataset:
             ValueError: see `resolve`.
         """
         self.resolve(key)
-        puzzle = _split_name(key)[0]
+        puzzle = split_name(key)[0]
         entry, outputs = self.challenge[puzzle], self.solutions.get(puzzle) if solutions else None
         pairs = [(pair["input"], pair["output"]) for pair in entry["train"]]
         tests = [query["input"] for query in entry["test"]]
@@ -880,7 +748,7 @@ class ArcDataset:
         Raises:
             ValueError: the descriptor is not a permutation, or the array no grid.
         """
-        lookup = np.array([int(c) for c in _check_colours(descriptor)], dtype=np.uint8)
+        lookup = np.array([int(c) for c in check_colours(descriptor)], dtype=np.uint8)
         a = np.asarray(a)
         if a.ndim != 2:
             raise ValueError(f"found an array {a.shape}, expected a grid (height, width)")
@@ -1152,7 +1020,7 @@ class ArcDataset:
         if key is None:
             return grid, None, "unknown"
         name, *transforms = key.split(".")
-        puzzle, number = _split_name(name)
+        puzzle, number = split_name(name)
         grid = np.ascontiguousarray(self.transform_array(grid, transforms, invert=True))
         solutions = self.solutions.get(puzzle)
         if solutions is None or not 0 <= number < len(solutions):
@@ -1299,24 +1167,6 @@ def _unique_names(files: Sequence[Path], names: list[str]) -> list[str]:
     return names
 
 
-def shortened_key(key: str, count: int) -> str:
-    """A key with only the first `count` of its demonstrations."""
-    parts = key.split(".")
-    if parts[-1].startswith("ex"):
-        parts[-1] = "-".join(parts[-1].split("-")[:count])
-    else:
-        parts.append("ex" + "-".join(map(str, range(count))))
-    return ".".join(parts)
-
-
-def does_not_fit(key: str, tokens: int, max_tokens: int) -> ValueError:
-    """The error for a view that is too long even with one demonstration."""
-    return ValueError(
-        f"key {key!r}: {tokens:,} tokens with one demonstration, expected at most {max_tokens:,}: raise the limit or "
-        "leave the puzzle out"
-    )
-
-
 def _collect(
     challenge: Mapping[str, Any], solutions: Mapping[str, Any]
 ) -> tuple[GridStore, dict[str, dict[str, Window]], dict[str, Grids]]:
@@ -1460,7 +1310,7 @@ class Views:
         bases = [self.ds.keys[i] for i in (indices // len(self.symmetries)).tolist()]
         suffixes = [self.symmetries[i] for i in (indices % len(self.symmetries)).tolist()]
         counts = [self._demonstrations(key) for key in bases] if self.shfl_ex else [0]
-        draws = _draws(self.seed, epochs, indices, 12 + max(counts))
+        draws = counter_draws(self.seed, epochs, indices, 12 + max(counts))
         if self.tp is True or self.rt is True:
             # Transposes stand before rotations, drawn or enumerated, so that a suffix reads the same either way.
             transposed = (draws[:, 0] >> np.uint64(63)).tolist() if self.tp is True else [0] * len(bases)

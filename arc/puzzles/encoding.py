@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arc.puzzles.dataset import COLOURS, ArcDataset, does_not_fit, seeded_rng, shortened_key
+from arc.puzzles.dataset import ArcDataset
+from arc.puzzles.keys import COLOURS, seeded_rng, shortened_key
+from arc.puzzles.text import does_not_fit
 
 
 class _Layout(NamedTuple):

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from arc.puzzles.dataset import ArcDataset, seeded_rng
+from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.files import Grids, GridStore, Pairs, Queries, Window
+from arc.puzzles.keys import seeded_rng
 
 MARK = "~"  # between a puzzle's id and the number of a puzzle made of it
 RECOLOURED = 0.5  # share of the new puzzles whose outputs are recoloured, where their tests allow it

@@ -11,22 +11,20 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from arc.models.loading import MANIFEST, absolute_reference, check_base, read_manifest, write_manifest
-from arc.runs.checkpoints import flush
+from arc.models.manifests import MANIFEST, absolute_reference, read_manifest, write_manifest
+from arc.models.prepared_base import check_base
+from arc.runs.files import flush
 from arc.runs.settings import RunSettings, course_settings, default_course
 
 INCOMPLETE = ".incomplete"
-LOCK, LOCK_HOLDER = ".lock", ".lock.by"
 PACKAGES = (
     "torch",
     "transformers",
@@ -133,61 +131,6 @@ def move_aside(path: Path) -> Path:
     path.rename(aside)
     print(f"moved {path} aside: {aside}")
     return aside
-
-
-class OutputLock:
-    """Keeps a second run off an output folder; a process that died holds nothing.
-
-    Args:
-        folder: the output folder; made when the lock is taken.
-        script: who takes it, for the other's message.
-    """
-
-    def __init__(self, folder: Path, script: str):
-        """See the class."""
-        self.folder, self.script = folder, script
-        self._lock: Any = None
-
-    def acquire(self) -> None:
-        """Take the lock, unless this run has it.
-
-        Raises:
-            BlockingIOError: another process has it (an OSError: a user can mend it).
-        """
-        import filelock
-
-        holder = "another run"
-        if self._lock is not None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # Not in the lock's own file: where a file system knows no locks, filelock keeps its record there.
-        by = self.folder / LOCK_HOLDER
-        lock = filelock.FileLock(self.folder / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            with contextlib.suppress(OSError):
-                holder = by.read_text(encoding="utf-8", errors="replace").strip()
-            raise BlockingIOError(
-                f"{self.folder} is in use by {holder}: wait for it to end, stop it, or use another --output_dir"
-            ) from None
-        except OSError as error:
-            raise OSError(
-                f"{self.folder} cannot be locked ({error.strerror or error}): use an --output_dir on a local disk"
-            ) from None
-        self._lock = lock
-        now = time.strftime("%Y-%m-%d %H:%M:%S")
-        by.write_text(
-            f"{self.script} (process {os.getpid()} on {socket.gethostname()}, since {now})\n", encoding="utf-8"
-        )
-
-    def release(self) -> None:
-        """Give the lock back, if this run has it."""
-        if self._lock is not None:
-            with contextlib.suppress(OSError):  # the folder may be gone
-                (self.folder / LOCK_HOLDER).unlink()
-            self._lock.release(force=True)
-            self._lock = None
 
 
 def provenance(stage: str, script: str, settings: RunSettings, **more: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from arc.models.loading import EMBEDDING_MODULES, LINEAR_MODULES
+from arc.models.lora import EMBEDDING_MODULES, LINEAR_MODULES
 from arc.runs.processes import fail, start
 
 # Settings that say where and how a run is done and watched, not what comes out of it.

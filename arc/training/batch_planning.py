@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arc.models.loading import InputMaskingDataCollator, Precision, format_duration, set_gradient_checkpointing
+from arc.models.collator import InputMaskingDataCollator
+from arc.models.loading import Precision
+from arc.models.lora import set_gradient_checkpointing
 from arc.models.packing import IGNORE_INDEX
-from arc.runs.checkpoints import count_weights, is_out_of_memory, optimizer_bytes
+from arc.runs.needs import count_weights, format_duration, optimizer_bytes
 from arc.runs.processes import agree, divide_batch, process_count
+from arc.runs.troubles import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch

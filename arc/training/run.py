@@ -7,7 +7,6 @@ imported inside functions, Unsloth before the libraries that it patches.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -15,36 +14,22 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from arc.decoding.rows import NonFiniteAnswersError
-from arc.grpo.trainer import PromptRows
-from arc.merging.merge import PROBE, MergeError, describe_check, make_probe_rows, merge_and_check, record_probe
-from arc.models.loading import (
-    InputMaskingDataCollator,
-    absolute_reference,
-    config_token_ids,
-    cut_tokenizer,
-    format_duration,
-    load_tokenizer,
-    prepare_base,
-    print_mask_report,
-    read_manifest,
-    resolve_precision,
-    save_adapter,
-    write_manifest,
-)
-from arc.puzzles.dataset import ArcDataset, Holdout, format_options
-from arc.puzzles.encoding import SampleEncoder, TrainingSamples
-from arc.puzzles.leaks import find_leaks
-from arc.puzzles.task_augmentation import augment_tasks
+from arc.merging.merge import merge_and_check
+from arc.merging.probe import PROBE, make_probe_rows, record_probe
+from arc.merging.proof import describe_check
+from arc.models.loading import resolve_precision
+from arc.models.lora import save_adapter
+from arc.models.manifests import absolute_reference, read_manifest, write_manifest
+from arc.models.prepared_base import prepare_base
+from arc.models.weights import MergeError
+from arc.puzzles.splits import load_split
 from arc.runs.artifacts import (
     INCOMPLETE,
-    OutputLock,
     Stage,
     changed_settings,
     existing,
@@ -61,333 +46,23 @@ from arc.runs.artifacts import (
     stale_base,
     versions,
 )
-from arc.runs.checkpoints import (
-    NonFiniteError,
-    StopSignals,
-    complete_checkpoints,
-    count_weights,
-    delete_older,
-    disk_needs,
-    find_shortages,
-    flush,
-    generation_steps,
-    guard,
-    machine_errors,
-    memory_needs,
-    read_free,
-    refuse_pickles,
-)
-from arc.runs.processes import (
-    fail,
-    is_main,
-    leave,
-    process_count,
-    wait_for_everyone,
-)
-from arc.runs.settings import DataSettings, RunSettings, course_settings, default_course, user_errors
+from arc.runs.checkpoints import complete_checkpoints, delete_older, refuse_pickles
+from arc.runs.files import flush
+from arc.runs.guard import generation_steps, guard
+from arc.runs.lock import OutputLock
+from arc.runs.needs import count_weights, disk_needs, find_shortages, format_duration, memory_needs, read_free
+from arc.runs.processes import fail, is_main, leave, process_count, wait_for_everyone
+from arc.runs.settings import RunSettings, course_settings, default_course, user_errors
+from arc.runs.signals import StopSignals
+from arc.runs.troubles import NonFiniteError, machine_errors
 from arc.training.batch_planning import BatchPlan
+from arc.training.data import StageData
 from arc.training.trainer import check_arguments
 
 SAVE_SECONDS = 300.0  # of work between checkpoints, unless --save_steps says otherwise
 PROBE_ROWS = 64  # held-out puzzles on which a merge is compared with the trained model
 NO_PROBABILITIES = "probability tensor contains"  # torch.multinomial of NaN; on CUDA an assert ends the process
 COURSE = "course.json"  # beside the checkpoints: what decides the course of the training that they are of
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-@dataclass
-class StageData:
-    """Rows of a stage: what is trained on, what is held out, and how rows become tokens."""
-
-    split: Holdout
-    samples: TrainingSamples
-    encoder: SampleEncoder
-    tokenizer: Any
-    heldout: ArcDataset
-
-    @property
-    def format(self) -> dict[str, str]:
-        """The text format's options."""
-        return format_options(self.tokenizer.eos_token)
-
-    @property
-    def puzzles(self) -> ArcDataset:
-        """What is trained on: those that fit, of `split.train` and of those made of them (task_augmentation)."""
-        return self.samples.views.ds
-
-    def prompts(self, count: int, max_tokens: int) -> list[dict[str, Any]]:
-        """Up to `count` held-out rows that end where the reply begins, as the encoder gives them."""
-        return self.encoder.encode(self.heldout, self.heldout.keys[:count], max_tokens=max_tokens, reply=False)
-
-    def heldout_rows(self, max_tokens: int) -> list[dict[str, Any]]:
-        """All held-out rows with their replies."""
-        return self.encoder.encode(self.heldout, self.heldout.keys, max_tokens=max_tokens)
-
-
-def load_dataset(settings: DataSettings) -> ArcDataset:
-    """Load the dataset folder, the same way in every script.
-
-    Raises:
-        ValueError, FileNotFoundError: bad data, missing folder.
-    """
-    try:
-        return _load_folder(settings.dataset_dir, settings)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error}; name yours with --dataset_dir, or make one to try with: python demo/make_dataset.py --out "
-            f"{settings.dataset_dir}"
-        ) from None
-
-
-def _load_folder(folder: str, settings: DataSettings) -> ArcDataset:
-    bounds = tuple(settings.grid_sizes) or None
-    return ArcDataset.load_from_local_json(
-        folder, sizes=tuple(settings.sizes), seed=settings.dataset_seed, grid_sizes=bounds
-    )
-
-
-def split_dataset(data: ArcDataset, settings: DataSettings, quiet: bool = False) -> Holdout:
-    """Split a dataset, the same way in every script; `n` limits what is trained on, extra_dataset_dirs add to it.
-
-    Prints how many puzzles there are, unless `quiet`.
-
-    Raises:
-        ValueError: more held out or asked for than there is.
-    """
-    try:
-        split = data.holdout(settings.holdout_examples, settings.holdout_tasks, settings.holdout_seed)
-    except ValueError as error:
-        raise ValueError(f"--holdout_examples, --holdout_tasks: {settings.dataset_dir}: {error}") from None
-    train = split.train if settings.n is None else split.train.subset(settings.n)
-    if not quiet:
-        _report_left_out(data)
-        print(
-            f"{settings.dataset_dir}: {len(data.keys):,} base puzzles; {len(train.keys):,} to train on, held out "
-            f"{len(split.seen.keys):,} of the same tasks and {len(split.unseen.keys):,} of "
-            f"{settings.holdout_tasks} others"
-        )
-    extras = [load_extra(folder, settings, split, quiet) for folder in settings.extra_dataset_dirs]
-    try:
-        return split._replace(train=train.append(*extras) if extras else train)
-    except ValueError as error:
-        raise ValueError(f"--extra_dataset_dirs {' '.join(settings.extra_dataset_dirs)}: {error}") from None
-
-
-def _report_left_out(data: ArcDataset) -> None:
-    if data.left_out:
-        print("left out: " + ", ".join(f"{count:,} {what}" for what, count in data.left_out.items()))
-
-
-def load_extra(folder: str, settings: DataSettings, split: Holdout, quiet: bool = False) -> ArcDataset:
-    """Puzzles of one of extra_dataset_dirs, without those that would give away what is held out.
-
-    Left out, counted and printed are the tasks that have the name of one that is held out whole, and puzzles that equal
-    a held-out one or have its test pair among theirs, in whatever symmetry, colours and order (see `find_leaks`). A
-    task that is held out and has another name here is recognised by these alone.
-
-    Args:
-        folder: of task files.
-        settings: sizes, grid_sizes and dataset_seed are those of all folders.
-        split: what is held out.
-        quiet: print nothing.
-
-    Raises:
-        ValueError, FileNotFoundError: bad data, missing folder, a puzzle's id that the dataset has too.
-    """
-    try:
-        data = _load_folder(folder, settings)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"--extra_dataset_dirs: {error}") from None
-    if twice := sorted(data.challenge.keys() & {*split.train.challenge, *split.seen.challenge}):
-        raise ValueError(
-            f"--extra_dataset_dirs: {folder}: {settings.dataset_dir} has a puzzle {twice[0]!r} too: expected tasks of "
-            "other names"
-        )
-    unseen = {split.unseen.task_of(puzzle) for puzzle in split.unseen.challenge}
-    named = {puzzle for puzzle in data.challenge if data.task_of(puzzle) in unseen}
-    shared: set[str] = set()
-    for heldout in (split.seen, split.unseen):
-        leaks = find_leaks(heldout, data)
-        shared.update(*leaks.puzzles.values(), *leaks.tests.values())
-    kept = data.select_puzzles(data.challenge.keys() - named - shared)
-    if not quiet:
-        _report_left_out(data)
-        print(f"{folder}: {len(kept.keys):,} puzzles more to train on")
-        if named or shared:
-            print(
-                f"left out: {len(named):,} puzzles of tasks that are held out, and {len(shared - named):,} with a "
-                "held-out test pair"
-            )
-    return kept
-
-
-def load_split(settings: DataSettings, quiet: bool = False) -> Holdout:
-    """Load the dataset folder and split it; see `load_dataset` and `split_dataset`."""
-    return split_dataset(load_dataset(settings), settings, quiet)
-
-
-def augmentation(settings: RunSettings) -> dict[str, Any]:
-    """The settings' augmentation as keyword arguments of the loader."""
-    choice = {"all": "all", "true": True, "false": False}
-    return {
-        "tp": choice[settings.tp.lower()],
-        "rt": choice[settings.rt.lower()],
-        "perm": settings.perm,
-        "keep_background": settings.keep_background,
-        "shfl_ex": settings.shfl_ex,
-        "perm_share": settings.perm_share,
-    }
-
-
-def stage_tokenizer(run: StageRun) -> Any:
-    """The tokenizer of a stage: its parent's, cut as the prepared base's will be where that is not made yet."""
-    tokenizer = load_tokenizer(run.parent)
-    if run.to_prepare is not None and not run.settings.full_vocab:
-        from transformers import AutoConfig
-
-        tokenizer, _ = cut_tokenizer(
-            tokenizer, config_token_ids(AutoConfig.from_pretrained(str(run.parent), trust_remote_code=False))
-        )
-    return tokenizer
-
-
-def load_data(run: StageRun, solved_only: bool = False) -> StageData:
-    """Load and split the data and make the rows that are trained on. What is left out is counted and printed.
-
-    Args:
-        run: gives the settings and what is started from.
-        solved_only: train on puzzles with solutions only; else the others are trained on by their demonstrations.
-
-    Raises:
-        ValueError, FileNotFoundError: bad data, or nothing that fits `max_seq_length`.
-    """
-    settings, tokenizer = run.settings, stage_tokenizer(run)
-    split = load_split(settings)
-    if solved_only:
-        split = split._replace(train=with_solutions(split.train, "to train on"))
-        if not len(split.train.keys):
-            raise ValueError(f"{settings.dataset_dir}: no puzzle to train on has the outputs of its tests")
-    encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
-    puzzles = augment_tasks(split.train, settings.task_augmentation, settings.seed)
-    if more := len(puzzles.keys) - len(split.train.keys):
-        print(f"task_augmentation: {more:,} puzzles of new tasks, made of {len(split.train.keys):,}")
-    samples = TrainingSamples(puzzles, encoder, settings.max_seq_length, seed=settings.seed, **augmentation(settings))
-    if samples.dropped:
-        print(
-            f"left out: {len(samples.dropped):,} puzzles that do not fit --max_seq_length {settings.max_seq_length} "
-            f"with one demonstration ({', '.join(samples.dropped[:3])}{', ...' if len(samples.dropped) > 3 else ''})"
-        )
-    if len(samples) == 0:
-        raise ValueError(f"no puzzle fits --max_seq_length {settings.max_seq_length}: raise it, or lower --sizes")
-    heldout = _measured_on(split, encoder, settings)
-    return StageData(split, samples, encoder, tokenizer, heldout)
-
-
-def with_solutions(puzzles: ArcDataset, what: str) -> ArcDataset:
-    """The puzzles whose tests have outputs; those that lack them are counted and printed."""
-    solved = puzzles.select_puzzles(puzzles.challenge.keys() & puzzles.solutions.keys())
-    if missing := len(puzzles.keys) - len(solved.keys):
-        print(f"left out: {missing:,} of {len(puzzles.keys):,} {what}: no outputs of their tests")
-    return solved
-
-
-def fitting(heldout: ArcDataset, encoder: SampleEncoder, max_tokens: int) -> ArcDataset:
-    """The held-out puzzles that have solutions and fit the longest row; the others are counted and printed."""
-    heldout = with_solutions(heldout, "held out")
-    long = set(encoder.too_long(heldout, heldout.keys, max_tokens, turned=False))
-    if not long:
-        return heldout
-    print(f"held out: {len(long)} of {len(heldout.keys)} puzzles do not fit --max_seq_length and are not measured")
-    return heldout.change_keys([key for key in heldout.keys if key not in long])
-
-
-def heldout_puzzles(settings: RunSettings, tokenizer: Any) -> tuple[ArcDataset, SampleEncoder]:
-    """What a stage with these settings measures on: new puzzles of trained tasks, else those of held-out tasks."""
-    encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
-    split = load_split(replace(settings, extra_dataset_dirs=[]), quiet=True)  # of what is held out they change nothing
-    return _measured_on(split, encoder, settings), encoder
-
-
-def _measured_on(split: Holdout, encoder: SampleEncoder, settings: RunSettings) -> ArcDataset:
-    # New puzzles of trained tasks tell whether training works; whole held-out tasks are kept for the evaluation.
-    heldout = split.seen if len(split.seen.keys) else split.unseen
-    return tasks_in_turn(fitting(heldout, encoder, settings.max_seq_length), settings.holdout_seed)
-
-
-def tasks_in_turn(ds: ArcDataset, seed: int) -> ArcDataset:
-    """The dataset with its keys in a random order, one of each task before the second of any: the first stand for all.
-
-    In the dataset's own order the lowest numbers come first, and tasks with few puzzles have no others.
-
-    Args:
-        ds: the dataset.
-        seed: of the order of tasks and of the puzzles of each.
-    """
-    of_task: dict[str, list[str]] = {}
-    for place in np.random.default_rng(seed).permutation(len(ds.keys)):
-        of_task.setdefault(ds.task_of(ds.keys[place]), []).append(ds.keys[place])
-    rounds = itertools.zip_longest(*of_task.values())
-    return ds.change_keys(key for part in rounds for key in part if key is not None)
-
-
-def report_masks(run: StageRun, data: StageData, collator: InputMaskingDataCollator) -> None:
-    """Print what is learned and how much there is; in a dry run, which measures nothing, also a guess at the time."""
-    settings = run.settings
-    lengths = data.samples.lengths()
-    steps_per_epoch = math.ceil(len(data.samples) / settings.samples_per_step)
-    epochs = settings.num_train_epochs if settings.max_steps < 0 else settings.max_steps / steps_per_epoch
-    tokens = float(lengths.mean()) * len(data.samples) * epochs
-    seed_rows = np.random.default_rng(settings.seed).permutation(len(data.samples))[:32]
-    rows = data.samples.__getitems__(seed_rows.tolist())
-    seconds = estimate_seconds(run, tokens) / process_count() if settings.dry_run else None
-    print_mask_report(rows, collator, lengths=lengths, rows_per_epoch=len(data.samples), epochs=epochs, seconds=seconds)
-    shortened = data.samples.shortened()
-    if shortened:
-        print(f"shortened: {shortened:.1%} of the samples lose demonstrations to fit {settings.max_seq_length} tokens")
-
-
-def report_prompts(run: StageRun, data: StageData, max_completion_length: int) -> None:
-    """Print one prompt, how many there are and how long prompts and completions may be."""
-    settings = run.settings
-    completions = settings.samples_per_step
-    row = PromptRows(data).__getitems__([0])[0]
-    print(f"key {row['key']}\n{row['prompt']}")
-    print(
-        f"{len(data.samples):,} prompts, with their replies up to {settings.max_seq_length} tokens; completions of up "
-        f"to {max_completion_length}; a step: {completions // settings.num_generations} prompts x "
-        f"{settings.num_generations} completions; {settings.max_steps} steps"
-    )
-
-
-# Share of the machine's measured matrix rate that training reached; see benchmarks/README.md.
-EFFICIENCY = {("unsloth", "cuda"): 0.12, ("transformers", "cuda"): 0.35, ("transformers", "cpu"): 0.35}
-
-
-def estimate_seconds(run: StageRun, tokens: float) -> float:
-    """Rough seconds for training on `tokens` tokens: 6 operations a parameter and token at a rate measured just now."""
-    import torch
-    from transformers import AutoConfig
-
-    precision = run.precision
-    config = AutoConfig.from_pretrained(str(run.parent), trust_remote_code=False)
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    parameters = layers * (hidden * hidden * 3 + 3 * hidden * config.intermediate_size)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    side = 4096 if device == "cuda" else 512
-    a = torch.randn(side, side, device=device, dtype=precision.torch_dtype)
-    for _ in range(3):
-        a @ a
-    synchronise = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    synchronise()
-    begin = time.perf_counter()
-    for _ in range(10):
-        a @ a
-    synchronise()
-    rate = 10 * 2 * side**3 / (time.perf_counter() - begin)
-    return 6 * parameters * tokens / (rate * EFFICIENCY[precision.engine, device])
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Train, then merge
@@ -734,7 +409,7 @@ class StageRun:
             data: what it was trained on.
             about: what the manifest shall say besides.
         """
-        from arc.evaluation.report import plot_metrics
+        from arc.training.curves import plot_metrics
 
         leave()
         made = {

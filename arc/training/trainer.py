@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arc.evaluation.report import read_metrics
-from arc.models.loading import InputMaskingDataCollator
+from arc.models.collator import InputMaskingDataCollator
 from arc.models.packing import can_pack, use_packed_attention
 from arc.puzzles.encoding import TrainingSamples
 from arc.runs.processes import divide_batch, gather, is_main, process_count, share
 from arc.training.batch_planning import SupervisedTrial, faster_way, let_run_ahead, optimizer_seconds, plan_batches
+from arc.training.curves import read_metrics
 
 if TYPE_CHECKING:
-    from arc.training.run import StageData, StageRun
+    from arc.training.data import StageData
+    from arc.training.run import StageRun
 
 MUON = "muon"  # the one optimizer of --optim that is not transformers'
 FOR_THE_REST = "adamw_torch_fused"  # what transformers is told in its place, and what it has for the rest

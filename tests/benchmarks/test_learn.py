@@ -25,8 +25,8 @@ import base_finetune_final
 import learn
 from arc.evaluation.scores import wilson_interval
 from arc.generation import families as make_dataset
+from arc.puzzles import splits
 from arc.runs.settings import parse_settings
-from arc.training import run as run_module
 from demo import make_base
 
 TASKS = {"coin": (1, 2), "more": (3, 4), "last": (5, 5)}
@@ -351,8 +351,8 @@ def test_the_job_makes_changed_outputs_of_what_stage_2_trains_on(tmp_path):
     command = chain.stage("stage2").command
     settings = parse_settings(base_finetune_final.Settings, [*command[1:], *few[4:]])
     settings.extra_dataset_dirs.remove(str(output / "programs"))  # which is not made here
-    plain = run_module.load_split(dataclasses.replace(settings, extra_dataset_dirs=[]), quiet=True)
-    split = run_module.load_split(settings, quiet=True)
+    plain = splits.load_split(dataclasses.replace(settings, extra_dataset_dirs=[]), quiet=True)
+    split = splits.load_split(settings, quiet=True)
     made = len(list((output / "changed").glob("*.json")))
     more = len(split.train.keys) - len(plain.train.keys)
     assert made > 50 and 0.95 * made < more <= made, "next to nothing gives a held-out answer away"

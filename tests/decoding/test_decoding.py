@@ -9,12 +9,16 @@ import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from arc.decoding.greedy import RULES, Candidate, can_become_grid, gather_candidates, generate_replies, select
+from arc.decoding.greedy import generate_replies
 from arc.decoding.rows import Work, halve_on_out_of_memory
-from arc.decoding.search import sample_replies, score_replies, search_replies
-from arc.models import loading
+from arc.decoding.sampling import sample_replies
+from arc.decoding.scoring import score_replies
+from arc.decoding.search import search_replies
+from arc.evaluation.selection import RULES, Candidate, gather_candidates, select
+from arc.models import loading, lora
 from arc.models.loading import Precision
-from arc.puzzles.dataset import ArcDataset, format_options
+from arc.puzzles.dataset import ArcDataset
+from arc.puzzles.text import can_become_grid, format_options
 from tests.tiny_models import prepared_base
 
 END = 0
@@ -306,7 +310,7 @@ def test_four_bits_and_adapters(tmp_path):
     for precision in (Precision("transformers", "float32", True), Precision("transformers", "float32", False)):
         model, tokenizer = loading.load_model(base, precision)
         if not precision.load_in_4bit:
-            model = loading.add_lora(model, precision, r=4)
+            model = lora.add_lora(model, precision, r=4)
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     if "lora_B" in name:

@@ -7,7 +7,7 @@ import torch
 from arc.decoding import device_sampling
 from arc.decoding.device_sampling import DeviceSampler, by_prompt, rows_to_keep
 from arc.decoding.rows import UndecodableModelError
-from arc.decoding.search import sample_replies
+from arc.decoding.sampling import sample_replies
 from tests.decoding.test_decoding import END, TOKENIZER, counting_model, tiny_model, tiny_prompts
 
 GROUPS = [prompt for prompt in tiny_prompts() for _ in range(3)]

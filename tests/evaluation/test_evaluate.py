@@ -25,12 +25,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from arc.decoding.greedy import view_keys
 from arc.evaluation import answers as answers_module
-from arc.models import loading
+from arc.models import loading, manifests
+from arc.models import lora as lora_module
+from arc.models import vocabulary as vocabulary_module
 from arc.models.loading import Precision
-from arc.puzzles.dataset import ArcDataset, format_options
+from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.encoding import SampleEncoder
+from arc.puzzles.text import format_options
+from arc.puzzles.views import view_keys
 from tests import tiny_models
 from tests.helpers import call
 from tests.script_processes import Script
@@ -240,14 +243,14 @@ def test_models_side_by_side_and_an_adapter_as_its_merge(taught, challenges, tmp
     """The last model is the first with an adapter: scored like its merge, and unlike its base."""
     precision = Precision("transformers", "float32", False)
     model, tokenizer = loading.load_model(taught, precision)
-    model = loading.add_lora(model, precision, r=4, gradient_checkpointing=False)
+    model = lora_module.add_lora(model, precision, r=4, gradient_checkpointing=False)
     ds = ArcDataset.load_from_json(challenges)
     encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
     ids = torch.from_numpy(encoder.encode(ds, ["00000000_0"])[0]["input_ids"].astype(np.int64))[None]
     tiny_models.train_a_little(model, precision, ids, steps=3, rate=1e-2)
     lora, merged = tmp_path / "some-lora", tmp_path / "some-merged"
     lora.mkdir()
-    loading.save_adapter(model, tokenizer, lora, base=taught, precision=precision)
+    lora_module.save_adapter(model, tokenizer, lora, base=taught, precision=precision)
     merged.mkdir()
     model.merge_and_unload().save_pretrained(merged)
     tokenizer.save_pretrained(merged)
@@ -266,14 +269,14 @@ def test_models_side_by_side_and_an_adapter_as_its_merge(taught, challenges, tmp
     assert (tmp_path / "out" / "submission-some-lora.json.old-1").is_file()
     found = answers_module.find_models([str(lora), str(taught)], load_in_4bit=None)
     assert [m.precision.load_in_4bit for m in found] == [False, False]
-    manifest = loading.read_manifest(lora)
-    loading.write_manifest(lora, {**manifest, "precision": {**manifest["precision"], "load_in_4bit": True}})
+    manifest = manifests.read_manifest(lora)
+    manifests.write_manifest(lora, {**manifest, "precision": {**manifest["precision"], "load_in_4bit": True}})
     [found] = answers_module.find_models([str(lora)])
     assert found.precision.load_in_4bit and found.precision.engine == "transformers"
 
 
 def test_what_the_stages_held_out_is_evaluated(taught, demo_dataset, tmp_path):
-    from arc.training.run import load_split
+    from arc.puzzles.splits import load_split
 
     split_flags = ["--sizes", 2, "--holdout_examples", 5, "--holdout_tasks", 2, "--holdout_seed", 7]
     flags = ["--models", taught, "--dataset_dir", demo_dataset, *split_flags, "--views", 1, *SMALL]
@@ -424,9 +427,9 @@ def test_a_reply_is_encoded_as_in_a_whole_sample(demo_dataset):
     ds = ArcDataset.load_from_local_json(demo_dataset, sizes=(2,), n=20)
     for tokenizer in (
         tiny_models.byte_level_tokenizer(),
-        loading.cut_tokenizer(tiny_models.byte_level_tokenizer())[0],
+        vocabulary_module.cut_tokenizer(tiny_models.byte_level_tokenizer())[0],
         tiny_models.sentencepiece_tokenizer(),  # marks where a text begins
-        loading.cut_tokenizer(tiny_models.sentencepiece_tokenizer())[0],
+        vocabulary_module.cut_tokenizer(tiny_models.sentencepiece_tokenizer())[0],
     ):
         encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
         for row in encoder.encode(ds, ds.keys):
@@ -499,9 +502,9 @@ def test_models_that_cannot_be_decoded_get_one_error(taught, challenges, tmp_pat
 def test_an_adapter_without_a_tokenizer_takes_its_bases(taught, challenges, tmp_path):
     precision = Precision("transformers", "float32", False)
     model, tokenizer = loading.load_model(taught, precision)
-    model = loading.add_lora(model, precision, r=4, gradient_checkpointing=False)
+    model = lora_module.add_lora(model, precision, r=4, gradient_checkpointing=False)
     (tmp_path / "plain-lora").mkdir()
-    loading.save_adapter(model, tokenizer, tmp_path / "plain-lora", base=taught, precision=precision)
+    lora_module.save_adapter(model, tokenizer, tmp_path / "plain-lora", base=taught, precision=precision)
     for path in (tmp_path / "plain-lora").iterdir():
         if not path.name.startswith("adapter_"):
             path.unlink()

@@ -11,9 +11,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from arc.decoding.greedy import RULES
 from arc.evaluation.report import check_results, number, pack_grid, percent, write_report
 from arc.evaluation.scores import rule_table, score_table
+from arc.evaluation.selection import RULES
 
 HOSTILE = (
     "</script><script>window.hacked = 1</script>",

@@ -6,15 +6,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from arc.evaluation.scores import (
-    bootstrap_interval,
-    cell_accuracy,
-    mean_interval,
-    rule_table,
-    score_table,
-    wilson_interval,
-)
+from arc.evaluation.scores import bootstrap_interval, mean_interval, rule_table, score_table, wilson_interval
 from arc.puzzles.dataset import ArcDataset
+from arc.puzzles.text import cell_accuracy
 
 
 def answer(correct, *, greedy=False, found=None, shape=True, cells=1.0, probability=0.5, sure=0.5, rules=None):

@@ -13,8 +13,8 @@ import pytest
 
 from arc.generation import families as make_dataset
 from arc.generation.programs import OPERATIONS
+from arc.puzzles import splits
 from arc.puzzles.dataset import ArcDataset, Holdout
-from arc.training import run as run_module
 from base_finetune import Settings
 from demo import make_base
 
@@ -466,7 +466,7 @@ HELD_FLAGS = [
 
 
 def held_split(folder: Path) -> Holdout:
-    return run_module.load_split(Settings(dataset_dir=str(folder), **HELD), quiet=True)
+    return splits.load_split(Settings(dataset_dir=str(folder), **HELD), quiet=True)
 
 
 def grids(puzzle: dict, side: str) -> list[Rows]:

@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from arc.generation import families as make_dataset
 from arc.generation import pretraining
 from arc.generation.pretraining import Chunks, Pretraining
-from arc.models import loading
-from arc.puzzles.dataset import ArcDataset, format_options
+from arc.models import collator as collator_module
+from arc.models import prepared_base
+from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.encoding import SampleEncoder
 from arc.puzzles.leaks import find_leaks
+from arc.puzzles.text import format_options
 from demo import make_base
 from tests.helpers import ROOT, run
 
@@ -46,7 +48,7 @@ def chunk_of(settings, tokenizer, number=0):
 def test_a_batch_holds_whole_puzzles_in_the_pipelines_notation(tokenizer, sizes):
     settings = dataclasses.replace(SMALL, pretrain_sizes=sizes)
     encoder, kept = pretraining.encoder_of(tokenizer)
-    collator = loading.InputMaskingDataCollator(encoder.tokenizer)
+    collator = collator_module.InputMaskingDataCollator(encoder.tokenizer)
     chunk = chunk_of(settings, tokenizer)
     rows = tokens = 0
     for ids, roles, used in chunk["batches"]:
@@ -152,7 +154,7 @@ def test_it_loads_and_is_the_same_after_the_vocabulary_is_cut(pretrained, tmp_pa
     assert model.dtype == torch.bfloat16
     assert tokenizer.pad_token is None
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
-    loading.prepare_base(folder, tmp_path)
+    prepared_base.prepare_base(folder, tmp_path)
     cut = AutoModelForCausalLM.from_pretrained(tmp_path)
     cut_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     kept = tokenizer.convert_tokens_to_ids(cut_tokenizer.convert_ids_to_tokens(list(range(len(cut_tokenizer)))))

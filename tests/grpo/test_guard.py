@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 import train_grpo
-from arc.evaluation.report import plot_metrics, read_metrics
 from arc.grpo.guard import (
     CLIMBING,
     PolicyGuard,
@@ -23,9 +22,12 @@ from arc.grpo.guard import (
     trained_weights,
     write_weights,
 )
-from arc.models.loading import Precision, add_lora, load_model
+from arc.models.loading import Precision, load_model
+from arc.models.lora import add_lora
 from arc.runs.settings import parse_settings
-from arc.training.run import StageRun, load_data
+from arc.training.curves import plot_metrics, read_metrics
+from arc.training.data import load_data
+from arc.training.run import StageRun
 from tests import tiny_models
 from tests.helpers import call
 

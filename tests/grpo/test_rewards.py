@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from arc.grpo import rewards as rewards_module
 from arc.grpo.rewards import COMPONENTS, component_weights, judge_components, judge_reply, repetition, reward_functions
-from arc.puzzles.dataset import ArcDataset, format_options
+from arc.puzzles.dataset import ArcDataset
+from arc.puzzles.text import format_options
 from arc.runs.settings import find_problems
 from tests.models.test_collator import character_tokenizer
 from train_grpo import Settings

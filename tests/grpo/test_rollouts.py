@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from arc.decoding.device_sampling import DeviceSampler
-from arc.decoding.search import score_replies
+from arc.decoding.scoring import score_replies
 from arc.grpo.rollouts import RolloutModel, make_rollouts, make_stopped_rollouts, sample_until_wrong
-from arc.models import loading
+from arc.models import loading, lora
 from arc.models.loading import Precision
 from arc.models.packing import use_packed_attention
 from tests import tiny_models
@@ -20,7 +20,7 @@ IDS = torch.arange(40).reshape(2, 20) % 70
 def trained(folder, tied=True, four=False, **more):
     precision = Precision("transformers", "float32", four)
     model, tokenizer = loading.load_model(tiny_models.prepared_base(folder, tied), precision)
-    model = loading.add_lora(model, precision, r=8, gradient_checkpointing=False, **more)
+    model = lora.add_lora(model, precision, r=8, gradient_checkpointing=False, **more)
     tiny_models.train_a_little(model, precision, IDS, steps=3)
     return model, tokenizer, precision
 
@@ -29,7 +29,7 @@ def trained(folder, tied=True, four=False, **more):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("embeddings", [True, False], ids=["embeddings", "linear"])
 def test_the_copy_answers_as_the_model_in_training(tmp_path, tied, four, embeddings):
-    targets = [*loading.LINEAR_MODULES, *(loading.EMBEDDING_MODULES if embeddings else ())]
+    targets = [*lora.LINEAR_MODULES, *(lora.EMBEDDING_MODULES if embeddings else ())]
     model, _, precision = trained(tmp_path, tied, four, target_modules=targets)
     copy = RolloutModel(model, torch.float32)
     before = tiny_models.logits_of(copy.model, IDS)
@@ -80,7 +80,7 @@ def test_log_probabilities_are_those_of_a_plain_forward_pass(tmp_path):
     model, tokenizer, _ = trained(tmp_path)
     copy = RolloutModel(model, torch.float32)
     prompt = np.array(tokenizer("I12\n+/-=O")["input_ids"])
-    from arc.decoding.search import sample_replies
+    from arc.decoding.sampling import sample_replies
 
     [replies] = sample_replies(
         copy.model, "transformers", tokenizer, [prompt], max_new_tokens=10, samples=6, temperature=0.7

@@ -11,13 +11,15 @@ import torch
 import train_grpo
 from arc.decoding.greedy import longest_reply
 from arc.grpo import scan as scan_module
+from arc.grpo.prompts import PromptRows
 from arc.grpo.scan import Scan, generate_samples, prompts_of_training, rows_to_scan, sampler, scan_prompts
-from arc.grpo.trainer import PromptRows
-from arc.models.loading import add_lora, load_model
+from arc.models.loading import load_model
+from arc.models.lora import add_lora
 from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.task_augmentation import MARK
 from arc.runs.settings import parse_settings
-from arc.training.run import StageRun, load_data, lora_options
+from arc.training.data import load_data
+from arc.training.run import StageRun, lora_options
 from tests import tiny_models
 from tests.helpers import call
 

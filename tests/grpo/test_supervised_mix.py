@@ -13,13 +13,18 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 import train_grpo
 from arc.grpo import supervised_mix as supervised_mix_module
 from arc.grpo import trainer
+from arc.grpo.prompts import PromptRows
 from arc.grpo.supervised_mix import SupervisedMix
-from arc.grpo.trainer import PolicyTrial, PromptRows
-from arc.models.loading import InputMaskingDataCollator, Precision, add_lora, load_tokenizer
+from arc.grpo.trainer import PolicyTrial
+from arc.models.collator import InputMaskingDataCollator
+from arc.models.loading import Precision
+from arc.models.lora import add_lora
 from arc.models.packing import use_packed_attention
-from arc.puzzles.dataset import ArcDataset, format_options
+from arc.models.vocabulary import load_tokenizer
+from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.encoding import SampleEncoder, TrainingSamples
-from arc.training.run import StageData
+from arc.puzzles.text import format_options
+from arc.training.data import StageData
 from arc.training.trainer import lazy_dataset
 from tests.grpo.test_trainer import SMALL, STOPPED, trained
 from tests.helpers import call

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 import train_grpo
 from arc.grpo import trainer as trainer_module
 from arc.grpo.trainer import PolicyTrial, check_sharing, samples_from_copy, shares_prompts
-from arc.models.loading import Precision, add_lora
+from arc.models.loading import Precision
+from arc.models.lora import add_lora
 from arc.models.packing import use_packed_attention
 from arc.training.batch_planning import BatchPlan
 from tests.helpers import call

@@ -14,9 +14,16 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from arc.decoding import greedy as greedy_module
 from arc.merging import merge as merge_module
-from arc.merging.merge import MergeError
-from arc.models import loading
-from arc.models.loading import EMBEDDING_MODULES, LINEAR_MODULES, Precision
+from arc.merging import plan as plan_module
+from arc.merging import probe as probe_module
+from arc.merging import proof as proof_module
+from arc.models import loading, manifests
+from arc.models import lora as lora_module
+from arc.models import vocabulary as vocabulary_module
+from arc.models import weights as weights_module
+from arc.models.loading import Precision
+from arc.models.lora import EMBEDDING_MODULES, LINEAR_MODULES
+from arc.models.weights import MergeError
 from tests.tiny_models import divergence, logits_of, prepared_base, train_a_little
 
 PRECISIONS = [
@@ -40,14 +47,14 @@ def bases(tmp_path_factory):
 def train_adapter(folder, base, precision, targets=ALL, steps=12, probe_rows=4, **lora):
     """Train on a few puzzles and save, with a probe, as a stage does; returns the trained model."""
     model, tokenizer = loading.load_model(base, precision)
-    model = loading.add_lora(model, precision, target_modules=targets, r=8, **lora)
-    rows = merge_module.make_probe_rows(tokenizer)
+    model = lora_module.add_lora(model, precision, target_modules=targets, r=8, **lora)
+    rows = probe_module.make_probe_rows(tokenizer)
     train_a_little(model, precision, torch.tensor(np.stack([row["input_ids"][:80] for row in rows])).long(), steps)
     folder.mkdir()
-    loading.save_adapter(model, tokenizer, folder, base=base, precision=precision)
+    lora_module.save_adapter(model, tokenizer, folder, base=base, precision=precision)
     if probe_rows:
-        path = folder / merge_module.PROBE
-        merge_module.record_probe(model, "transformers", tokenizer, rows[:probe_rows], path, greedy_rows=2)
+        path = folder / probe_module.PROBE
+        probe_module.record_probe(model, "transformers", tokenizer, rows[:probe_rows], path, greedy_rows=2)
     return model
 
 
@@ -120,17 +127,17 @@ def test_the_merge_is_the_model_that_was_trained(tmp_path, bases, tied, targets,
     named = PeftConfig.from_pretrained(lora).base_model_name_or_path
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(named, dtype=torch.float32), lora)
     assert divergence(trained, logits_of(plain, ids)) < (0.1 if precision.load_in_4bit else 2e-3)
-    manifest = loading.read_manifest(lora)
+    manifest = manifests.read_manifest(lora)
     if precision.load_in_4bit:
         recorded = BitsAndBytesConfig(**manifest["quantization"])
         assert recorded.to_dict() == loading.quantization_config(precision).to_dict()
     same, _ = loading.load_model(named, Precision(**manifest["precision"]))
     same = PeftModel.from_pretrained(same, lora)
-    probe = merge_module.read_probe(lora)
+    probe = probe_module.read_probe(lora)
     # In training, hooks keep the activations in 16 bits beside an embedding in float32; plain peft has none.
     limit = 1e-10 if precision.dtype == "float32" else 1e-4
     assert divergence(trained, logits_of(same, ids)) < limit
-    assert divergence(probe.log_probabilities, merge_module._answers(same.eval(), probe)) < limit
+    assert divergence(probe.log_probabilities, probe_module.probe_answers(same.eval(), probe)) < limit
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -158,16 +165,16 @@ def as_unsloth_saves(lora, tied, regular_expression):
 def test_an_adapter_as_unsloth_saves_it_passes(tmp_path, bases, tied, regular_expression):
     lora = tmp_path / "lora"
     train_adapter(lora, bases[tied, False], FOUR_BITS)
-    edit_json(lora / loading.MANIFEST, precision=dataclasses.asdict(dataclasses.replace(FOUR_BITS, engine="unsloth")))
+    edit_json(lora / manifests.MANIFEST, precision=dataclasses.asdict(dataclasses.replace(FOUR_BITS, engine="unsloth")))
     as_unsloth_saves(lora, tied, regular_expression)
-    check = merge_module.check_merge(lora, merged(lora))
+    check = proof_module.check_merge(lora, merged(lora))
     assert check["trained_kl"] < 2e-3 and check["adapter_kl"] > 1e-2
 
 
 def test_an_adapter_without_rslora_and_without_a_probe_passes(tmp_path, bases):
     lora = tmp_path / "lora"
     train_adapter(lora, bases[True, False], SIXTEEN_BITS, use_rslora=False, probe_rows=0)
-    check = merge_module.check_merge(lora, merged(lora))
+    check = proof_module.check_merge(lora, merged(lora))
     assert check["prompts"] == 16 and check["adapter_kl"] > 1e-2
     assert check["trained_kl"] is check["trained_top1"] is check["trained_greedy"] is None
 
@@ -187,16 +194,16 @@ def test_other_adapters_are_added_up(tmp_path, targets, options):
     base, lora = prepared_base(tmp_path, tied=False, attention_bias=True), tmp_path / "lora"
     model, tokenizer = loading.load_model(base, SIXTEEN_BITS)
     model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, **options))
-    ids = merge_module.make_probe_rows(tokenizer)[0]["input_ids"]
+    ids = probe_module.make_probe_rows(tokenizer)[0]["input_ids"]
     train_a_little(model, SIXTEEN_BITS, torch.from_numpy(ids[None]).long())
     lora.mkdir()
-    loading.save_adapter(model, tokenizer, lora, base=base, precision=SIXTEEN_BITS)
+    lora_module.save_adapter(model, tokenizer, lora, base=base, precision=SIXTEEN_BITS)
     out = merged(lora)
-    assert merge_module.check_merge(lora, out)["adapter_kl"] > 1e-2
+    assert proof_module.check_merge(lora, out)["adapter_kl"] > 1e-2
     name = "model.layers.0.self_attn.q_proj.bias"
     edit_tensors(out, lambda tensors: tensors[name].add_(0.1))
     with pytest.raises(MergeError, match=rf"^{name}\[\d+\] of "):
-        merge_module.check_merge(lora, out)
+        proof_module.check_merge(lora, out)
 
 
 def test_an_adapter_on_a_tied_matrix_by_low_rank_cannot_be_merged(tmp_path, bases):
@@ -204,10 +211,10 @@ def test_an_adapter_on_a_tied_matrix_by_low_rank_cannot_be_merged(tmp_path, base
 
     model, tokenizer = loading.load_model(bases[True, False], SIXTEEN_BITS)
     model = get_peft_model(model, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
-    loading.save_adapter(model, tokenizer, tmp_path / "lora", base=bases[True, False], precision=SIXTEEN_BITS)
+    lora_module.save_adapter(model, tokenizer, tmp_path / "lora", base=bases[True, False], precision=SIXTEEN_BITS)
     out = merged(tmp_path / "lora")
     with pytest.raises(MergeError, match="low-rank change of one of two tied matrices.*untie the base"):
-        merge_module.check_merge(tmp_path / "lora", out)
+        proof_module.check_merge(tmp_path / "lora", out)
 
 
 def test_the_original_merge_base_differs_from_the_quantised_one_by_the_quantisation(tmp_path, bases):
@@ -216,23 +223,23 @@ def test_the_original_merge_base_differs_from_the_quantised_one_by_the_quantisat
     apart = {}
     for merge_base in ("quantised", "original"):
         out = merged(lora, merge_base=merge_base)
-        check = merge_module.check_merge(lora, out, merge_base=merge_base)
+        check = proof_module.check_merge(lora, out, merge_base=merge_base)
         apart[merge_base] = check["trained_kl"]
         other = {"quantised": "original", "original": "quantised"}[merge_base]
         with pytest.raises(MergeError, match="half ulps of bfloat16, where rounding explains 1"):
-            merge_module.check_merge(lora, out, merge_base=other)
+            proof_module.check_merge(lora, out, merge_base=other)
     assert apart["quantised"] < 1e-5
     assert apart["original"] > 10 * apart["quantised"]
 
 
 def test_merge_base_must_be_known_and_recorded(tmp_path, bases):
     model, tokenizer = loading.load_model(bases[True, False], SIXTEEN_BITS)
-    model = loading.add_lora(model, SIXTEEN_BITS, r=4)
+    model = lora_module.add_lora(model, SIXTEEN_BITS, r=4)
     lora = tmp_path / "lora"
-    loading.save_adapter(model, tokenizer, lora, base=bases[True, False], precision=SIXTEEN_BITS)
+    lora_module.save_adapter(model, tokenizer, lora, base=bases[True, False], precision=SIXTEEN_BITS)
     with pytest.raises(ValueError, match="'quantised' or 'original'"):
         merge_module.merge_adapter(lora, tmp_path, merge_base="other")
-    shutil.move(lora / loading.MANIFEST, tmp_path)
+    shutil.move(lora / manifests.MANIFEST, tmp_path)
     with pytest.raises(ValueError, match="does not record.*--merge_base original"):
         merge_module.merge_adapter(lora, tmp_path)
     with pytest.raises(FileNotFoundError, match="has no adapter_model.safetensors"):
@@ -256,19 +263,19 @@ class Pair:
         return shutil.copytree(self.right, tmp_path / "wrong")
 
     def merge_base(self):
-        return merge_module.load_merge_base(self.base, self.precision if self.precision.load_in_4bit else None)
+        return plan_module.load_merge_base(self.base, self.precision if self.precision.load_in_4bit else None)
 
     def weights_say(self, folder, message):
         with pytest.raises(MergeError, match=message):
-            merge_module.check_weights(self.merge_base(), self.lora, folder)
+            proof_module.check_weights(self.merge_base(), self.lora, folder)
 
     def behaviour_says(self, folder, message=r"nats a token away from base \+ adapter, where rounding .* explains"):
         with pytest.raises(MergeError, match=message):
-            merge_module.check_behaviour(self.merge_base(), self.lora, folder, merge_module.read_probe(self.lora))
+            proof_module.check_behaviour(self.merge_base(), self.lora, folder, probe_module.read_probe(self.lora))
 
     def all_say(self, folder, message):
         with pytest.raises(MergeError, match=message):
-            merge_module.check_merge(self.lora, folder)
+            proof_module.check_merge(self.lora, folder)
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +302,7 @@ OFF = r"half ulps of bfloat16, where rounding explains 1; [\d,]+ of [\d,]+ weigh
 
 def test_a_forgotten_adapter_is_caught(tmp_path, pair):
     wrong = pair.wrong(tmp_path)
-    base = merge_module.state_without_ties(pair.merge_base())
+    base = weights_module.state_without_ties(pair.merge_base())
     edit_tensors(wrong, lambda tensors: {name: base[name].to(torch.bfloat16) for name in tensors})
     pair.weights_say(wrong, OFF)
     pair.behaviour_says(wrong)
@@ -304,7 +311,7 @@ def test_a_forgotten_adapter_is_caught(tmp_path, pair):
 
 def test_an_adapter_that_was_added_twice_is_caught(tmp_path, pair):
     wrong = pair.wrong(tmp_path)
-    base = merge_module.state_without_ties(pair.merge_base())
+    base = weights_module.state_without_ties(pair.merge_base())
     edit_tensors(wrong, lambda tensors: {n: (2 * t.float() - base[n]).to(t.dtype) for n, t in tensors.items()})
     pair.weights_say(wrong, OFF)
     pair.behaviour_says(wrong)
@@ -318,7 +325,7 @@ def test_a_wrong_scale_is_caught(tmp_path, pair):
     pair.behaviour_says(wrong)
     # And the other way round: weights merged by alpha / r are no proof of alpha / sqrt(r).
     with pytest.raises(MergeError, match=OFF):
-        merge_module.check_weights(pair.merge_base(), lora, pair.right)
+        proof_module.check_weights(pair.merge_base(), lora, pair.right)
 
 
 def test_a_lost_head_is_caught(tmp_path, untied_pair):
@@ -381,7 +388,7 @@ def test_a_truncated_file_is_caught(tmp_path, tied_pair):
 
 def test_rows_of_the_embedding_in_another_order_are_caught(tmp_path, pair):
     wrong = pair.wrong(tmp_path)
-    order = torch.arange(len(loading.load_tokenizer(pair.lora))).roll(1)
+    order = torch.arange(len(vocabulary_module.load_tokenizer(pair.lora))).roll(1)
     names = ("model.embed_tokens.weight", "lm_head.weight")
     edit_tensors(wrong, lambda tensors: {n: t[order] if n in names else t for n, t in tensors.items()})
     pair.weights_say(wrong, OFF)
@@ -398,9 +405,9 @@ def test_tokens_in_another_order_are_caught(tmp_path, tied_pair):
 
 
 def test_other_tokenizers_are_caught(tmp_path, tied_pair, bases):
-    rows = merge_module.read_probe(tied_pair.lora).rows
+    rows = probe_module.read_probe(tied_pair.lora).rows
     with pytest.raises(MergeError, match=r"has 600 tokens, the adapter's \d\d$"):
-        merge_module.check_vocabulary(tied_pair.lora, bases[True, True], rows)
+        proof_module.check_vocabulary(tied_pair.lora, bases[True, True], rows)
     wrong = tied_pair.wrong(tmp_path)
     edit_json(wrong / "tokenizer_config.json", eos_token="<|begin_of_text|>")
     tied_pair.all_say(wrong, "eos_token_id of the tokenizer of .* is 0, of the adapter's")
@@ -414,39 +421,39 @@ def test_numbers_that_float16_cannot_hold_are_caught(tmp_path, bases):
     lora = tmp_path / "lora"
     train_adapter(lora, bases[True, False], Precision("transformers", "float16", False))
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
-    edit_tensors(lora, lambda tensors: tensors[name].mul_(1e8), merge_module.ADAPTER_WEIGHTS)
+    edit_tensors(lora, lambda tensors: tensors[name].mul_(1e8), weights_module.ADAPTER_WEIGHTS)
     (tmp_path / "merged").mkdir()
     message = r"^model.layers.0.mlp.up_proj.weight.* is -?inf \(torch.float16 ends at 65504\), base \+ adapter -?\d"
     with pytest.raises(MergeError, match=message):  # also from another process
         merge_module.merge_and_check(lora, tmp_path / "merged", own_process=True)
-    base = merge_module.load_merge_base(bases[True, False], None)
+    base = plan_module.load_merge_base(bases[True, False], None)
     with pytest.raises(MergeError, match="cannot be held in torch.float16"):
-        merge_module.check_behaviour(base, lora, tmp_path / "merged", merge_module.read_probe(lora))
+        proof_module.check_behaviour(base, lora, tmp_path / "merged", probe_module.read_probe(lora))
 
 
 def test_a_kind_of_adapter_that_the_check_cannot_add_up_is_refused(tmp_path, tied_pair):
     lora = shutil.copytree(tied_pair.lora, tmp_path / "lora")
     edit_json(lora / "adapter_config.json", use_dora=True)
     with pytest.raises(MergeError, match="uses use_dora, which this check cannot add up"):
-        merge_module.check_weights(tied_pair.merge_base(), lora, tied_pair.right)
+        proof_module.check_weights(tied_pair.merge_base(), lora, tied_pair.right)
 
 
 def test_two_matrices_for_one_tied_one_are_refused(tmp_path, tied_pair):
     lora = shutil.copytree(tied_pair.lora, tmp_path / "lora")
     name = "base_model.model.lm_head.weight"
-    edit_tensors(lora, lambda tensors: tensors[name].mul_(2), merge_module.ADAPTER_WEIGHTS)
+    edit_tensors(lora, lambda tensors: tensors[name].mul_(2), weights_module.ADAPTER_WEIGHTS)
     with pytest.raises(MergeError, match="holds two matrices, .*lm_head.weight and .*embed_tokens.weight, for one"):
-        merge_module.check_weights(tied_pair.merge_base(), lora, tied_pair.right)
+        proof_module.check_weights(tied_pair.merge_base(), lora, tied_pair.right)
 
 
 def test_half_ulps():
     x = torch.tensor([1.0, 1.5, 1.999, 2.0, -3.0, 0.0, 2.0**-14, 2.0**-20], dtype=torch.float64)
     expected = [2.0**-11] * 3 + [2.0**-10] * 2 + [2.0**-25] * 3
-    assert merge_module.half_ulp(x, torch.float16).tolist() == expected
-    assert merge_module.half_ulp(x[:4], torch.bfloat16).tolist() == [2.0**-8] * 3 + [2.0**-7]
+    assert proof_module.half_ulp(x, torch.float16).tolist() == expected
+    assert proof_module.half_ulp(x[:4], torch.bfloat16).tolist() == [2.0**-8] * 3 + [2.0**-7]
     # It is the largest error of rounding, and that is reached.
     x = torch.linspace(-5, 5, 100_001, dtype=torch.float64)
-    errors = (x.to(torch.bfloat16).double() - x).abs() / merge_module.half_ulp(x, torch.bfloat16)
+    errors = (x.to(torch.bfloat16).double() - x).abs() / proof_module.half_ulp(x, torch.bfloat16)
     assert 0.99 < errors.max() <= 1
 
 
@@ -457,15 +464,15 @@ def test_half_ulps():
 def test_a_probe_is_read_as_it_was_recorded(tmp_path, bases):
     lora = tmp_path / "lora"
     model = train_adapter(lora, bases[True, False], FOUR_BITS, probe_rows=0)
-    tokenizer = loading.load_tokenizer(lora)
-    assert merge_module.read_probe(lora) is None
-    rows = merge_module.make_probe_rows(tokenizer)[:3]
-    path = lora / merge_module.PROBE
+    tokenizer = vocabulary_module.load_tokenizer(lora)
+    assert probe_module.read_probe(lora) is None
+    rows = probe_module.make_probe_rows(tokenizer)[:3]
+    path = lora / probe_module.PROBE
     model.train()
-    merge_module.record_probe(model, "transformers", tokenizer, rows, path, greedy_rows=2)
+    probe_module.record_probe(model, "transformers", tokenizer, rows, path, greedy_rows=2)
     assert model.training
     written = path.read_bytes()
-    probe = merge_module.read_probe(lora)
+    probe = probe_module.read_probe(lora)
     assert [row.tolist() for row in probe.rows] == [row["input_ids"].tolist() for row in rows]
     assert probe.prompt_lengths.tolist() == [row["reply_spans"][-1][0] for row in rows]
     assert probe.positions.shape == (3, 32) and probe.log_probabilities.dtype == torch.float32
@@ -488,14 +495,14 @@ def test_a_probe_is_read_as_it_was_recorded(tmp_path, bases):
         np.random.seed(seed)  # noqa: NPY002
         random.seed(seed)
         before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
-        merge_module.record_probe(model, "transformers", tokenizer, rows, path, greedy_rows=2)
+        probe_module.record_probe(model, "transformers", tokenizer, rows, path, greedy_rows=2)
         assert path.read_bytes() == written
         after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
         assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
 
     path.write_bytes(written[:-9])
     with pytest.raises(ValueError, match=r"probe.safetensors cannot be read"):
-        merge_module.read_probe(lora)
+        probe_module.read_probe(lora)
 
 
 class Sized:
@@ -514,7 +521,7 @@ class Sized:
 def test_a_probe_costs_little():
     def plan(rows, tokens, parameters, vocabulary):
         row = {"input_ids": np.zeros(tokens, np.int32), "reply_spans": np.array([[5, 9], [tokens - 90, tokens]])}
-        return merge_module.plan_probe([row] * rows, Sized(parameters), vocabulary)
+        return probe_module.plan_probe([row] * rows, Sized(parameters), vocabulary)
 
     assert plan(64, 900, 10**6, 79).positions.shape == (64, 32)
     whole = plan(64, 400, 10**6, 128_256)
@@ -522,38 +529,38 @@ def test_a_probe_costs_little():
     assert 4 * whole.positions.size * 128_256 < 16 * 2**20
     assert plan(64, 500, 10**8, 79).positions.shape == (10, 32)
     assert plan(64, 900, 10**10, 79).positions.shape == (1, 32)
-    assert merge_module._affordable_replies(Sized(10**6), plan(64, 900, 10**6, 79), 16) == (16, 90)
-    assert merge_module._affordable_replies(Sized(10**10), plan(64, 900, 10**10, 79), 16) == (0, 90)
+    assert probe_module.affordable_replies(Sized(10**6), plan(64, 900, 10**6, 79), 16) == (16, 90)
+    assert probe_module.affordable_replies(Sized(10**10), plan(64, 900, 10**10, 79), 16) == (0, 90)
     with pytest.raises(ValueError, match="no rows"):
         plan(0, 900, 10**6, 79)
     with pytest.raises(ValueError, match="row a_0 has no reply"):
-        merge_module.plan_probe(
+        probe_module.plan_probe(
             [{"key": "a_0", "input_ids": np.arange(3), "reply_spans": np.zeros((0, 2), int)}], Sized(1), 79
         )
 
 
 def test_a_machine_that_is_slower_asks_fewer_rows(tmp_path, untied_pair, monkeypatch):
-    monkeypatch.setitem(merge_module.PROBE_OPERATIONS, "cpu", 1.0)
-    check = merge_module.check_merge(untied_pair.lora, untied_pair.right)
+    monkeypatch.setitem(probe_module.PROBE_OPERATIONS, "cpu", 1.0)
+    check = proof_module.check_merge(untied_pair.lora, untied_pair.right)
     assert check["prompts"] == 1 and check["trained_kl"] is not None
     assert check["trained_greedy"] in (0, 1)
 
 
 def test_a_reply_that_differs_in_a_token_is_not_the_same(tmp_path, untied_pair):
     lora = shutil.copytree(untied_pair.lora, tmp_path / "lora")
-    before = merge_module.check_merge(lora, untied_pair.right)["trained_greedy"]
+    before = proof_module.check_merge(lora, untied_pair.right)["trained_greedy"]
     assert before == 1
 
     def change(tensors):
         tensors["greedy_ids"][0] = (tensors["greedy_ids"][0] + 1) % 70
 
-    edit_tensors(lora, change, merge_module.PROBE)
-    assert merge_module.check_merge(lora, untied_pair.right)["trained_greedy"] == 0.5
+    edit_tensors(lora, change, probe_module.PROBE)
+    assert proof_module.check_merge(lora, untied_pair.right)["trained_greedy"] == 0.5
 
 
 def test_probe_rows_are_always_the_same(bases):
-    tokenizer = loading.load_tokenizer(bases[True, True])
-    first, second = merge_module.make_probe_rows(tokenizer), merge_module.make_probe_rows(tokenizer)
+    tokenizer = vocabulary_module.load_tokenizer(bases[True, True])
+    first, second = probe_module.make_probe_rows(tokenizer), probe_module.make_probe_rows(tokenizer)
     assert len(first) == 16
     assert all(np.array_equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, second, strict=True))
     assert tokenizer.decode(first[0]["input_ids"]).endswith("\n" + tokenizer.eos_token)
@@ -574,9 +581,9 @@ def test_the_line_says_what_was_proved():
         "within 1.2e-07 nats a token of base + adapter (rounding: 1.2e-07, the adapter changes 5.3e-01), first choice "
         "the same at 99.95% of 2,048 positions"
     )
-    assert merge_module.describe_check(result) == line
+    assert proof_module.describe_check(result) == line
     trained = {"trained_kl": 2.6e-5, "trained_top1": 0.999, "trained_greedy": 0.9375}
-    assert merge_module.describe_check({**result, **trained}) == (
+    assert proof_module.describe_check({**result, **trained}) == (
         line + "; to the model as trained: 2.6e-05 nats, first choice 99.90%, greedy replies 94% the same"
     )
 
@@ -586,7 +593,7 @@ def test_a_process_of_its_own_gives_the_same(tmp_path, untied_pair, capfd):
     out.mkdir()
     done = merge_module.merge_and_check(lora, out, precision=SIXTEEN_BITS, base=untied_pair.base, own_process=True)
     assert load_file(out / "model.safetensors").keys() == load_file(untied_pair.right / "model.safetensors").keys()
-    check = merge_module.check_merge(lora, out)
+    check = proof_module.check_merge(lora, out)
     assert {**done["check"], "seconds": 0} == {**check, "seconds": 0}
     assert "Fatal" not in capfd.readouterr().out  # the process ended in order
 
@@ -618,7 +625,7 @@ def test_unsloth_makes_it_a_process_of_its_own(tmp_path, monkeypatch):
 
 def test_the_command_proves_a_pair_or_says_what_is_wrong(tmp_path, tied_pair, monkeypatch, capsys):
     original = merged(tied_pair.lora, merge_base="original")
-    (original / loading.MANIFEST).write_text('{"merge_base": "original"}')
+    (original / manifests.MANIFEST).write_text('{"merge_base": "original"}')
     for folder, flags in ((tied_pair.right, []), (original, []), (tied_pair.right, ["--merge_base", "quantised"])):
         monkeypatch.setattr(sys, "argv", ["arc/merging/merge.py", str(tied_pair.lora), str(folder), *flags])
         merge_module.main()

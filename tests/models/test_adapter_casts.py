@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from arc.models import adapter_casts as adapter_casts_module
 from arc.models.adapter_casts import KERNELS, MOST_MEMORY, READER, cast_adapters_together, cast_function
-from arc.models.loading import LINEAR_MODULES, Precision, add_lora, decoding, train_in_float32
+from arc.models.loading import Precision, decoding
+from arc.models.lora import LINEAR_MODULES, add_lora, train_in_float32
 from tests import tiny_models
 
 BF16 = torch.bfloat16
@@ -255,7 +256,7 @@ def test_only_passes_of_a_training(kernels, monkeypatch):
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     layer(torch.ones(1, 32, dtype=BF16))  # by itself, outside of a pass
     assert given(kernels) == {SINGLE}
-    monkeypatch.setattr(adapter_casts_module, "process_count", lambda: 2)
+    monkeypatch.setattr(adapter_casts_module, "several_processes", lambda: True)
     backward(model, IDS[0])
     assert given(kernels) == {SINGLE}
     monkeypatch.undo()

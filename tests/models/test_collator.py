@@ -8,7 +8,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from arc.models.loading import IGNORE_INDEX, InputMaskingDataCollator
+from arc.models.collator import InputMaskingDataCollator
+from arc.models.loading import IGNORE_INDEX
 
 BOS, END, PAD = "^", "$", "_"
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from arc.models.folded_lora import fold_lora
-from arc.models.loading import LINEAR_MODULES
+from arc.models.lora import LINEAR_MODULES
 from arc.training.batch_planning import compile_layers
 from tests.helpers import run
 

@@ -8,7 +8,9 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
-from arc.models import loading
+from arc.models import loading, lora
+from arc.models import prepared_base as prepared_base_module
+from arc.models import vocabulary as vocabulary_module
 from arc.models.loading import Precision
 from arc.training import trainer
 from arc.training.batch_planning import compile_layers
@@ -23,8 +25,8 @@ from tests.tiny_models import PUZZLE, byte_level_tokenizer, logits_of, prepared_
 def test_prepared_base_has_one_token_per_character_and_the_same_logits(tmp_path, make, end, tied):
     base = save_base(tmp_path / "base", make(), tied)
     (tmp_path / "prepared").mkdir()
-    done = loading.prepare_base(base, tmp_path / "prepared")
-    old, new = loading.load_tokenizer(base), loading.load_tokenizer(tmp_path / "prepared")
+    done = prepared_base_module.prepare_base(base, tmp_path / "prepared")
+    old, new = vocabulary_module.load_tokenizer(base), vocabulary_module.load_tokenizer(tmp_path / "prepared")
     puzzle = PUZZLE.replace("<|eot_id|>", end)
     ids = new(puzzle)["input_ids"]
     assert len(ids) == 1 + len(puzzle.replace(end, "$"))
@@ -48,10 +50,10 @@ def test_prepared_base_has_one_token_per_character_and_the_same_logits(tmp_path,
 def test_full_vocabulary_is_kept_whole(tmp_path):
     base = save_base(tmp_path / "base", byte_level_tokenizer())
     (tmp_path / "prepared").mkdir()
-    done = loading.prepare_base(base, tmp_path / "prepared", full_vocab=True)
-    tokenizer = loading.load_tokenizer(tmp_path / "prepared")
+    done = prepared_base_module.prepare_base(base, tmp_path / "prepared", full_vocab=True)
+    tokenizer = vocabulary_module.load_tokenizer(tmp_path / "prepared")
     assert done["vocabulary"] == done["vocabulary_before"] == len(tokenizer)
-    assert tokenizer(PUZZLE)["input_ids"] == loading.load_tokenizer(base)(PUZZLE)["input_ids"]
+    assert tokenizer(PUZZLE)["input_ids"] == vocabulary_module.load_tokenizer(base)(PUZZLE)["input_ids"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "prepared").config.pad_token_id == tokenizer.pad_token_id
 
 
@@ -61,26 +63,26 @@ def test_a_quantised_base_is_refused_with_the_name_of_a_16_bit_one(tmp_path):
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"quantised already.*--base_model .*Llama-3.2-1B-Instruct$"):
-        loading.prepare_base(base, tmp_path)
+        prepared_base_module.prepare_base(base, tmp_path)
 
 
 def test_a_missing_base_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="cannot load the model .*hf auth login.*--base_model FOLDER"):
-        loading.check_base(tmp_path / "nothing")
+        prepared_base_module.check_base(tmp_path / "nothing")
 
 
 def test_a_vocabulary_that_is_not_bpe_is_refused():
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "<pad>": 1, "</s>": 2}, unk_token="a"))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
     with pytest.raises(ValueError, match="WordLevel.*--full_vocab"):
-        loading.cut_tokenizer(fast)
+        vocabulary_module.cut_tokenizer(fast)
 
 
 def test_a_pad_token_that_is_the_end_token_is_replaced(tmp_path):
     tokenizer = byte_level_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path)
-    assert loading.load_tokenizer(tmp_path).pad_token == "<|finetune_right_pad_id|>"
+    assert vocabulary_module.load_tokenizer(tmp_path).pad_token == "<|finetune_right_pad_id|>"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,14 +98,14 @@ def bases(tmp_path_factory):
 def test_rslora_scales_by_the_root_of_the_rank(bases):
     precision = Precision("transformers", "float32", False)
     for r in (4, 64):
-        model = loading.add_lora(loading.load_model(bases[True], precision)[0], precision, r=r, lora_alpha=24)
+        model = lora.add_lora(loading.load_model(bases[True], precision)[0], precision, r=r, lora_alpha=24)
         layer = model.base_model.model.model.layers[0].self_attn.q_proj
         assert layer.scaling["default"] == pytest.approx(24 / math.sqrt(r))
 
 
 def test_trained_embeddings_have_a_rate_of_their_own(bases):
     precision = Precision("transformers", "float32", False)
-    model = loading.add_lora(loading.load_model(bases[True], precision)[0], precision, r=4)
+    model = lora.add_lora(loading.load_model(bases[True], precision)[0], precision, r=4)
     for optim in ("adamw_torch", "adamw_8bit"):
         arguments = TrainingArguments(optim=optim, learning_rate=1e-4, use_cpu=True, report_to=[])
         arguments.embedding_learning_rate = 1e-5
@@ -118,7 +120,7 @@ def test_the_same_random_state_gives_the_same_adapter(bases):
     precision = Precision("transformers", "float32", False)
     states = []
     for seed in (1, 1, 2):
-        model = loading.add_lora(loading.load_model(bases[True], precision)[0], precision, r=4, random_state=seed)
+        model = lora.add_lora(loading.load_model(bases[True], precision)[0], precision, r=4, random_state=seed)
         states.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
     assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
     assert any(not torch.equal(states[0][n], states[2][n]) for n in states[0])
@@ -127,11 +129,11 @@ def test_the_same_random_state_gives_the_same_adapter(bases):
 def test_an_adapter_of_another_base_is_refused(tmp_path, bases):
     precision = Precision("transformers", "float32", False)
     model, tokenizer = loading.load_model(bases[True], precision)
-    model = loading.add_lora(model, precision, r=4)
-    loading.save_adapter(model, tokenizer, tmp_path / "lora", base=bases[True], precision=precision)
+    model = lora.add_lora(model, precision, r=4)
+    lora.save_adapter(model, tokenizer, tmp_path / "lora", base=bases[True], precision=precision)
     other = save_base(tmp_path / "other", byte_level_tokenizer())
     with pytest.raises(ValueError, match="trained on another base"):
-        loading.load_adapter(AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32), tmp_path / "lora")
+        lora.load_adapter(AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32), tmp_path / "lora")
 
 
 def test_precision_of_a_machine_without_cuda(monkeypatch):

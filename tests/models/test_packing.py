@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from arc.models.loading import InputMaskingDataCollator
+from arc.models.collator import InputMaskingDataCollator
 from arc.models.packing import (
     DOCUMENTS,
     attend_documents,

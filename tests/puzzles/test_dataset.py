@@ -13,8 +13,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from arc.puzzles import files
-from arc.puzzles.dataset import ArcDataset, find_reply_spans, format_options
+from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.encoding import SampleEncoder, TrainingSamples
+from arc.puzzles.text import find_reply_spans, format_options
 
 EOS = "<|eot_id|>"
 FORMAT = format_options(EOS)

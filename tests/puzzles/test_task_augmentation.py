@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from arc.puzzles.dataset import ArcDataset, format_options
+from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.encoding import SampleEncoder, TrainingSamples
 from arc.puzzles.task_augmentation import MARK, RECOLOURED, augment_tasks
+from arc.puzzles.text import format_options
 from tests.tiny_models import byte_level_tokenizer
 
 # Every symmetry of a grid, as an index of task_augmentation counts them: transpose, mirror rows, mirror columns.

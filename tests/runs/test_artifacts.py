@@ -13,9 +13,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import base_finetune
-from arc.models.loading import read_manifest, write_manifest
+from arc.models.manifests import read_manifest, write_manifest
 from arc.runs import artifacts
-from arc.runs.artifacts import OutputLock, find_damage, find_outdated, fingerprint, made_from, new_folder
+from arc.runs.artifacts import find_damage, find_outdated, fingerprint, made_from, new_folder
+from arc.runs.lock import OutputLock
 from tests.helpers import ROOT
 
 

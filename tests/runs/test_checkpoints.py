@@ -25,26 +25,12 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from arc.runs import checkpoints as checkpoints_module
-from arc.runs.checkpoints import (
-    MARKER,
-    Free,
-    Need,
-    NonFiniteError,
-    StopSignals,
-    complete_checkpoints,
-    count_weights,
-    delete_older,
-    disk_needs,
-    explain,
-    find_shortages,
-    generation_steps,
-    guard,
-    machine_errors,
-    mark_complete,
-    memory_needs,
-    read_free,
-    refuse_pickles,
-)
+from arc.runs import signals as signals_module
+from arc.runs.checkpoints import MARKER, complete_checkpoints, delete_older, mark_complete, refuse_pickles
+from arc.runs.guard import generation_steps, guard
+from arc.runs.needs import Free, Need, count_weights, disk_needs, find_shortages, memory_needs, read_free
+from arc.runs.signals import StopSignals
+from arc.runs.troubles import NonFiniteError, explain, machine_errors
 from tests.helpers import ROOT
 
 NEVER = 10**6  # save_steps that are not reached: only the last step saves by itself
@@ -311,7 +297,7 @@ def test_a_second_signal_acts_at_once(second, code):
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline().startswith("SIGINT: stopping after this step, with a checkpoint; once more")
         process.send_signal(second)  # a copy of the first, it seems
-        time.sleep(checkpoints_module.SAME_SIGNAL + 0.2)
+        time.sleep(signals_module.SAME_SIGNAL + 0.2)
         assert process.poll() is None
         process.send_signal(second)
         _, errors = process.communicate(timeout=20)
@@ -713,7 +699,8 @@ def within(count, actual, share=0.1):
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("embeddings", [["embed_tokens", "lm_head"], ["lm_head"], []], ids=["both", "head", "none"])
 def test_counts_are_the_sizes_of_real_files(tmp_path, optim, tied, embeddings):
-    from arc.models.loading import Precision, add_lora
+    from arc.models.loading import Precision
+    from arc.models.lora import add_lora
 
     size = {"hidden": 256, "layers": 2, "tied": tied, "vocabulary": 500}
     base = tiny_model(**size)

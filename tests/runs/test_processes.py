@@ -19,9 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 from arc.generation import families as make_dataset
-from arc.models.loading import InputMaskingDataCollator, cut_tokenizer, load_tokenizer
-from arc.puzzles.dataset import ArcDataset, format_options
+from arc.models.collator import InputMaskingDataCollator
+from arc.models.vocabulary import cut_tokenizer, load_tokenizer
+from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.encoding import SampleEncoder, TrainingSamples
+from arc.puzzles.text import format_options
 from arc.runs.checkpoints import complete_checkpoints
 from arc.runs.processes import agree, divide_batch, gather, is_main, process_count, share, wait_for_everyone
 from arc.training.trainer import EpochSampler, FilledSamples

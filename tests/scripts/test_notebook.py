@@ -8,7 +8,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from arc.models import loading
+from arc.models import manifests
 from arc.puzzles.dataset import ArcDataset
 from tests import tiny_models
 from tests.helpers import ROOT
@@ -43,7 +43,7 @@ def test_with_a_model(monkeypatch, demo_dataset, tmp_path):
         model = tiny_models.teach_format(tiny_models.prepared_base(tmp_path), dataset)
     # What a stage leaves beside its weights; the notebook shows puzzles that were held out of that training.
     split = {"sizes": [3], "holdout_examples": 30, "holdout_tasks": 1, "holdout_seed": 7}
-    loading.write_manifest(model, {"settings": {**split, "dataset_dir": "elsewhere", "learning_rate": 1e-4}})
+    manifests.write_manifest(model, {"settings": {**split, "dataset_dir": "elsewhere", "learning_rate": 1e-4}})
     heldout = dataset.holdout(examples=30, tasks=1, seed=7).seen
     printed, shown = execute(monkeypatch, demo_dataset, model)
     assert printed.count(" candidates, ") == 4

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import pytest
 
-from arc.models.loading import EMBEDDING_MODULES, LINEAR_MODULES
+from arc.models.lora import EMBEDDING_MODULES, LINEAR_MODULES
 from arc.puzzles.dataset import ArcDataset
-from arc.runs.checkpoints import count_weights, disk_needs, memory_needs
+from arc.runs.needs import count_weights, disk_needs, memory_needs
 from arc.runs.settings import parse_settings
 from tests.helpers import ROOT
 

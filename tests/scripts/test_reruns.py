@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from arc.models.loading import read_manifest, write_manifest
-from arc.runs import artifacts
-from arc.runs.artifacts import OutputLock
+from arc.models.manifests import read_manifest, write_manifest
+from arc.runs import lock as lock_module
+from arc.runs.lock import OutputLock
 from tests.helpers import call
 from tests.scripts.test_stages import GRPO, SFT, artifact, contents
 
@@ -229,10 +229,10 @@ def test_a_second_run_on_one_output_folder_stops_before_it_writes(done):
     shutil.rmtree(artifact(output, "Base-merged"))
     lock = OutputLock(output, "train_grpo.py")
     lock.acquire()
-    before = {name: state for name, state in contents(output).items() if not name.endswith(artifacts.LOCK)}
+    before = {name: state for name, state in contents(output).items() if not name.endswith(lock_module.LOCK)}
     code, printed = again("base_finetune")
     assert code == 2 and "output is in use by train_grpo.py (process" in printed, printed
-    after = {name: state for name, state in contents(output).items() if not name.endswith(artifacts.LOCK)}
+    after = {name: state for name, state in contents(output).items() if not name.endswith(lock_module.LOCK)}
     assert after == before
     lock.release()
     assert again("base_finetune")[0] == 0
@@ -301,7 +301,7 @@ def test_training_is_not_lost_to_a_probe_or_a_picture(done, monkeypatch):
         raise TypeError("a library has changed")
 
     monkeypatch.setattr("arc.training.run.record_probe", fails)
-    monkeypatch.setattr("arc.evaluation.report.plot_metrics", fails)
+    monkeypatch.setattr("arc.training.curves.plot_metrics", fails)
     code, printed = again("base_finetune", "--save_steps", 0)
     assert code == 0 and "merge proven" in printed, printed
     assert "note: what the trained model answers is not recorded (TypeError: a library has changed)" in printed

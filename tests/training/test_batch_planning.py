@@ -11,7 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import base_finetune
-from arc.models.loading import InputMaskingDataCollator, Precision, add_lora
+from arc.models.collator import InputMaskingDataCollator
+from arc.models.loading import Precision
+from arc.models.lora import add_lora
 from arc.training import batch_planning as batch_planning_module
 from arc.training.batch_planning import BatchPlan, choices, divisions_that_fit, divisors, faster_way
 from tests import tiny_models

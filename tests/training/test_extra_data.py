@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from arc.puzzles import splits
 from arc.puzzles.leaks import find_leaks
-from arc.training import run
+from arc.training import data
 from base_finetune import Settings
 
 TASKS, PAIRS = 5, 21  # of the dataset
@@ -36,14 +37,14 @@ def settings(tmp_path):
 
 
 def extended(settings, *folders):
-    return run.load_split(replace(settings, extra_dataset_dirs=list(folders)))
+    return splits.load_split(replace(settings, extra_dataset_dirs=list(folders)))
 
 
 def test_extra_puzzles_are_trained_on_and_nothing_of_them_is_held_out(settings, tmp_path, capsys):
     rng = np.random.default_rng(1)
     one = write(tmp_path / "one", {"more": [(grid(rng), grid(rng)) for _ in range(7)]})  # two puzzles of three pairs
     two = write(tmp_path / "two", {f"rule-{n}": [(grid(rng), grid(rng)) for _ in range(3)] for n in range(4)})
-    before, after = run.load_split(settings), extended(settings, one, two)
+    before, after = splits.load_split(settings), extended(settings, one, two)
     assert after.train.keys[: len(before.train.keys)] == before.train.keys
     more = after.train.keys[len(before.train.keys) :]
     tasks = sorted(after.train.task_of(key) for key in more)
@@ -63,7 +64,7 @@ def test_n_counts_the_datasets_own_puzzles(settings, tmp_path):
 
 
 def test_what_would_give_an_answer_away_is_left_out(settings, tmp_path, capsys):
-    split = run.load_split(settings)
+    split = splits.load_split(settings)
     unseen_task = split.unseen.task_of(split.unseen.keys[0])
     rng, colours = np.random.default_rng(2), np.random.default_rng(3).permutation(10)
 
@@ -96,7 +97,7 @@ def test_what_would_give_an_answer_away_is_left_out(settings, tmp_path, capsys):
 
 
 def test_a_puzzle_that_the_dataset_has_too_is_an_error(settings, tmp_path):
-    split = run.load_split(settings)
+    split = splits.load_split(settings)
     for number, ds in enumerate((split.train, split.seen)):
         puzzle = ds.get_base_key(ds.keys[0])
         rng = np.random.default_rng(number)
@@ -158,5 +159,5 @@ def test_what_is_measured_on_needs_no_extra_folder(settings, tmp_path):
     from tests.tiny_models import byte_level_tokenizer
 
     settings = replace(settings, extra_dataset_dirs=[str(tmp_path / "gone")])
-    heldout, _ = run.heldout_puzzles(settings, byte_level_tokenizer())
+    heldout, _ = data.heldout_puzzles(settings, byte_level_tokenizer())
     assert len(heldout.keys) == 2

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from arc.models.loading import LINEAR_MODULES
-from arc.runs.checkpoints import WeightCounts, optimizer_bytes
+from arc.models.lora import LINEAR_MODULES
+from arc.runs.needs import WeightCounts, optimizer_bytes
 from arc.training import batch_planning as batch_planning_module
 from arc.training.muon import Muon, orthogonalise
 from arc.training.trainer import FOR_THE_REST, MUON, optimizer_with_embedding_rate

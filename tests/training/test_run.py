@@ -12,9 +12,9 @@ import torch
 import base_finetune
 import base_finetune_final
 import train_grpo
+from arc.puzzles import splits
 from arc.puzzles.dataset import ArcDataset
 from arc.runs.settings import find_problems, parse_settings
-from arc.training import run as run_module
 from arc.training import trainer
 from arc.training.trainer import EpochSampler, loader_processes
 
@@ -175,11 +175,11 @@ def test_the_first_held_out_puzzles_stand_for_all_tasks(tmp_path):
         pairs = [{"input": [[i // 10, i % 10]], "output": [[i % 10]]} for i in range(2 * count)]
         (tmp_path / f"{task}.json").write_text(json.dumps(pairs))
     ds = ArcDataset.load_from_local_json(tmp_path, sizes=(1,), seed=0)
-    ordered = run_module.tasks_in_turn(ds, seed=1)
+    ordered = splits.tasks_in_turn(ds, seed=1)
     tasks = [ds.task_of(key) for key in ordered.keys]
     assert sorted(ordered.keys) == sorted(ds.keys) and len(tasks) == 51
     assert {*tasks[:3]} == {*tasks[3:6]} == {*counts} and {*tasks[6:8]} == {"many", "some"}
     assert tasks[20:] == ["many"] * 31
     assert [key for key in ordered.keys if "many" in key] != [key for key in ds.keys if "many" in key]
-    assert ordered.keys == run_module.tasks_in_turn(ds, seed=1).keys
-    assert ordered.keys != run_module.tasks_in_turn(ds, seed=2).keys
+    assert ordered.keys == splits.tasks_in_turn(ds, seed=1).keys
+    assert ordered.keys != splits.tasks_in_turn(ds, seed=2).keys

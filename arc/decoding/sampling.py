@@ -1,0 +1,190 @@
+"""Sampled replies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from arc.decoding.rows import Reply, Work, check_generation_settings, check_tokens, decode_rows
+
+if TYPE_CHECKING:
+    import torch
+
+
+def sample_replies(
+    model: Any,
+    engine: str,
+    tokenizer: Any,
+    prompts: Sequence[np.ndarray],
+    *,
+    max_new_tokens: int,
+    samples: int = 1,
+    temperature: float = 1.0,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    guesses: Sequence[np.ndarray | None] | None = None,
+    batch_size: int = 32,
+    draft_tokens: int = 32,
+    hopeless: Callable[[list[int]], bool] | None = None,
+    done: Callable[[int, list[Reply]], None] | None = None,
+    work: Work | None = None,
+) -> list[list[Reply]]:
+    """Sampled replies, or greedy ones; samples of one prompt share its computation.
+
+    Every sample has random numbers of its own, one a token, drawn from the seed, the prompt's and the sample's number:
+    what comes out does not depend on the batch size or on which replies end when (apart from the rounding of 16-bit
+    passes). So which token a sample would have at a place is known as soon as the logits there are, and a guess can be
+    verified in one pass: as far as it is what the sample would be, its tokens cost nothing.
+
+    Args:
+        model, engine, tokenizer, prompts, done, work: see `search_replies`.
+        max_new_tokens: longest reply; one that has not ended by then has no end token.
+        samples: replies of each prompt.
+        temperature: logits are divided by it; 0: greedy.
+        seed: of the random numbers, from 0.
+        seeds: a number from 0 for each prompt, in place of 0, 1 and so on.
+        guesses: for each prompt what its replies may look like (tokens,), or None. Makes no difference to the result.
+        batch_size: replies decoded at once; a finished one is replaced by the next.
+        draft_tokens: most tokens of a guess that are verified in one pass, after the first.
+        hopeless: called with a reply's tokens now and then; where it says True, that reply ends there, without an end
+            token.
+
+    Returns:
+        For each prompt its samples, in order. Log probabilities are the model's, at temperature 1.
+
+    Raises:
+        ValueError, torch.OutOfMemoryError: see `search_replies`.
+    """
+    import torch
+
+    if samples < 1 or not 0 <= temperature < math.inf or seed < 0:
+        raise ValueError(
+            f"samples, temperature and seed are {samples}, {temperature} and {seed}: expected at least 1, 0 and 0"
+        )
+    for name, given in (("guesses", guesses), ("seeds", seeds)):
+        if given is not None and len(given) != len(prompts):
+            raise ValueError(f"found {len(given)} {name} for {len(prompts)} prompts")
+    check_generation_settings(max_new_tokens, batch_size)
+    check_tokens(model, "prompt", prompts)
+    guesses = [guess if guess is not None and len(guess) else None for guess in guesses or [None] * len(prompts)]
+    check_tokens(model, "guess", guesses)
+    numbers = list(range(len(prompts)) if seeds is None else seeds)
+    rows = [
+        _Sample(
+            i, prompt, guess, tokenizer.eos_token_id,
+            random_draws(seed, [numbers[i]], max_new_tokens, k)[0], draft_tokens, hopeless,
+        )
+        for i, (prompt, guess) in enumerate(zip(prompts, guesses, strict=True))
+        for k in range(samples)
+    ]  # fmt: skip
+    remaining = [samples] * len(prompts)
+
+    def choose(logits: torch.Tensor, rows: Sequence[Any]) -> tuple[np.ndarray, ...]:
+        draws = np.zeros((len(rows), logits.shape[1], 1))
+        if temperature:
+            for at, row in enumerate(rows):
+                part = row.draws[len(row.path) :][: logits.shape[1]]
+                draws[at, : len(part), 0] = part
+        tokens, log_probs = draw_tokens(logits, torch.from_numpy(draws).to(logits.device), temperature)
+        return tokens.cpu().numpy(), log_probs.cpu().numpy()
+
+    def finish(row: _Sample) -> None:
+        remaining[row.number] -= 1
+        if done is not None and not remaining[row.number]:
+            done(row.number, replies_of(row.number))
+
+    def replies_of(number: int) -> list[Reply]:
+        chosen = rows[number * samples : (number + 1) * samples]
+        return [Reply(np.array(row.path, dtype=np.int64), row.log_prob) for row in chosen]
+
+    decode_rows(model, engine, rows, batch_size, choose, finish, work)
+    return [replies_of(number) for number in range(len(prompts))]
+
+
+def random_draws(seed: int, numbers: Sequence[int], length: int, sample: int = 0) -> np.ndarray:
+    """The random numbers of samples, one for each token: float64 from 0 to below 1, (numbers, length).
+
+    Args:
+        seed: from 0.
+        numbers: one from 0 for each prompt.
+        length: tokens.
+        sample: which of the samples of a prompt.
+    """
+    return np.stack([np.random.default_rng([seed, number, sample]).random(length) for number in numbers])
+
+
+def draw_tokens(logits: torch.Tensor, draws: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that random numbers choose, and their log probabilities at temperature 1.
+
+    Args:
+        logits: (rows, fed, vocabulary).
+        draws: float64 from 0 to below 1, (rows, fed, 1); not used for temperature 0.
+        temperature: logits are divided by it; 0: the most probable token.
+
+    Returns:
+        Tokens, int64, and log probabilities, float64, each (rows, fed).
+    """
+    import torch
+
+    logits = logits.double()
+    if temperature:
+        reached = torch.softmax(logits / temperature, -1).cumsum(-1)
+        # Scaled by the sum, which rounding keeps from being 1; a draw is below 1, so that some token is reached, and
+        # `right` passes over tokens of probability 0.
+        tokens = torch.searchsorted(reached, draws * reached[..., -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    else:
+        tokens = logits.argmax(-1, keepdim=True)
+    log_probs = torch.log_softmax(logits, -1).gather(-1, tokens)
+    return tokens[..., 0], log_probs[..., 0]
+
+
+LOOK = 32  # tokens of a reply between two questions whether it is hopeless
+
+
+class _Sample:
+    """One sampled reply, apart from the model."""
+
+    def __init__(
+        self,
+        number: int,
+        prompt: np.ndarray,
+        guess: np.ndarray | None,
+        end: int,
+        draws: np.ndarray,
+        draft_tokens: int,
+        hopeless: Callable[[list[int]], bool] | None,
+    ):
+        self.number, self.end, self.draws, self.draft_tokens, self.hopeless = number, end, draws, draft_tokens, hopeless
+        self.prompt = [int(token) for token in prompt]
+        self.guess = [int(token) for token in guess] if guess is not None else []
+        if end in self.guess:  # it is never fed: nothing comes after it
+            del self.guess[self.guess.index(end) :]
+        self.draft = len(self.guess)  # tokens to draft next
+        self.drafted: list[int] = []
+        self.path: list[int] = []
+        self.log_prob = 0.0
+        self.is_open = True
+
+    def feed(self) -> list[int]:
+        """The token that has not been fed yet, and a draft of what comes after it."""
+        at = len(self.path)
+        self.drafted = self.guess[at : min(at + self.draft, len(self.draws) - 1)]
+        return [self.path[-1] if self.path else self.prompt[-1], *self.drafted]
+
+    def take(self, tokens: np.ndarray, log_probs: np.ndarray) -> None:
+        """Add what was chosen after each token fed (fed,), as long as that token was itself what was chosen."""
+        before, held = len(self.path), 0
+        for token, log_prob, wanted in zip(tokens.tolist(), log_probs.tolist(), [*self.drafted, None], strict=False):
+            self.path.append(token)
+            self.log_prob += log_prob
+            if token != wanted:
+                break
+            held += 1
+        # At least 1: a guess whose first token is wrong may be right after it.
+        self.draft = min(self.draft_tokens, max(1, 2 * held if held == len(self.drafted) else held))
+        self.is_open = self.path[-1] != self.end and len(self.path) < len(self.draws)
+        if self.is_open and self.hopeless and len(self.path) // LOOK > before // LOOK:
+            self.is_open = not self.hopeless(self.path)

@@ -1,0 +1,165 @@
+"""The collator: batches of token ids whose labels hide what is not to be learned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from arc.models.packing import IGNORE_INDEX, pack_rows
+from arc.puzzles.text import find_reply_spans
+
+if TYPE_CHECKING:
+    import torch
+
+
+class InputMaskingDataCollator:
+    """Pads rows into a batch and masks what is not to be learned.
+
+    With `mask_inputs`, the labels keep the replies (with their end token) and mask everything else: the text before
+    the first reply, every query and the padding. `mask_first_n_examples` masks that many leading replies as well: the
+    rule of a puzzle cannot be known before its first pair has been seen. Without `mask_inputs` all tokens but the
+    padding are learned.
+
+    A row is a dict of one of two forms, with an optional "key" that names it in errors:
+
+    - `{"input_ids": (tokens,), "reply_spans": (replies, 2)}`: spans count tokens, end exclusive, end token inside;
+    - `{"text": str}`: tokenised here, the replies found in the text and carried over by character offsets. That is
+      right for any vocabulary, also where digits and line breaks merge; a token belongs to a reply if it starts in it.
+
+    A worked example with one token per character, "^" for BOS and "$" for the end: the row `^I1O2$I3O4$` has the
+    `reply_spans` `[[4, 6], [9, 11]]`. Its labels are `.` (masked) and characters:
+
+    >>> #  ^ I 1 O 2 $ I 3 O 4 $
+    >>> #  . . . . 2 $ . . . 4 $    mask_first_n_examples=0
+    >>> #  . . . . . . . . . 4 $    mask_first_n_examples=1
+
+    Source: the ARChitects' collator of the same name, which searches token patterns and fails where an output is the
+    only one left; this one is a plain class, works on spans and refuses rows that teach nothing.
+
+    Args:
+        tokenizer: a transformers tokenizer; its `pad_token_id` pads, and it tokenises rows that come as text.
+        mask_inputs: learn replies only.
+        mask_first_n_examples: leading replies of each row that are masked too (only with `mask_inputs`).
+        pad_to_multiple_of: the batch's length, packed or not, is rounded up to a multiple of this.
+        query_beg, reply_beg, reply_end: the text format, needed for rows that come as text.
+
+    Attributes:
+        packed_for: an engine: its batches are one row of several documents, without padding (see
+            `packing_tools.pack_rows`); None, as made: rows are padded.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        mask_inputs: bool = True,
+        mask_first_n_examples: int = 0,
+        pad_to_multiple_of: int = 8,
+        query_beg: str = "I",
+        reply_beg: str = "\n+/-=O",
+        reply_end: str | None = None,
+    ):
+        """See the class."""
+        self.packed_for: str | None = None
+        if tokenizer.pad_token_id is None:
+            raise ValueError(
+                "the tokenizer has no pad token: load it with model_tools.load_tokenizer, which chooses one"
+            )
+        if mask_first_n_examples < 0 or pad_to_multiple_of < 1:
+            raise ValueError(
+                "expected mask_first_n_examples >= 0 and pad_to_multiple_of >= 1, "
+                f"got {mask_first_n_examples} and {pad_to_multiple_of}"
+            )
+        if mask_first_n_examples and not mask_inputs:
+            raise ValueError("mask_first_n_examples needs mask_inputs=True: without it nothing of a row is masked")
+        self.tokenizer = tokenizer
+        self.mask_inputs = mask_inputs
+        self.mask_first_n_examples = mask_first_n_examples
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.query_beg = query_beg
+        self.reply_beg = reply_beg
+        self.reply_end = reply_end if reply_end is not None else "\n" + (tokenizer.eos_token or "")
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make a batch of rows.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels`, each int64 (rows, tokens), padded on the right; or see
+            `packing_tools.pack_rows`.
+
+        Raises:
+            ValueError: a row has nothing to learn or is cut in the middle of a reply; it is named by its key.
+        """
+        import torch
+
+        encoded = [self.encode(row) for row in rows]
+        if self.packed_for is not None:
+            return pack_rows(encoded, self.packed_for, self.tokenizer.pad_token_id, self.pad_to_multiple_of)
+        longest = max(len(ids) for ids, _ in encoded)
+        width = math.ceil(longest / self.pad_to_multiple_of) * self.pad_to_multiple_of
+        input_ids = np.full((len(rows), width), self.tokenizer.pad_token_id, dtype=np.int64)
+        attention_mask = np.zeros((len(rows), width), dtype=np.int64)
+        labels = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
+        for i, (ids, learned) in enumerate(encoded):
+            input_ids[i, : len(ids)] = ids
+            attention_mask[i, : len(ids)] = 1
+            labels[i, : len(ids)] = np.where(learned, ids, IGNORE_INDEX)
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask),
+            "labels": torch.from_numpy(labels),
+        }
+
+    def encode(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids of one row and which of them are learned: int64 (tokens,) and bool (tokens,).
+
+        Raises:
+            ValueError: as for a batch.
+        """
+        name = f"row {row['key']}" if row.get("key") is not None else "a row without a key"
+        if row.get("filler"):  # see trainer_tools.FilledSamples
+            return np.asarray(row["input_ids"], dtype=np.int64), np.zeros(len(row["input_ids"]), dtype=bool)
+        if "input_ids" in row:
+            ids = np.asarray(row["input_ids"], dtype=np.int64)
+            if "reply_spans" not in row:
+                raise ValueError(f"{name} has input_ids but no reply_spans: expected (replies, 2) token positions")
+            spans = np.asarray(row["reply_spans"], dtype=np.int64).reshape(-1, 2)
+        else:
+            ids, spans = self._encode_text(row["text"], name)
+        if len(spans) and spans[:, 1].max() > len(ids):
+            raise ValueError(
+                f"{name} is cut in the middle of a reply: the reply ends at token {spans[:, 1].max()}, the row after "
+                f"{len(ids)}; raise --max_seq_length or let the loader drop demonstrations (get_task, max_tokens)"
+            )
+        if not self.mask_inputs:
+            if not len(ids):
+                raise ValueError(f"{name} is empty: nothing to learn")
+            return ids, np.ones(len(ids), dtype=bool)
+        learned = np.zeros(len(ids), dtype=bool)
+        for begin, end in spans[self.mask_first_n_examples :]:
+            learned[begin:end] = True
+        if not learned.any():
+            raise ValueError(
+                f"{name} has nothing left to learn: {len(spans)} replies, of which the first "
+                f"{self.mask_first_n_examples} are masked"
+            )
+        return ids, learned
+
+    def _encode_text(self, text: str, name: str) -> tuple[np.ndarray, np.ndarray]:
+        try:
+            characters = find_reply_spans(text, reply_beg=self.reply_beg, reply_end=self.reply_end)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        encoding = self.tokenizer(text, return_offsets_mapping=True)
+        ids = np.asarray(encoding["input_ids"], dtype=np.int64)
+        offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        # Special tokens that the tokenizer adds (BOS) have the empty span (0, 0) and start in no reply.
+        starts = np.where(offsets[:, 1] > offsets[:, 0], offsets[:, 0], -1)
+        spans = []
+        for begin, end in characters:
+            inside = np.flatnonzero((starts >= begin) & (starts < end))
+            if len(inside):
+                spans.append((inside[0], inside[-1] + 1))
+        return ids, np.asarray(spans, dtype=np.int64).reshape(-1, 2)

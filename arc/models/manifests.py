@@ -1,0 +1,44 @@
+"""Manifests: the JSON beside each artifact that says how it was made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of an artifact, or an empty dict if it has none.
+
+    Raises:
+        ValueError: it is there and cannot be read.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]})") from None
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{path} cannot be read (it holds a {type(manifest).__name__})")
+    for name in ("files", "made_from", "settings", "precision", "check"):
+        if not isinstance(manifest.get(name, {}), dict):
+            raise ValueError(f"{path} cannot be read ({name} is no object)")
+    for name, entry in manifest.get("files", {}).items():
+        if not isinstance(entry, dict) or set(entry) != {"bytes", "mtime_ns", "sha256"}:
+            raise ValueError(f"{path} cannot be read (its entry of {name})")
+    return manifest
+
+
+def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:
+    """Write what an artifact is and how it was made."""
+    text = json.dumps(manifest, indent=2, sort_keys=True, default=str, allow_nan=False)
+    (Path(folder) / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def absolute_reference(model: str | Path) -> str:
+    """A model's folder by its absolute path, so that what names it loads from anywhere; a hub name as it is."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)

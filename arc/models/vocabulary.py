@@ -1,0 +1,137 @@
+"""Vocabulary: tokenizers, and the cut to one token per grid cell."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# The characters that the text format needs, and the few more that upstream keeps (Source: ARChitects' run_finetuning).
+KEPT_CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "!?.:,;*+/-=" + "\n"
+PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|reserved_special_token_0|>", "<unk>")
+
+
+def load_tokenizer(path: str | Path, pad_token: str | None = None) -> Any:
+    """Load a fast tokenizer that pads on the right with a token that is not its end token.
+
+    Args:
+        path: a folder or a hub name.
+        pad_token: the pad token; default: the tokenizer's own, else the first of `PAD_TOKENS` that it knows.
+
+    Raises:
+        ValueError: not a fast tokenizer, or nothing in it could pad. (Training pads with a token whose label is masked;
+            with pad = EOS, many trainers would mask the end of replies as well.)
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception for whatever is wrong with a file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise ValueError(f"the tokenizer of {path} cannot be loaded ({reason})") from None
+    if not tokenizer.is_fast:
+        raise ValueError(f"{path} has no tokenizer.json: expected a fast tokenizer")
+    if pad_token is None and tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
+        pad_token = tokenizer.pad_token
+    known = tokenizer.get_vocab()
+    pad_token = pad_token or next((t for t in PAD_TOKENS if t in known and t != tokenizer.eos_token), None)
+    if pad_token is None or pad_token not in known:
+        raise ValueError(
+            f"the tokenizer of {path} has no token to pad with: expected {pad_token or ' or '.join(PAD_TOKENS)}; add "
+            "one with tokenizer.add_special_tokens and save it"
+        )
+    tokenizer.pad_token = pad_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def cut_tokenizer(tokenizer: Any, keep_ids: Sequence[int] = ()) -> tuple[Any, list[int]]:
+    """Cut a BPE tokenizer down to single characters, so that a grid cell is one token.
+
+    Args:
+        tokenizer: a fast tokenizer with a BPE model (Llama 3, GPT-2 and Llama 2 types were tried); not changed.
+        keep_ids: further ids to keep, such as the end tokens that the model's configuration names.
+
+    Returns:
+        The new tokenizer, and the kept old ids in ascending order: new id i stands for old id kept[i].
+
+    Raises:
+        ValueError: not BPE, or a needed character is not a token of its own.
+
+    Source: ARChitects' keep_single_char_tokens. It edits the tokenizer in place and leaves special tokens that no
+    longer exist in its configuration; this one builds a new tokenizer from the cut tables and checks it.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tables = json.loads(tokenizer.backend_tokenizer.to_str())
+    if tables["model"]["type"] != "BPE":
+        raise ValueError(
+            f"cannot cut a {tables['model']['type']} vocabulary: expected BPE; keep it whole with --full_vocab true"
+        )
+    vocabulary = tables["model"]["vocab"]
+    ids = {c: _character_id(c, vocabulary) for c in KEPT_CHARACTERS}
+    missing = sorted(c for c, i in ids.items() if i is None)
+    if missing:
+        raise ValueError(f"the vocabulary has no token of its own for {missing}; keep it whole with --full_vocab true")
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *keep_ids]
+    special += _post_processor_ids(tables.get("post_processor"))
+    kept = sorted({*ids.values(), *(i for i in special if i is not None)})
+    new_id = {old: new for new, old in enumerate(kept)}
+
+    tables["model"]["vocab"] = {token: new_id[i] for token, i in vocabulary.items() if i in new_id}
+    tables["model"]["merges"] = []
+    tables["model"]["unk_token"] = None
+    tables["added_tokens"] = [{**t, "id": new_id[t["id"]]} for t in tables["added_tokens"] if t["id"] in new_id]
+    _post_processor_ids(tables.get("post_processor"), new_id)
+    if not _is_byte_level(tables):
+        # SentencePiece types prepend "▁" to the text: without its merges that would be an extra token.
+        tables["normalizer"] = tables["pre_tokenizer"] = None
+    cut = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(tables)),
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        pad_token=tokenizer.pad_token,
+        model_max_length=tokenizer.model_max_length,
+        clean_up_tokenization_spaces=False,
+        padding_side="right",
+    )
+    got = cut(KEPT_CHARACTERS, add_special_tokens=False)["input_ids"]
+    if got != [new_id[ids[c]] for c in KEPT_CHARACTERS]:
+        raise ValueError(
+            "the cut vocabulary does not give one token per character; keep it whole with --full_vocab true"
+        )
+    return cut, kept
+
+
+def _character_id(character: str, vocabulary: dict[str, int]) -> int | None:
+    # Byte-level BPE writes "\n" as "Ċ" (byte 10 moved to U+010A); SentencePiece falls back to the byte token.
+    names = ("Ċ", "\n", "<0x0A>") if character == "\n" else (character,)
+    return next((vocabulary[name] for name in names if name in vocabulary), None)
+
+
+def _is_byte_level(tables: dict[str, Any]) -> bool:
+    return "ByteLevel" in json.dumps([tables.get("pre_tokenizer"), tables.get("decoder")])
+
+
+def _post_processor_ids(node: Any, new_id: dict[int, int] | None = None) -> list[int]:
+    # Template processors name the ids that they add: collect them, and renumber them when new_id is given.
+    found: list[int] = []
+    if isinstance(node, dict):
+        for token in (node.get("special_tokens") or {}).values():
+            found += token["ids"]
+            if new_id is not None:
+                token["ids"] = [new_id[i] for i in token["ids"]]
+        for name in ("sep", "cls"):  # BertProcessing and RobertaProcessing: [token, id]
+            if isinstance(node.get(name), list) and len(node[name]) == 2:
+                found.append(node[name][1])
+                if new_id is not None:
+                    node[name][1] = new_id[node[name][1]]
+        for value in node.values():
+            found += _post_processor_ids(value, new_id)
+    elif isinstance(node, list):
+        for value in node:
+            found += _post_processor_ids(value, new_id)
+    return found
