@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from arc.models.prepared_base import prepare_base
 from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.encoding import SampleEncoder
 from arc.puzzles.text import format_options

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arc.models.prepared_base import config_token_ids
 from arc.models.vocabulary import cut_tokenizer, load_tokenizer
@@ -13,7 +13,9 @@ from arc.puzzles.splits import load_split, tasks_in_turn, with_solutions
 from arc.puzzles.task_augmentation import augment_tasks
 from arc.puzzles.text import format_options
 from arc.runs.settings import RunSettings
-from arc.training.run import StageRun
+
+if TYPE_CHECKING:
+    from arc.training.run import StageRun
 
 
 @dataclass

@@ -443,7 +443,7 @@ def test_scores_and_samples_survive_it_too_but_one_row_has_to_fit(looking_back):
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
 def test_scores_are_those_of_a_plain_loop(looking_back, engine, batch_size, monkeypatch):
     # What is done for Unsloth's sake, padding without a mask, is plain torch and can be shown without it.
-    monkeypatch.setattr("arc.decoding.search.decoding", lambda model, engine: torch.no_grad())
+    monkeypatch.setattr("arc.decoding.scoring.decoding", lambda model, engine: torch.no_grad())
     rng = np.random.default_rng(3)
     prompts, replies = [], []
     for prompt in tiny_prompts():

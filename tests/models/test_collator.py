@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 from arc.models.collator import InputMaskingDataCollator
-from arc.models.loading import IGNORE_INDEX
+from arc.models.packing import IGNORE_INDEX
 
 BOS, END, PAD = "^", "$", "_"
 

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from arc.runs import checkpoints as checkpoints_module
+from arc.runs import guard as guard_module
 from arc.runs import signals as signals_module
 from arc.runs.checkpoints import MARKER, complete_checkpoints, delete_older, mark_complete, refuse_pickles
 from arc.runs.guard import generation_steps, guard
@@ -121,7 +121,7 @@ def test_saving_by_time_changes_nothing_and_every_checkpoint_continues_to_the_sa
 @pytest.mark.parametrize("strategy", ["steps", "no"])
 def test_a_save_is_due_when_the_time_has_passed_and_at_the_last_step(tmp_path, monkeypatch, strategy):
     clock = [0.0]
-    monkeypatch.setattr(checkpoints_module, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(guard_module, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
 
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -167,7 +167,7 @@ def test_older_checkpoints_go_only_when_the_new_one_is_complete(tmp_path, monkey
         seen.append(([path.name for path in complete_checkpoints(tmp_path, quiet=True)], folder.name))
         mark_complete(folder)
 
-    monkeypatch.setattr(checkpoints_module, "mark_complete", mark_and_look)
+    monkeypatch.setattr(guard_module, "mark_complete", mark_and_look)
     (tmp_path / "checkpoint-1").mkdir()  # left by a run that was killed
     (tmp_path / "checkpoint-1" / "optimizer.pt").write_text("half")
     (tmp_path / "checkpoint-notes").mkdir()
