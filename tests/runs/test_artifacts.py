@@ -158,7 +158,7 @@ def test_a_second_run_on_the_same_output_stops_with_a_message(tmp_path):
 
 def test_a_dead_process_holds_no_lock(tmp_path):
     code = (
-        "import sys, time; sys.path.insert(0, sys.argv[2]); from pathlib import Path; import artifact_tools as a\n"
+        "import sys, time; sys.path.insert(0, sys.argv[2]); from pathlib import Path; import arc.runs.lock as a\n"
         "lock = a.OutputLock(Path(sys.argv[1]), 'x'); lock.acquire(); print('held', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, tmp_path, ROOT], stdout=subprocess.PIPE, text=True)
