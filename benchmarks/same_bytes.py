@@ -1,11 +1,11 @@
-"""Whether two versions of the code make the same artifacts: the three stages and an evaluation, before and after a change.
+"""Whether two versions of the code make the same artifacts, by the three stages and an evaluation of each.
 
     python benchmarks/same_bytes.py --before COMMIT
 
 Checks COMMIT out beside this checkout and runs both on this machine with the demo's base and a small generated dataset,
 once with the plain settings and once with the options of CHAINS. Compares every safetensors file of the seven folders
-byte for byte, and results.json but for times and paths. Then this checkout runs the same commands on the other one's folders: it
-must find everything finished and train nothing. Prints a line for each comparison; exit code 1 if one fails.
+byte for byte, and results.json but for times and paths. Then this checkout runs the same commands on the other one's
+folders: it must find everything finished and train nothing. Prints a line for each comparison; exit code 1 if one fails.
 
 Only for changes that are meant to change no numbers. Both versions run in the environment that starts this script.
 """
@@ -43,7 +43,7 @@ CHAINS = {
 }
 SCRIPTS = ("base_finetune.py", "base_finetune_final.py", "train_grpo.py")
 FOLDERS = ("prepared", *(f"{name}-{kind}" for name in ("Base", "Final", "Final-RL") for kind in ("lora", "merged")))
-EVALUATION = "--engine transformers --sizes 3 --holdout_examples 40 --views 4 --max_new_tokens 60 --max_seq_length 512"
+EVALUATION = "--sizes 3 --holdout_examples 40 --views 4 --max_new_tokens 60 --max_seq_length 512"
 VARYING = ("seconds", "time", "path", "version", "created", "date", "commit", "cache", "command", "machine")
 
 

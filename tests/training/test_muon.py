@@ -31,7 +31,8 @@ def give_gradients(step, *lists):
     for place, alike in enumerate(zip(*lists, strict=True)):
         gradient = torch.randn(alike[0].shape, generator=generator) * 10.0**-place
         for parameter in alike:
-            parameter.grad = torch.zeros_like(parameter) if (step, place) == (1, 1) else gradient.clone()
+            zeros = (step, place) == (1, 1)
+            parameter.grad = torch.zeros_like(parameter) if zeros else gradient.to(parameter.device, copy=True)
 
 
 @pytest.mark.parametrize("rounded", [True, False], ids=["as it is", "torch's in float32"])
