@@ -37,8 +37,7 @@ CHAINS = {
     "options": (
         f"{SUPERVISED} --optim muon --load_in_4bit true --perm_share 0.5 --merge_base original",
         f"{SUPERVISED} --fold_lora true --load_in_4bit false",
-        f"{POLICY} --supervised_weight 1.5 --supervised_batch_size 4 --fast_rollouts true --shared_prompts true "
-        "--stop_at_error true --reward_cells 0 --load_in_4bit false",
+        f"{POLICY} --supervised_weight 1.5 --supervised_batch_size 4 --fast_rollouts true --shared_prompts true --load_in_4bit false",
     ),
 }
 SCRIPTS = ("base_finetune.py", "base_finetune_final.py", "train_grpo.py")
