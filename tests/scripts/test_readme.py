@@ -23,7 +23,8 @@ from arc.runs.checkpoints import count_weights, disk_needs, memory_needs
 from arc.runs.settings import parse_settings
 from tests.helpers import ROOT
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", *PAGES)
 STAGES = ("base_finetune", "base_finetune_final", "train_grpo", "evaluate_arc")
 
 
