@@ -23,7 +23,8 @@ from arc.runs.needs import count_weights, disk_needs, memory_needs
 from arc.runs.settings import parse_settings
 from tests.helpers import ROOT
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("docs/*.md"))
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", *PAGES)
 STAGES = ("base_finetune", "base_finetune_final", "train_grpo", "evaluate_arc")
 
 
@@ -260,7 +261,7 @@ def test_task_files_of_the_readme_are_read(tmp_path):
     assert sorted(dataset.challenge) == ["task0-000", "task1"] and sorted(dataset.solutions) == ["task0-000", "task1"]
 
 
-def test_computed_needs_in_the_readme():
+def test_computed_needs_in_the_documents():
     """The table of what training takes, against the functions that the scripts ask."""
     from transformers import LlamaConfig
 
@@ -278,7 +279,7 @@ def test_computed_needs_in_the_readme():
         "stage 1, in 4 bits, `--lora_r 128`": (unsloth, 128, 79, True),
         "stage 1, in 4 bits, `--full_vocab true`": (unsloth, 512, None, True),
     }
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
     for name, (precision, rank, vocabulary, prepared) in rows.items():
         modules = LINEAR_MODULES + EMBEDDING_MODULES
         counts = count_weights(config, target_modules=modules, r=rank, vocabulary=vocabulary)
@@ -287,4 +288,4 @@ def test_computed_needs_in_the_readme():
         checkpoints = disk.parts["3 checkpoints"]
         needs += [disk.total, disk.total - checkpoints // 3, disk.total - checkpoints]
         row = " | ".join([f"| {name}", *(f"{need / 2**30:.1f} GiB" for need in needs)]) + " |"
-        assert row in text, f"README lacks the row\n{row}"
+        assert row in text, f"docs/performance.md lacks the row\n{row}"
