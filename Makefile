@@ -1,6 +1,9 @@
 # make env       the environment .venv, from requirements-cpu.txt
-# make lint      ruff
+# make lint      ruff, the layers of arc/ (import-linter), types (mypy)
+# make check     env, lint and the tests that train nothing (under 90 seconds on two cores)
 # make test      env, lint and all tests that need no CUDA
+# make test-gpu  the tests that need CUDA, on a box made from requirements.txt with pytest: make test-gpu PYTHON=python
+# make settings  docs/settings.md, from the code
 # make demo      env, then the three stages on generated data and a tiny model, and their evaluation
 # make learn     env, then whether the pipeline teaches: a small Llama through all of it (LEARN_DATASET=folder; one large GPU, 15 minutes)
 # make torture   env, then the three stages on a tiny model, killed at 100 random moments (about 10 minutes on 2 cores)
@@ -38,7 +41,7 @@ DEMO_EVALUATION ?= demo/evaluation
 DEMO_FLAGS ?= --dataset_dir $(DEMO_DATASET) --output_dir $(DEMO_OUTPUT)
 
 .DEFAULT_GOAL := help
-.PHONY: help env lint test demo learn torture fuzz clean
+.PHONY: help env lint check test test-gpu settings demo learn torture fuzz clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -60,11 +63,25 @@ $(STAMP): requirements-cpu.txt
 lint: env
 	$(BIN)/ruff check --no-cache .
 	$(BIN)/ruff format --check --no-cache .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
+
+TEST_ENVIRONMENT = OMP_NUM_THREADS=$(TEST_THREADS) OPENBLAS_NUM_THREADS=$(TEST_THREADS) MKL_NUM_THREADS=$(TEST_THREADS) \
+  TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 # Offline: a test that would fetch a model or data fails at once instead of waiting for a network.
 test: env lint
-	OMP_NUM_THREADS=$(TEST_THREADS) OPENBLAS_NUM_THREADS=$(TEST_THREADS) MKL_NUM_THREADS=$(TEST_THREADS) \
-	TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+check: env lint
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu and not training"
+
+# Only the files with such tests are read: they need pytest alone beside requirements.txt.
+test-gpu:
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -q -m gpu $(shell grep -rl 'mark.gpu' tests --include='test_*.py')
+
+settings: env
+	$(BIN)/python docs/make_settings.py
 
 demo: env
 	$(BIN)/python demo/make_dataset.py --out $(DEMO_DATASET) --families $(DEMO_FAMILIES)
@@ -95,8 +112,8 @@ torture: env
 
 FUZZ_EXAMPLES ?= 100000
 fuzz: env
-	ARC_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q -n 0 tests/test_fuzz.py
+	ARC_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q -n 0 tests/puzzles/test_fuzz.py
 
 clean:
-	rm -rf .pytest_cache .ruff_cache .hypothesis unsloth_compiled_cache
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis unsloth_compiled_cache
 	find . -name .venv -prune -o -type d -name __pycache__ -exec rm -rf {} +

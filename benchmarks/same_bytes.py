@@ -5,7 +5,8 @@
 Checks COMMIT out beside this checkout and runs both on this machine with the demo's base and a small generated dataset,
 once with the plain settings and once with the options of CHAINS. Compares every safetensors file of the seven folders
 byte for byte, and results.json but for times and paths. Then this checkout runs the same commands on the other one's
-folders: it must find everything finished and train nothing. Prints a line for each comparison; exit code 1 if one fails.
+folders: it must find everything finished and train nothing. Prints a line for each comparison; exit code 1 if one
+fails.
 
 Only for changes that are meant to change no numbers. Both versions run in the environment that starts this script.
 """
@@ -37,7 +38,8 @@ CHAINS = {
     "options": (
         f"{SUPERVISED} --optim muon --load_in_4bit true --perm_share 0.5 --merge_base original",
         f"{SUPERVISED} --fold_lora true --load_in_4bit false",
-        f"{POLICY} --supervised_weight 1.5 --supervised_batch_size 4 --fast_rollouts true --shared_prompts true --load_in_4bit false",
+        f"{POLICY} --supervised_weight 1.5 --supervised_batch_size 4 --fast_rollouts true --shared_prompts true "
+        "--load_in_4bit false",
     ),
 }
 SCRIPTS = ("base_finetune.py", "base_finetune_final.py", "train_grpo.py")

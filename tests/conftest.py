@@ -70,7 +70,20 @@ SLOW_FILES = (
 )
 
 
+# Files whose tests train models or start scripts: `make check` does without them.
+TRAINING_FILES = {
+    *SLOW_FILES,
+    "evaluation/test_evaluate",
+    "generation/test_demo",
+    "training/test_muon",
+    "training/test_batch_planning",
+} - {"evaluation/test_report", "runs/test_checkpoints"}
+
+
 def pytest_collection_modifyitems(items):
-    """Order the files; the tests of a file stay in theirs."""
+    """Mark the tests that train, and order the files; the tests of a file stay in theirs."""
+    for item in items:
+        if f"{item.path.parent.name}/{item.path.stem}" in TRAINING_FILES:
+            item.add_marker("training")
     order = {name: number for number, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: order.get(f"{item.path.parent.name}/{item.path.stem}", len(order)))
