@@ -1,4 +1,4 @@
-"""What documents tell a user to type exists, is understood and runs; they stay short, and their links lead somewhere."""
+"""What documents tell a user to type is understood and runs; they stay short, and their links lead somewhere."""
 
 import contextlib
 import functools
