@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
+from arc.models.library_patches import choose_attention
 from arc.models.loading import decoding
 from arc.models.packing import check_full_attention
 
@@ -368,24 +369,15 @@ def own_attention(model: Any, attention: Callable[..., tuple[torch.Tensor, None]
     Raises:
         UndecodableModelError: a model whose attention is not full, or cannot be chosen.
     """
-    from transformers import AttentionInterface
-
-    config = model.config
     try:
-        check_full_attention(config)
+        check_full_attention(model.config)
+        undo = choose_attention(model, ATTENTION, attention)
     except ValueError as error:
-        raise UndecodableModelError(str(error)) from None
-    AttentionInterface.register(ATTENTION, attention)
-    before = config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
+        raise UndecodableModelError(f"{error}: not supported") from None
     try:
-        if config._attn_implementation != ATTENTION:
-            raise UndecodableModelError(
-                f"{config.model_type} models do not let their attention be chosen: not supported"
-            )
         yield
     finally:
-        model.set_attn_implementation(before)
+        undo()
 
 
 class _GroupedAttention:
@@ -463,6 +455,7 @@ def halve_on_out_of_memory(run: Callable[[int], T], batch_size: int, work: Work 
         torch.OutOfMemoryError: a batch of 1 does not fit.
     """
     import torch
+    from accelerate.utils.memory import clear_device_cache
 
     while True:
         try:
@@ -475,8 +468,7 @@ def halve_on_out_of_memory(run: Callable[[int], T], batch_size: int, work: Work 
         print(f"out of memory: going on with batches of {batch_size}")
         if work is not None:
             work.batch_size = batch_size
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache()
 
 
 def check_tokens(model: Any, what: str, rows: Sequence[np.ndarray | None]) -> None:

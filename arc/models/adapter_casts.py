@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from arc.models.library_patches import wrap_unsloth_reader
 from arc.models.loading import several_processes
 
 if TYPE_CHECKING:
     import torch
 
 MOST_MEMORY = 0.05  # of a GPU's, that the casts may take: smaller cards need it for activations
-KERNELS = "unsloth.kernels.fast_lora"  # where Unsloth's layers look up what reads their adapters
-READER = "get_lora_parameters"
 
 _running: AdapterCasts | None = None  # whose forward pass is under way
 
@@ -48,14 +46,14 @@ def cast_adapters_together(model: Any, dtype: torch.dtype) -> int:
         How many matrices are cast together; 0, and nothing is changed, where there is nothing to gain: no adapters, too
         little GPU memory, or an Unsloth that reads them otherwise.
     """
-    kernels = sys.modules.get(KERNELS)
     casts = AdapterCasts(model, dtype)
-    if not hasattr(kernels, READER) or not casts.weights:
+    if not casts.weights:
         return 0
     count = sum(weight.numel() for weight in casts.weights)
     if count * dtype.itemsize > MOST_MEMORY * _memory(casts.weights[0].device):
         return 0
-    setattr(kernels, READER, reading_casts(getattr(kernels, READER)))
+    if wrap_unsloth_reader(reading_casts) is None:
+        return 0
     model.register_forward_pre_hook(casts.begin)
     model.register_forward_hook(casts.end, always_call=True)  # also where a pass runs out of memory
     return len(casts.weights)
@@ -142,7 +140,7 @@ def reading_casts(plain: Callable[[Any], tuple[Any, ...]]) -> Callable[[Any], tu
         weight, quantisation, a, b, scaling = found
         return weight, quantisation, _running.take(a), _running.take(b), scaling
 
-    get_lora_parameters.reads_casts = True
+    vars(get_lora_parameters)["reads_casts"] = True
     return get_lora_parameters
 
 

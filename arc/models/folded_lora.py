@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from arc.models.library_patches import change_class
+from arc.models.weights import add_low_rank
+
 
 def fold_lora(model: Any) -> int:
     """Have a model's linear LoRA layers add their matrices to the weight before they multiply, in place.
@@ -41,8 +44,7 @@ def fold_lora(model: Any) -> int:
             raise ValueError(f"{type(layer).__name__} layers with these settings cannot be folded: only plain LoRA can")
     if not layers:
         raise ValueError("the model has no LoRA layers to fold")
-    for layer in layers:
-        layer.__class__ = _folded_class()
+    change_class(layers, _folded_class())
     return len(layers)
 
 
@@ -53,7 +55,7 @@ def folded_throughout(model: Any) -> Iterator[None]:
     Args:
         model: any; layers that are not folded are left as they are.
     """
-    layers = [module for module in model.modules() if isinstance(module, _folded_class())]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, _folded_class())]
     for layer in layers:
         layer.folds_always = True
     try:
@@ -79,7 +81,6 @@ def _folded_class() -> type:
             (name,) = self.active_adapters
             weight, bias = self.base_layer.weight, self.base_layer.bias
             a, b = self.lora_A[name].weight.to(weight.dtype), self.lora_B[name].weight.to(weight.dtype)
-            # One rounding: the product is summed and added in float32.
-            return torch.nn.functional.linear(x, torch.addmm(weight, b, a, alpha=self.scaling[name]), bias)
+            return torch.nn.functional.linear(x, add_low_rank(weight, a, b, self.scaling[name]), bias)
 
     return FoldedLinear

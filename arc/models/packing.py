@@ -6,12 +6,19 @@ batch in the form that either engine reads, `use_packed_attention` gives a trans
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from arc.models.library_patches import (
+    Undo,
+    answer_unsloth_lengths,
+    choose_attention,
+    skip_document_search,
+    undo_all,
+    wrap_unsloth_attention,
+)
 from arc.models.prompt_sharing import SharedPrompts, attend_shared, define_operators
 
 if TYPE_CHECKING:
@@ -99,73 +106,63 @@ def can_pack(model: Any, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
-def use_packed_attention(model: Any, engine: str = "transformers") -> None:
-    """Give a model an attention that keeps packed documents apart; other batches it treats as before.
+def use_packed_attention(model: Any, engine: str = "transformers") -> Undo:
+    """Give a model an attention that separates packed documents; other batches are computed as before.
 
     Args:
         model: of either engine.
-        engine: "transformers" or "unsloth", which keeps them apart by itself, one after the other where its own kernel
-            for all at once is missing; it gets one.
+        engine: "transformers" or "unsloth". Unsloth separates documents by itself, but without xformers and flash-attn
+            one after the other; here it gets one kernel for all.
+
+    Returns:
+        What undoes it.
 
     Raises:
         ValueError: a model whose attention is not full, or cannot be chosen.
     """
     define_operators()
+    check_full_attention(model.config)
     if engine == "unsloth":
-        check_full_attention(model.config)
         if not any(type(module).forward.__module__.startswith("unsloth.") for module in model.modules()):
             # As on machines without CUDA, where Unsloth leaves the forward pass to transformers.
             raise ValueError(
                 "this model's attention is not Unsloth's, and rows cannot be packed: --engine transformers"
             )
-        for name, module in list(sys.modules.items()):
-            if name.startswith("unsloth.models.") and hasattr(module, "run_attention"):
-                module.run_attention = unsloth_attention(module.run_attention)
-        model.register_forward_pre_hook(_tell_unsloth, with_kwargs=True)
-        return
+        undo = wrap_unsloth_attention(unsloth_attention)
+        hook = model.register_forward_pre_hook(_hand_over_documents, with_kwargs=True)
+        return undo_all([undo, hook.remove])
     import torch
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    config = model.config
-    check_full_attention(config)
-
-    def mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-        # Without a mask of its own a batch is packed, or rows of one length; causal either way.
-        if attention_mask is None and kwargs.get("q_length") == kwargs.get("kv_length"):
-            return None
-        return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
     global _attend_uncompiled
     _attend_uncompiled = torch.compiler.disable(attend_shared)
-    AttentionInterface.register(ATTENTION, packed_attention)
-    AttentionMaskInterface.register(ATTENTION, mask)
-    model.set_attn_implementation(ATTENTION)
-    if config._attn_implementation != ATTENTION:
-        raise ValueError(f"{config.model_type} models do not let their attention be chosen: rows cannot be packed")
-    model.register_forward_pre_hook(_keep_from_searching, with_kwargs=True)
+    try:
+        undo = choose_attention(model, ATTENTION, packed_attention, _packed_mask)
+    except ValueError as error:
+        raise ValueError(f"{error}: rows cannot be packed") from None
+    return undo_all([undo, skip_document_search(model, _is_packed)])
 
 
-def _keep_from_searching(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    # Without a mask transformers looks for packed documents in the positions, and waits for the device to know. A mask
-    # that is four-dimensional already it takes as it is; `packed_attention` does not look at it.
-    packed = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("shared_prompts") is not None
-    if packed and kwargs.get("attention_mask") is None:
-        kwargs["attention_mask"] = kwargs["position_ids"].new_zeros((1, 1, 1, 1))
-    return args, kwargs
+def _is_packed(kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("cu_seq_lens_q") is not None or kwargs.get("shared_prompts") is not None
 
 
-def _tell_unsloth(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    # Unsloth asks the device for the lengths, and waits for all that it was given before. It keeps the answer for the
-    # other layers: here it finds it there. What `unsloth_attention` reads goes with the lengths themselves: where
-    # activations are recomputed, the answer kept may be a later batch's.
+def _packed_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    # A batch without a mask is packed, or its rows have one length; it is causal either way.
+    from transformers.masking_utils import sdpa_mask
+
+    if attention_mask is None and kwargs.get("q_length") == kwargs.get("kv_length"):
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+def _hand_over_documents(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    # `unsloth_attention` finds the documents at the tensor of the lengths. Unsloth's own table of answers may hold a
+    # later batch's where activations are recomputed.
     documents = kwargs.pop(DOCUMENTS, None)
-    answers = getattr(sys.modules.get("unsloth.utils.packing"), "_PACKED_INFO_CACHE", None)
-    lengths = kwargs.get("packed_seq_lengths")
     if documents is not None:
+        lengths = kwargs["packed_seq_lengths"]
         lengths.documents = documents
-        if answers is not None:
-            answers[lengths.device] = {"seq_lengths": lengths, "result": (lengths, *documents), "inference": False}
+        answer_unsloth_lengths(lengths, *documents)
     return args, kwargs
 
 
@@ -199,7 +196,7 @@ def unsloth_attention(plain: Callable[..., torch.Tensor]) -> Callable[..., torch
             return plain(config=config, context=context, Q=Q, K=K, V=V)
         return attend_documents(Q, K, V, bounds, longest)
 
-    attention.knows_documents = True
+    vars(attention)["knows_documents"] = True
     return attention
 
 

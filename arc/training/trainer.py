@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arc.models.collator import InputMaskingDataCollator
+from arc.models.library_patches import let_run_ahead
 from arc.models.packing import can_pack, use_packed_attention
 from arc.puzzles.encoding import TrainingSamples
 from arc.runs.processes import divide_batch, gather, is_main, process_count, share
-from arc.training.batch_planning import SupervisedTrial, faster_way, let_run_ahead, optimizer_seconds, plan_batches
+from arc.training.batch_planning import SupervisedTrial, faster_way, optimizer_seconds, plan_batches
 from arc.training.curves import read_metrics
 
 if TYPE_CHECKING:
