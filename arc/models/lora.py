@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arc.models.adapter_casts import cast_adapters_together
+from arc.models.cards import write_model_card
 from arc.models.folded_lora import fold_lora
 from arc.models.loading import Precision, quantization_config
-from arc.models.manifests import absolute_reference, write_manifest
+from arc.models.manifests import absolute_reference, apply_umask, write_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -154,7 +155,7 @@ def save_adapter(
     precision: Precision,
     manifest: dict[str, Any] | None = None,
 ) -> None:
-    """Save adapter, tokenizer and manifest into a folder.
+    """Save adapter, tokenizer, manifest and model card into a folder.
 
     Args:
         model: a peft model.
@@ -178,7 +179,10 @@ def save_adapter(
         # For whoever loads it without this pipeline: transformers.BitsAndBytesConfig(**quantization).
         recorded = quantization_config(precision).to_dict()
         how["quantization"] = {name: recorded[name] for name in recorded if name.startswith(("load_in_4", "bnb_4"))}
-    write_manifest(path, {**(manifest or {}), **how})
+    manifest = {**(manifest or {}), **how}
+    write_manifest(path, manifest)
+    write_model_card(path, manifest)
+    apply_umask(path)
 
 
 def load_adapter(model: Any, path: str | Path) -> Any:
