@@ -18,7 +18,7 @@ from arc.decoding.device_sampling import KEPT
 from arc.grpo.prompts import PromptRows
 from arc.grpo.rollouts import make_rollouts, make_stopped_rollouts
 from arc.grpo.supervised_mix import MASKED_REPLIES, SupervisedMix, ends_with_training, learned_tokens
-from arc.models.library_patches import decoding_once, let_run_ahead, plain_module
+from arc.models.library_patches import decoding_once, let_run_ahead, plain_module, use_one_gpu
 from arc.models.lora import EMBEDDING_MODULES, train_in_float32
 from arc.models.packing import can_pack, check_full_attention, use_packed_attention
 from arc.models.prompt_sharing import reply_log_probs
@@ -109,7 +109,7 @@ def grpo_trainer(
         # Its cache is sized by it; a prompt fits max_seq_length with its own reply, not with the longest one.
         vllm_max_model_length=settings.max_seq_length + max_completion_length if settings.use_vllm else None,
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one GPU, however many it sees
+    use_one_gpu(arguments)
     arguments.embedding_learning_rate = settings.embedding_learning_rate
     optimizer = None  # trl makes it
     if set(settings.target_modules) & set(EMBEDDING_MODULES) or settings.optim == MUON:

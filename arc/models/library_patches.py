@@ -110,6 +110,34 @@ def skip_document_search(model: Any, is_packed: Callable[[dict[str, Any]], bool]
     return model.register_forward_pre_hook(add_mask, with_kwargs=True).remove
 
 
+def change_train_loader(trainer: Any, change: Callable[[Any], None]) -> Undo:
+    """Change the loader of batches of a trainer when the trainer makes it.
+
+    transformers makes the loader inside `train` and has no setting for what its processes do first.
+
+    Args:
+        trainer: of transformers, trl or Unsloth.
+        change: called with torch's loader, which accelerate's wraps.
+    """
+    make = trainer.get_train_dataloader
+
+    def get_train_dataloader() -> Any:
+        loader = make()
+        change(getattr(loader, "base_dataloader", loader))
+        return loader
+
+    return replace_attribute(trainer, "get_train_dataloader", get_train_dataloader)
+
+
+def use_one_gpu(arguments: Any) -> Undo:
+    """Have a trainer use one GPU, however many its process sees: transformers would divide each batch among them.
+
+    Args:
+        arguments: transformers' TrainingArguments, whose count of GPUs is a private attribute.
+    """
+    return replace_attribute(arguments, "_n_gpu", min(1, arguments.n_gpu))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # torch
 
