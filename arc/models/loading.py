@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Precision:
-    """How a base is loaded for training: what the merge must repeat.
+    """How the training loads its base; the merge repeats it.
 
     Args:
         engine: "unsloth" or "transformers".
         dtype: "bfloat16", "float16" or "float32": the type of the frozen weights and of the arithmetic.
-        load_in_4bit: whether the frozen linear layers are quantised to 4-bit NormalFloat, with nested scales.
+        load_in_4bit: the frozen linear layers are quantised to 4-bit NormalFloat, with nested scales.
     """
 
     engine: str
@@ -44,8 +44,8 @@ class Precision:
 def resolve_precision(engine: str = "auto", dtype: str = "auto", load_in_4bit: bool | None = None) -> Precision:
     """Choose engine and number formats for this machine.
 
-    `auto` is Unsloth in 4 bits where there is CUDA and transformers where there is none; bf16 where the card has it,
-    else fp16 (such as on a T4); float32 on a CPU.
+    `auto` is Unsloth in 4 bits with CUDA, else transformers. The type is bfloat16 on cards that have it, else float16
+    (such as on a T4), and float32 on a CPU.
 
     Raises:
         ValueError: Unsloth was asked for and cannot run here.
@@ -73,7 +73,7 @@ def resolve_precision(engine: str = "auto", dtype: str = "auto", load_in_4bit: b
 
 
 def quantization_config(precision: Precision) -> Any:
-    """The 4-bit settings of the published recipe (and Unsloth's own): NF4, nested scales, 16-bit arithmetic."""
+    """The 4-bit settings of the published recipe and of Unsloth: NF4, nested scales, 16-bit arithmetic."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -125,7 +125,7 @@ def _load_transformers(path: str | Path, precision: Precision) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    # Each of several processes has a GPU of its own.
+    # Each process uses its own GPU.
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     quantised = {"quantization_config": quantization_config(precision)} if precision.load_in_4bit else {}
     model = AutoModelForCausalLM.from_pretrained(
@@ -144,8 +144,8 @@ def _load_transformers(path: str | Path, precision: Precision) -> Any:
 def decoding(model: Any, engine: str) -> Iterator[Any]:
     """Switch a model in training to decoding and back: evaluation mode, no checkpointing, no compiled layers.
 
-    And no attention by cuDNN, which PyTorch prefers on Hopper GPUs: it makes a plan for each length, and with each
-    token of a reply comes another length.
+    Attention by cuDNN, which PyTorch prefers on Hopper GPUs, is off: it makes a plan for each length, and each token of
+    a reply is a new length.
     """
     import torch
 
