@@ -129,8 +129,8 @@ def reading_casts(plain: Callable[[Any], tuple[Any, ...]]) -> Callable[[Any], tu
     @functools.wraps(plain)
     def get_lora_parameters(proj: Any) -> tuple[Any, ...]:
         parameters = plain(proj)
-        # Compiled layers, as Unsloth's are on padded rows, cast inside their kernels. This is asked first: compiled code
-        # must not depend on what changes from pass to pass.
+        # Compiled layers, as Unsloth's are on padded rows, cast inside their kernels. This comes first: compiled code
+        # must not depend on anything that changes from pass to pass.
         if torch.compiler.is_compiling() or _running is None or not torch.is_grad_enabled():
             return parameters
         weight, quantisation, a, b, scaling = parameters

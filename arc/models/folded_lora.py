@@ -20,7 +20,7 @@ from arc.models.weights import add_low_rank
 def fold_lora(model: Any) -> int:
     """Have the linear LoRA layers of a model add their matrices to the weight before they multiply, in place.
 
-    Only passes with gradients change; decoding, measuring and saving do not. The sum is rounded to the weight's type, so
+    Only passes with gradients change; decoding, measuring and saving do not. The sum is rounded to the weight's type:
     in 16 bits a change below half of a weight's last digit has no effect until it grows. Use it for trainings that
     change weights a lot, such as those of small models; not for small steps on pretrained weights.
 

@@ -172,8 +172,8 @@ def unsloth_attention(plain: Callable[..., torch.Tensor]) -> Callable[..., torch
         plain: Unsloth's `run_attention`, for all other calls.
 
     Returns:
-        A function of `config`, `context`, `Q`, `K` and `V` (rows, heads, tokens, size) that returns (rows, tokens, heads,
-        size).
+        A function of `config`, `context`, `Q`, `K` and `V` (rows, heads, tokens, size); it returns (rows, tokens,
+        heads, size).
     """
     if getattr(plain, "knows_documents", False):
         return plain
