@@ -288,7 +288,8 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
 
     from arc.models.loading import load_model, resolve_precision
     from arc.models.lora import add_lora
-    from arc.training.batch_planning import compile_layers, let_run_ahead
+    from arc.models.library_patches import let_run_ahead
+    from arc.training.batch_planning import compile_layers
     from arc.training.trainer import optimizer_with_embedding_rate
 
     planned_samples(args)  # prepares the base where it is not there

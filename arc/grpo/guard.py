@@ -24,6 +24,7 @@ import numpy as np
 from arc.decoding.greedy import GreedyAnswer, greedy_answers
 from arc.decoding.log_probabilities import log_probabilities
 from arc.grpo.rewards import repetition
+from arc.models.manifests import apply_umask
 from arc.runs.checkpoints import complete_checkpoints
 from arc.runs.files import flush
 from arc.training.data import StageData
@@ -382,6 +383,7 @@ def write_weights(weights: dict[str, Any], path: Path) -> None:
 
     beside = path.with_suffix(".tmp")
     save_file(weights, str(beside))
+    apply_umask(beside)
     flush(beside)
     beside.replace(path)
     flush(path.parent)

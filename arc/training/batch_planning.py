@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arc.models.collator import InputMaskingDataCollator
+from arc.models.library_patches import let_run_ahead
 from arc.models.loading import Precision
 from arc.models.lora import set_gradient_checkpointing
 from arc.models.packing import IGNORE_INDEX
@@ -484,33 +485,3 @@ def optimizer_seconds(model: Any, cls: type, options: dict[str, Any], max_norm: 
         optimizer.step()
         seconds.append(synchronised_time() - begun)
     return min(seconds[1:]) * sum(p.numel() for p in trained) / sum(p.numel() for p in copies)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What keeps the host from waiting
-
-
-def let_run_ahead(optimizer: Any) -> None:
-    """Keep an optimizer of bitsandbytes from waiting for the device after each of its tensors, in place.
-
-    Its kernels run in the order in which they are started, as all of a stream's do: the waits change no number. Paged
-    optimizers, whose state moves between memories, are left as they are, and so are those of other libraries.
-    """
-    import sys
-    import types
-
-    module = sys.modules.get("bitsandbytes.optim.optimizer")
-    if module is None or not isinstance(optimizer, module.Optimizer8bit) or optimizer.is_paged:
-        return
-    if "step" in vars(optimizer):  # done already
-        return
-    step = optimizer.step
-
-    def run_ahead(self: Any, closure: Any = None) -> Any:
-        wait, module.sync_gpu = module.sync_gpu, lambda tensor: None
-        try:
-            return step(closure)
-        finally:
-            module.sync_gpu = wait
-
-    optimizer.step = types.MethodType(run_ahead, optimizer)  # a method: schedulers of torch look into it

@@ -30,6 +30,7 @@ from arc.models.weights import MergeError
 from arc.puzzles.splits import load_split
 from arc.runs.artifacts import (
     INCOMPLETE,
+    REMOVED_SETTINGS,
     Stage,
     changed_settings,
     existing,
@@ -238,7 +239,7 @@ class StageRun:
         try:
             # A setting that an earlier version did not have had what is the default now.
             before = default_course(type(self.settings)) | json.loads(path.read_text(encoding="utf-8"))
-            course = self._course(data)
+            course = REMOVED_SETTINGS | self._course(data)
             changed = sorted(name for name in course if name in before and before[name] != course[name])
         except (ValueError, TypeError):
             changed = [f"{path} cannot be read"]
@@ -572,7 +573,6 @@ def lora_options(settings: RunSettings) -> dict[str, Any]:
         "r": settings.lora_r,
         "lora_alpha": settings.lora_alpha,
         "lora_dropout": settings.lora_dropout,
-        "bias": settings.lora_bias,
         "use_rslora": settings.use_rslora,
         "random_state": settings.random_state,
         "max_seq_length": settings.max_seq_length,

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arc.models.collator import InputMaskingDataCollator
+from arc.models.library_patches import let_run_ahead, use_one_gpu
 from arc.models.packing import can_pack, use_packed_attention
 from arc.puzzles.encoding import TrainingSamples
 from arc.runs.processes import divide_batch, gather, is_main, process_count, share
-from arc.training.batch_planning import SupervisedTrial, faster_way, let_run_ahead, optimizer_seconds, plan_batches
+from arc.training.batch_planning import SupervisedTrial, faster_way, optimizer_seconds, plan_batches
 from arc.training.curves import read_metrics
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
         )
         train = lazy_dataset(samples, planned_rows(run, data, settings.samples_per_step) + 1)
         evaluation = lazy_dataset(heldout, len(heldout))
-    arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one GPU, however many it sees
+    use_one_gpu(arguments)
     cls, options = optimizer_class(model, arguments, settings.optim)
     seconds = optimizer_seconds(model, cls, options, settings.max_grad_norm)
     run.plan = replace(run.plan, seconds_per_step=run.plan.seconds_per_step + seconds)

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import base_finetune
 from arc.models.collator import InputMaskingDataCollator
+from arc.models.library_patches import let_run_ahead
 from arc.models.loading import Precision
 from arc.models.lora import add_lora
 from arc.training import batch_planning as batch_planning_module
@@ -170,8 +171,8 @@ def test_an_optimizer_that_does_not_wait_makes_the_same_steps(monkeypatch):
         weight = torch.nn.Parameter(torch.randn(64, 128))
         optimizer = bitsandbytes.optim.AdamW8bit([weight], lr=0.1)
         if ahead:
-            batch_planning_module.let_run_ahead(optimizer)
-            batch_planning_module.let_run_ahead(optimizer)  # twice does no harm
+            let_run_ahead(optimizer)
+            let_run_ahead(optimizer)  # twice does no harm
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=3)
         before = len(waits)
         for _ in range(3):
@@ -184,7 +185,7 @@ def test_an_optimizer_that_does_not_wait_makes_the_same_steps(monkeypatch):
     weight.grad = torch.randn(64, 128)
     bitsandbytes.optim.AdamW8bit([weight], lr=0.1).step()
     assert len(waits) == 4  # only that optimizer's are gone
-    batch_planning_module.let_run_ahead(torch.optim.AdamW([weight]))  # another library's is left as it is
+    let_run_ahead(torch.optim.AdamW([weight]))  # another library's is left as it is
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +275,7 @@ def test_on_a_gpu_an_optimizer_that_does_not_wait_makes_the_same_steps():
         weights = [torch.nn.Parameter(torch.randn(512, 512, device="cuda")) for _ in range(20)]
         optimizer = bitsandbytes.optim.AdamW8bit(weights, lr=0.1)
         if ahead:
-            batch_planning_module.let_run_ahead(optimizer)
+            let_run_ahead(optimizer)
         for _ in range(3):
             sum((weight @ weight).square().mean() for weight in weights).backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
