@@ -11,8 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Generic
 
 import numpy as np
 
@@ -22,14 +22,14 @@ from arc.models.lora import set_gradient_checkpointing
 from arc.models.packing import IGNORE_INDEX
 from arc.runs.needs import count_weights, format_duration, optimizer_bytes
 from arc.runs.processes import agree, divide_batch, process_count
+from arc.runs.settings import RunSettings, SupervisedSettings
 from arc.runs.troubles import is_out_of_memory
+from arc.training.stage import BatchPlan, S, StageContext
 
 if TYPE_CHECKING:
     import torch
 
     from arc.puzzles.encoding import TrainingSamples
-    from arc.runs.settings import RunSettings
-    from arc.training.run import StageRun
 
 FILLED = 0.92  # of the GPU's free memory, at most: what is left is for fragments and for other libraries
 COMPILE_FROM = 600.0  # seconds of training from which compiling pays: it takes a minute, and saves a third of the time
@@ -39,65 +39,7 @@ FEW_WEIGHTS = 2**26  # an optimizer is timed on all of so few: copies, gradients
 Batch = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class BatchPlan:
-    """How a step is computed.
-
-    Args:
-        micro_batch_size: samples of a forward pass, of each process.
-        passes: forward passes of a step, of each process.
-        gradient_checkpointing: activations are recomputed in the backward pass.
-        padding_free: the samples of a pass stand in one row, see packing_tools.
-        compile_layers: each layer is compiled.
-        peak_bytes: GPU memory of the longest pass with what training will add to it; None: not tried.
-        seconds_per_step: of all passes and the optimizer; None: not timed.
-        loader_processes: processes that make batches ahead; 0: the main one does.
-    """
-
-    micro_batch_size: int
-    passes: int
-    gradient_checkpointing: bool
-    padding_free: bool
-    compile_layers: bool = False
-    peak_bytes: int | None = None
-    seconds_per_step: float | None = None
-    loader_processes: int = 0
-
-    def choice(self) -> dict[str, Any]:
-        """What was chosen, without what was measured: for checkpoints and manifests, which a rerun makes alike."""
-        measured = ("peak_bytes", "seconds_per_step")
-        return {name: value for name, value in asdict(self).items() if name not in measured}
-
-    def describe(self, steps: int, rows: str = "samples") -> str:
-        """One line about the plan, and about how long that many steps take.
-
-        Args:
-            steps: of the training.
-            rows: what a batch has, in the plural.
-        """
-        size = self.micro_batch_size
-        parts = [
-            f"a step: {self.passes} forward {'passes' if self.passes > 1 else 'pass'} of {size} "
-            f"{rows if size > 1 else rows[:-1]}",
-            "without padding" if self.padding_free else "padded",
-            f"{'with' if self.gradient_checkpointing else 'without'} gradient checkpointing",
-        ]
-        if self.compile_layers:
-            parts.append("layers compiled")
-        if self.loader_processes:
-            parts.append(f"batches made by {self.loader_processes} more processes")
-        if process_count() > 1:
-            parts.append(f"in each of {process_count()} processes")
-        text = ", ".join(parts)
-        if self.peak_bytes is not None:
-            text += f"; at most {self.peak_bytes / 2**30:.1f} GiB of GPU memory"
-        if self.seconds_per_step is not None:
-            seconds = self.seconds_per_step
-            text += f"; {seconds:.3g} s a step, estimated time of {steps:,} steps: {format_duration(seconds * steps)}"
-        return text
-
-
-def plan_batches(trial: Trial, *, steps: int, kept: BatchPlan | None = None) -> BatchPlan:
+def plan_batches(trial: Trial[RunSettings], *, steps: int, kept: BatchPlan | None = None) -> BatchPlan:
     """Decide how a step is computed, by trying passes of the model; the model is left as the plan says.
 
     On CUDA the largest division of a step that fits the free memory is taken, without checkpointing where it fits so;
@@ -117,7 +59,7 @@ def plan_batches(trial: Trial, *, steps: int, kept: BatchPlan | None = None) -> 
 
     model, settings, engine = trial.model, trial.run.settings, trial.run.precision.engine
     own = settings.samples_per_step // process_count()
-    compile_setting = settings.compile_layers
+    compile_setting = getattr(settings, "compile_layers", None)
     cuda, compiled = torch.cuda.is_available(), bool(compile_setting)
     if compiled:
         compile_layers(model)
@@ -207,7 +149,7 @@ def divisors(number: int) -> list[int]:
     return [size for size in range(number, 0, -1) if number % size == 0]
 
 
-def _compiled_if_faster(model: Any, trial: Trial, plan: BatchPlan) -> BatchPlan:
+def _compiled_if_faster(model: Any, trial: Trial[RunSettings], plan: BatchPlan) -> BatchPlan:
     begin = time.perf_counter()
     compile_layers(model)
     try:
@@ -266,7 +208,7 @@ def faster_way(plan: BatchPlan, precision: Precision, memory: int) -> str | None
 # Passes that are tried
 
 
-class Trial:
+class Trial(Generic[S]):
     """Forward and backward passes of a model that is about to be trained; they leave no trace.
 
     What a pass is, subclasses say: `longest`, `typical`, `tokens`, `tokens_per_step` and `loss`.
@@ -280,7 +222,7 @@ class Trial:
     padding_free = False
     tells_time = True  # whether what a step takes is wanted where there is nothing to choose
 
-    def __init__(self, model: Any, run: StageRun, more: int = 0):
+    def __init__(self, model: Any, run: StageContext[S], more: int = 0):
         """See the class."""
         self.model, self.run = model, run
         self.device = next(model.parameters()).device
@@ -382,7 +324,7 @@ class Trial:
             torch.cuda.empty_cache()
 
 
-class SupervisedTrial(Trial):
+class SupervisedTrial(Trial[SupervisedSettings]):
     """Passes of a supervised stage.
 
     Args:
@@ -395,7 +337,7 @@ class SupervisedTrial(Trial):
     def __init__(
         self,
         model: Any,
-        run: StageRun,
+        run: StageContext[SupervisedSettings],
         samples: TrainingSamples,
         collator: InputMaskingDataCollator,
         order: Sequence[int],

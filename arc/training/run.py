@@ -22,28 +22,20 @@ from arc.decoding.rows import NonFiniteAnswersError
 from arc.merging.merge import merge_and_check
 from arc.merging.probe import PROBE, make_probe_rows, record_probe
 from arc.merging.proof import describe_check
-from arc.models.loading import resolve_precision
 from arc.models.lora import save_adapter
-from arc.models.manifests import absolute_reference, read_manifest, write_manifest
+from arc.models.manifests import read_manifest, write_manifest
 from arc.models.prepared_base import prepare_base
 from arc.models.weights import MergeError
-from arc.puzzles.splits import load_split
 from arc.runs.artifacts import (
     INCOMPLETE,
     Stage,
-    changed_settings,
-    existing,
     file_table,
-    find_damage,
-    find_outdated,
     find_parent,
     fingerprint,
     made_from,
     move_aside,
     new_folder,
     provenance,
-    read_manifest_or_nothing,
-    stale_base,
     versions,
 )
 from arc.runs.checkpoints import complete_checkpoints, delete_older, refuse_pickles
@@ -55,8 +47,9 @@ from arc.runs.processes import fail, is_main, leave, process_count, wait_for_eve
 from arc.runs.settings import RunSettings, course_settings, default_course, user_errors
 from arc.runs.signals import StopSignals
 from arc.runs.troubles import NonFiniteError, machine_errors
-from arc.training.batch_planning import BatchPlan
 from arc.training.data import StageData
+from arc.training.existing import is_merged, is_trained, where_the_parent_is
+from arc.training.stage import S, StageContext
 from arc.training.trainer import check_arguments
 
 SAVE_SECONDS = 300.0  # of work between checkpoints, unless --save_steps says otherwise
@@ -68,123 +61,39 @@ COURSE = "course.json"  # beside the checkpoints: what decides the course of the
 # Train, then merge
 
 
-class StageRun:
-    """One run of a stage: what is there already, what it starts from, training, saving, merging.
+class StageRun(StageContext[S]):
+    """One run of a stage: begin, train, save, merge. What is decided about it is its `StageContext`.
 
     Args:
-        stage: names.
+        stage: the stage's names.
         settings: resolved settings.
-
-    Attributes:
-        precision: engine and formats of the training.
-        parent: what training starts from (None if the adapter is there already).
-        to_prepare: the folder of the prepared base if `begin` has to make it, else None.
-        to_move: what `begin` moves aside first (--overwrite).
-        made_from: name and fingerprint of the parent as training found it.
-        work: folder of checkpoints and logs.
-        plan: how a step is computed, once a trainer is made that decides it.
     """
 
-    def __init__(self, stage: Stage, settings: RunSettings):
-        """Look at what is there, without writing; a user's mistake ends the program with one message."""
-        self.stage, self.settings = stage, settings
-        self.lora, self.merged, self.work = stage.lora(settings), stage.merged(settings), stage.checkpoints(settings)
-        self.parent: Path | str | None = None
-        self.to_prepare: Path | None = None
-        self.to_move: list[Path] = []
-        self.made_from: dict[str, str] = {}
-        self.plan: BatchPlan | None = None
+    def __init__(self, stage: Stage, settings: S):
+        """Look at what exists, without writing; a user's mistake ends the program with one message."""
         self.lock = OutputLock(Path(settings.output_dir), stage.script)
         with user_errors():
-            self.precision = resolve_precision(settings.engine, settings.dtype, settings.load_in_4bit)
-            if self._is_trained():
+            super().__init__(stage, settings)
+            if is_trained(self):
                 print(f"{self.lora} is there: training skipped")
                 return
             if self.precision.engine == "unsloth":
                 import_unsloth()
             check_arguments(self)
-            self.parent = find_parent(stage, settings, without_prepared=stage.prepared(settings) in self.to_move)
-            if stage.parent == "prepared" and self.parent == _as_given(settings.base_model):
+            parent = find_parent(stage, settings, without_prepared=stage.prepared(settings) in self.to_move)
+            self.starts_from, base = parent, settings.base_model
+            if stage.parent == "prepared" and base and parent == (Path(base) if Path(base).is_dir() else base):
                 self.to_prepare = stage.prepared(settings)
             four_bit = ", base in 4 bits" if self.precision.load_in_4bit else ""
             several = f", {process_count()} processes" if process_count() > 1 else ""
             formats = f"{self.precision.engine}, {self.precision.dtype}{four_bit}{several}"
-            print(f"{stage.script}: {self.parent} -> {self.lora} ({formats})")
+            print(f"{stage.script}: {parent} -> {self.lora} ({formats})")
             print("versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
-            if self.precision.load_in_4bit and read_manifest(self.parent).get("merged_onto") == "quantised":
+            if self.precision.load_in_4bit and read_manifest(parent).get("merged_onto") == "quantised":
                 print(
                     "note: the parent was merged onto its quantised base and is quantised again here, which rounds "
                     "small changes away; merged with --merge_base original it keeps them (benchmarks/README.md)"
                 )
-
-    def _is_trained(self) -> bool:
-        # Whether the adapter is there and is what these settings make. With --overwrite, notes what has to go aside.
-        stage, settings = self.stage, self.settings
-        overwrite = "--overwrite moves it aside (nothing is deleted) and makes it anew"
-        if stage.parent == "prepared" and stage.prepared(settings).exists():
-            prepared = stage.prepared(settings)
-            damage = find_damage(prepared)
-            problem = f"{prepared} is damaged: {damage}" if damage else stale_base(prepared, settings)
-            if problem and not settings.overwrite:
-                raise ValueError(problem + ("; --overwrite moves it aside and prepares it anew" if damage else ""))
-            if problem:
-                self.to_move = existing([self.merged, self.work, self.lora, prepared])
-                return False
-        if not self.lora.exists():
-            if not self.merged.exists():
-                return False
-            if not settings.overwrite:
-                raise ValueError(
-                    f"{self.merged} is there without {self.lora}: bring that back, or use another --output_dir; "
-                    "--overwrite trains the adapter again"
-                )
-            return False  # made again, from its last checkpoint if that is there; the merge may still fit it then
-        damage = find_damage(self.lora, "adapter")
-        problem = f"is damaged: {damage}" if damage else self._outdated()
-        if problem and not settings.overwrite:
-            raise ValueError(f"{self.lora} {problem}; {overwrite}")
-        if problem:
-            print(f"{self.lora} {problem}: it will be moved aside")
-            # The checkpoints and the merge of a damaged adapter are still good: it is made again from the last of them.
-            self.to_move = [self.lora] if damage else existing([self.merged, self.work, self.lora])
-        return not problem
-
-    def _outdated(self) -> str | None:
-        """Why the adapter is not what this run would train, as words; None if it is."""
-        recorded = read_manifest(self.lora)
-        if not recorded.get("files"):  # made elsewhere: there is nothing to compare with
-            return None
-        parent = Path(self.settings.base_model or "") if self.stage.parent != "prepared" else Path("")
-        parent = parent if parent != Path("") else self.stage.default_parent(self.settings)
-        before = recorded.get("made_from", {})
-        if parent.is_dir() and fingerprint(parent) not in before.values():
-            return f"was trained from another model than the one that is in {parent} now"
-        if not parent.exists() and self.settings.base_model and self.stage.parent != "prepared":
-            if absolute_reference(parent) not in before and str(Path(parent).resolve()) not in before:
-                return f"was trained from {', '.join(before)}, not from {parent}"
-        earlier = find_outdated(self.lora)
-        if earlier:
-            return f"rests on something that has changed ({earlier})"
-        named = self.settings.engine, self.settings.dtype, self.settings.load_in_4bit
-        asked = {
-            name: value
-            for name, flag, value in zip(asdict(self.precision), named, asdict(self.precision).values(), strict=True)
-            if flag not in ("auto", None)
-        }
-        data, folders = None, self.settings.extra_dataset_dirs
-        gone = [folder for folder in folders if not Path(folder).is_dir()]
-        if gone and folders != recorded.get("settings", {}).get("extra_dataset_dirs", []):
-            raise FileNotFoundError(f"--extra_dataset_dirs: {gone[0]}: no such folder")
-        if gone:  # as with a dataset that is gone: what was made of it is still good
-            print(f"note: {gone[0]} is gone, so that the puzzles that {self.lora} was trained on are not compared")
-        elif Path(self.settings.dataset_dir).is_dir():
-            data = load_split(self.settings, quiet=True).train.content_hash()
-        changed = changed_settings(recorded, self.settings, asked, data)
-        return f"was trained with other settings: {', '.join(changed)}" if changed else None
-
-    def needs_training(self) -> bool:
-        """Whether the adapter is not there yet."""
-        return self.parent is not None
 
     def begin(self, data: StageData) -> None:
         """The last checks; end here in a dry run, else take the output folder and make the base if need be.
@@ -208,7 +117,7 @@ class StageRun:
                     raise
             wait_for_everyone()
             if self.to_prepare is not None:  # the main process has made it
-                self.parent, self.to_prepare = self.to_prepare, None
+                self.starts_from, self.to_prepare = self.to_prepare, None
 
     def _take_over(self, data: StageData) -> None:
         # The first things that are written, once the output folder is this run's.
@@ -221,7 +130,7 @@ class StageRun:
             if self.to_prepare.exists():
                 raise FileExistsError(f"{self.to_prepare} was made by another run meanwhile: run the command again")
             self._prepare(self.parent, self.to_prepare)
-            self.parent, self.to_prepare = self.to_prepare, None
+            self.starts_from, self.to_prepare = self.to_prepare, None
             moved = len(self.to_move)
             self._check_checkpoints(data)  # now that the base can be compared too
             for folder in self.to_move[moved:]:
@@ -317,7 +226,7 @@ class StageRun:
         import torch
 
         with user_errors():
-            checkpoint = self._last_checkpoint()
+            checkpoint = self.last_checkpoint()
             if checkpoint is not None:
                 refuse_pickles(checkpoint)
         before = {"global_step": 0, "max_steps": -1, "num_input_tokens_seen": 0}
@@ -361,33 +270,13 @@ class StageRun:
             f"{tokens / max(seconds, 1e-9):,.0f} tokens/s{memory}"
         )
 
-    def _last_checkpoint(self) -> Path | None:
-        return next(iter(complete_checkpoints(self.work)), None)
-
-    def _last_state(self) -> dict[str, Any]:
-        # Of the trainer, in the newest checkpoint; empty where there is none.
-        there = complete_checkpoints(self.work, quiet=True)
-        return json.loads((there[0] / "trainer_state.json").read_text(encoding="utf-8")) if there else {}
-
-    def steps_done(self) -> int:
-        """Optimizer steps of the newest checkpoint, from which the training continues."""
-        return self._last_state().get("global_step", 0)
-
-    def kept_plan(self) -> BatchPlan | None:
-        """How a step was computed up to the newest checkpoint; None if that is not known."""
-        kept = self._last_state().get("stateful_callbacks", {}).get("Plan", {}).get("attributes")
-        try:
-            return BatchPlan(**kept) if kept else None
-        except TypeError:  # another version's
-            return None
-
     def machine_errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
         """Trouble of the machine in the block becomes one message that says what is safe; see run_guards."""
         return machine_errors(
             doing,
             self._settings_in_use() if doing == "training" else {},
             folder=self.settings.output_dir,
-            checkpoint=self._last_checkpoint,
+            checkpoint=self.last_checkpoint,
             artifacts=[self.stage.default_parent(self.settings), self.lora, self.merged],
         )
 
@@ -440,16 +329,16 @@ class StageRun:
         leave()
         try:
             with user_errors():
-                if self._is_merged():
+                if is_merged(self):
                     print(f"{self.merged} is there: merge skipped")
                     return
                 if self.settings.dry_run:
                     print(f"dry run: {self.lora} would be merged into {self.merged}")
                     return
                 self.lock.acquire()
-                if self._is_merged():
+                if is_merged(self):
                     raise FileExistsError(f"{self.merged} was made by another run meanwhile: run the command again")
-                parent = self._where_the_parent_is()
+                parent = where_the_parent_is(self)
                 if self.merged.exists():
                     move_aside(self.merged)
             gc.collect()  # the memory of the trained model
@@ -489,41 +378,6 @@ class StageRun:
                 1,
             )
 
-    def _is_merged(self) -> bool:
-        # Whether the merge is there and is that of this adapter onto the base that is asked for.
-        if not self.merged.exists():
-            return False
-        damage, recorded = find_damage(self.merged), read_manifest_or_nothing(self.merged)
-        problem = f"is damaged: {damage}" if damage else None
-        if not problem and find_outdated(self.merged):
-            problem = f"is outdated: {find_outdated(self.merged)}"
-        if not problem and "merged_onto" in recorded:
-            four_bit = recorded.get("precision", {}).get("load_in_4bit", False)
-            onto = "quantised" if self.settings.merge_base == "quantised" and four_bit else "16-bit"
-            if recorded["merged_onto"] != onto:
-                was = recorded.get("merge_base")
-                problem = f"was merged with --merge_base {was}, asked for is {self.settings.merge_base}"
-        if problem and not self.settings.overwrite:
-            raise ValueError(f"{self.merged} {problem}; --overwrite moves it aside and merges again")
-        if problem:
-            print(f"{self.merged} {problem}: it is moved aside")
-        return not problem
-
-    def _where_the_parent_is(self) -> Path | str:
-        # The adapter names its base by an absolute path; a whole output folder may have been moved or copied since.
-        if self.parent is not None:
-            return self.parent
-        for name, recorded in read_manifest(self.lora).get("made_from", {}).items():
-            here = self.lora.parent / name
-            if here.is_dir() and fingerprint(here) == recorded:
-                return here
-        from peft import PeftConfig
-
-        named = PeftConfig.from_pretrained(str(self.lora)).base_model_name_or_path
-        if Path(named).is_absolute() and not Path(named).is_dir():
-            raise FileNotFoundError(f"{self.lora} was trained on {named}, which is not there: bring it back to merge")
-        return named
-
 
 @contextlib.contextmanager
 def _worth_less_than_the_training(without: str) -> Iterator[None]:
@@ -549,10 +403,6 @@ def _is_over(state: dict[str, Any]) -> bool:
     guards = (state.get("stateful_callbacks") or {}).values()
     stopped = any(isinstance(kept, dict) and kept.get("reason") for kept in guards)
     return state["global_step"] == state["max_steps"] or stopped
-
-
-def _as_given(base_model: str | None) -> Path | str | None:
-    return Path(base_model) if base_model and Path(base_model).is_dir() else base_model
 
 
 def import_unsloth() -> None:

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +22,11 @@ from arc.models.collator import InputMaskingDataCollator
 from arc.models.packing import can_pack, use_packed_attention
 from arc.puzzles.encoding import TrainingSamples
 from arc.runs.processes import divide_batch, gather, is_main, process_count, share
+from arc.runs.settings import RunSettings, SupervisedSettings
 from arc.training.batch_planning import SupervisedTrial, faster_way, let_run_ahead, optimizer_seconds, plan_batches
 from arc.training.curves import read_metrics
-
-if TYPE_CHECKING:
-    from arc.training.data import StageData
-    from arc.training.run import StageRun
+from arc.training.data import StageData
+from arc.training.stage import StageContext
 
 MUON = "muon"  # the one optimizer of --optim that is not transformers'
 FOR_THE_REST = "adamw_torch_fused"  # what transformers is told in its place, and what it has for the rest
@@ -128,14 +127,16 @@ class _RowsMade:
         return {name: [row[name] for row in made] for name in made[0]}
 
 
-def planned_rows(run: StageRun, data: StageData, rows_per_step: int) -> int:
+def planned_rows(run: StageContext[RunSettings], data: StageData, rows_per_step: int) -> int:
     """Rows of as many epochs as the training may enter: each epoch has views of its own."""
     rows, settings = len(data.samples), run.settings
     epochs = settings.num_train_epochs if settings.max_steps < 0 else settings.max_steps * rows_per_step / rows
     return rows * (math.ceil(epochs) + 1)  # one more: a trainer counts an epoch's last, short batch as a step
 
 
-def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaskingDataCollator) -> Any:
+def sft_trainer(
+    model: Any, run: StageContext[SupervisedSettings], data: StageData, collator: InputMaskingDataCollator
+) -> Any:
     """The trainer of a supervised stage: UnslothTrainer on the Unsloth engine, transformers' Trainer otherwise.
 
     Both have the same parameter groups (`embedding_learning_rate` for embed_tokens and lm_head), order and views. How a
@@ -153,7 +154,7 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
         use_packed_attention(model, precision.engine)
     order = list(EpochSampler(len(data.samples), settings.seed))
     trial = SupervisedTrial(model, run, data.samples, collator, order)
-    run.plan = plan_batches(trial, steps=steps_ahead(run, data), kept=run.kept_plan())
+    run.plan = plan_batches(trial, steps=data.steps(settings) - run.steps_done(), kept=run.kept_plan())
     run.plan = replace(run.plan, loader_processes=loader_processes(settings, precision.engine))
     arguments = {
         **common_arguments(run),
@@ -192,7 +193,7 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
     cls, options = optimizer_class(model, arguments, settings.optim)
     seconds = optimizer_seconds(model, cls, options, settings.max_grad_norm)
     run.plan = replace(run.plan, seconds_per_step=run.plan.seconds_per_step + seconds)
-    print(run.plan.describe(steps_ahead(run, data)))
+    print(run.plan.describe(data.steps(settings) - run.steps_done()))
     if torch.cuda.is_available() and settings.engine == "auto":
         faster = faster_way(run.plan, precision, torch.cuda.get_device_properties(0).total_memory)
         if faster:
@@ -260,7 +261,7 @@ def sft_trainer(model: Any, run: StageRun, data: StageData, collator: InputMaski
     )
 
 
-def kept_in_checkpoints(run: StageRun) -> Any:
+def kept_in_checkpoints(run: StageContext[RunSettings]) -> Any:
     """A callback that keeps how a step is computed in the checkpoints, see training_tools.StageRun.kept_plan."""
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
@@ -270,15 +271,6 @@ def kept_in_checkpoints(run: StageRun) -> Any:
             return {"args": {}, "attributes": run.plan.choice() if run.plan is not None else {}}
 
     return Plan()
-
-
-def steps_ahead(run: StageRun, data: StageData) -> int:
-    """Optimizer steps that are still to be done."""
-    settings = run.settings
-    steps = settings.max_steps
-    if steps < 0:
-        steps = math.ceil(math.ceil(len(data.samples) / settings.samples_per_step) * settings.num_train_epochs)
-    return steps - run.steps_done()
 
 
 def optimizer_class(model: Any, arguments: Any, optim: str | None = None) -> tuple[type, dict[str, Any]]:
@@ -327,7 +319,7 @@ def optimizer_with_embedding_rate(model: Any, arguments: Any, optim: str | None 
     return optimizer
 
 
-def common_arguments(run: StageRun) -> dict[str, Any]:
+def common_arguments(run: StageContext[RunSettings]) -> dict[str, Any]:
     """Arguments that every trainer of the pipeline gets, in transformers' names."""
     import torch
 
@@ -405,7 +397,7 @@ def divide_step(settings: Any) -> tuple[int, int]:
     return micro, own // micro
 
 
-def check_arguments(run: StageRun) -> None:
+def check_arguments(run: StageContext[RunSettings]) -> None:
     """Let transformers check what it knows best (schedules, optimizers, reporters), before a model is loaded.
 
     Raises:
@@ -441,7 +433,7 @@ def check_arguments(run: StageRun) -> None:
         raise ValueError(f"--report_to {run.settings.report_to}: {str(error).splitlines()[0][:300]}") from None
 
 
-def watch(trainer: Any, run: StageRun, measure: Callable[[], dict[str, float]] | None) -> None:
+def watch(trainer: Any, run: StageContext[RunSettings], measure: Callable[[], dict[str, float]] | None) -> None:
     """Add tokens/s and measurements on held-out puzzles to a trainer's logs, and keep all of them in metrics.jsonl.
 
     Args:
@@ -513,7 +505,9 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def heldout_measure(model: Any, run: StageRun, data: StageData) -> Callable[[], dict[str, float]] | None:
+def heldout_measure(
+    model: Any, run: StageContext[RunSettings], data: StageData
+) -> Callable[[], dict[str, float]] | None:
     """A function that decodes held-out puzzles greedily and returns the share solved; None if there are none."""
     from arc.decoding.greedy import exact_match
 

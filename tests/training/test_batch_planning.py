@@ -15,7 +15,8 @@ from arc.models.collator import InputMaskingDataCollator
 from arc.models.loading import Precision
 from arc.models.lora import add_lora
 from arc.training import batch_planning as batch_planning_module
-from arc.training.batch_planning import BatchPlan, choices, divisions_that_fit, divisors, faster_way
+from arc.training.batch_planning import choices, divisions_that_fit, divisors, faster_way
+from arc.training.stage import BatchPlan
 from tests import tiny_models
 from tests.helpers import call
 
