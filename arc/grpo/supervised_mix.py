@@ -20,8 +20,8 @@ from arc.models.packing import IGNORE_INDEX
 from arc.runs.processes import gather, process_count, process_index
 from arc.runs.workers import leaving_signals
 from arc.training.data import StageData
+from arc.training.rows import EpochSampler, planned_rows
 from arc.training.stage import StageContext
-from arc.training.trainer import EpochSampler, planned_rows
 
 if TYPE_CHECKING:
     import torch

@@ -24,17 +24,14 @@ from arc.models.packing import can_pack, check_full_attention, use_packed_attent
 from arc.models.prompt_sharing import reply_log_probs
 from arc.runs.needs import count_weights
 from arc.runs.processes import process_count
-from arc.training.batch_planning import Trial, compile_layers, let_run_ahead, plan_batches, uniform_row
+from arc.training.arguments import common_arguments
+from arc.training.batch_planning import compile_layers, let_run_ahead, plan_batches
 from arc.training.data import StageData
+from arc.training.optimizers import MUON, optimizer_with_embedding_rate
+from arc.training.rows import lazy_dataset, planned_rows
 from arc.training.stage import BatchPlan, StageContext
-from arc.training.trainer import (
-    MUON,
-    common_arguments,
-    kept_in_checkpoints,
-    lazy_dataset,
-    optimizer_with_embedding_rate,
-    planned_rows,
-)
+from arc.training.trainer import kept_in_checkpoints
+from arc.training.trials import Trial, uniform_row
 
 if TYPE_CHECKING:
     import torch

@@ -47,10 +47,10 @@ from arc.runs.processes import fail, is_main, leave, process_count, wait_for_eve
 from arc.runs.settings import RunSettings, course_settings, default_course, user_errors
 from arc.runs.signals import StopSignals
 from arc.runs.troubles import NonFiniteError, machine_errors
+from arc.training.arguments import check_arguments
 from arc.training.data import StageData
 from arc.training.existing import is_merged, is_trained, where_the_parent_is
 from arc.training.stage import S, StageContext
-from arc.training.trainer import check_arguments
 
 SAVE_SECONDS = 300.0  # of work between checkpoints, unless --save_steps says otherwise
 PROBE_ROWS = 64  # held-out puzzles on which a merge is compared with the trained model

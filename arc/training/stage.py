@@ -73,9 +73,14 @@ class BatchPlan:
         if self.peak_bytes is not None:
             text += f"; at most {self.peak_bytes / 2**30:.1f} GiB of GPU memory"
         if self.seconds_per_step is not None:
-            seconds = self.seconds_per_step
-            text += f"; {seconds:.3g} s a step, estimated time of {steps:,} steps: {format_duration(seconds * steps)}"
+            time = format_duration(self.seconds(steps))
+            text += f"; {self.seconds_per_step:.3g} s a step, estimated time of {steps:,} steps: {time}"
         return text
+
+    def seconds(self, steps: int) -> float:
+        """Seconds of `steps` steps, of a plan that was timed."""
+        assert self.seconds_per_step is not None
+        return self.seconds_per_step * steps
 
 
 class StageContext(Generic[S]):
