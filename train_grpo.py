@@ -68,7 +68,7 @@ def main() -> None:
             policy = PolicyGuard(model, run, data)
             watch(trainer, run, policy.measure if policy.prompts else None)
             policy.attach(trainer)
-        run.train(trainer, data)
+        run.train(trainer)
         about = {"computed": trainer.computed, "scan": scan.counts() if scan else None}
         run.save(model, data, **about, **policy.keep_best(trainer))
         del model, trainer, policy

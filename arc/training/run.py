@@ -1,8 +1,4 @@
-"""One run of a stage: data, trainer, logs; train, then merge.
-
-The stage scripts decide what is trained on what; this module does what they have in common. Heavy libraries are
-imported inside functions, Unsloth before the libraries that it patches.
-"""
+"""One run of a stage: begin, train, save, merge. Heavy libraries are imported inside functions, Unsloth first."""
 
 from __future__ import annotations
 
@@ -31,7 +27,6 @@ from arc.runs.artifacts import (
     Stage,
     file_table,
     find_parent,
-    fingerprint,
     made_from,
     move_aside,
     new_folder,
@@ -39,26 +34,22 @@ from arc.runs.artifacts import (
     versions,
 )
 from arc.runs.checkpoints import complete_checkpoints, delete_older, refuse_pickles
-from arc.runs.files import flush
 from arc.runs.guard import generation_steps, guard
 from arc.runs.lock import OutputLock
 from arc.runs.needs import count_weights, disk_needs, find_shortages, format_duration, memory_needs, read_free
 from arc.runs.processes import fail, is_main, leave, process_count, wait_for_everyone
-from arc.runs.settings import RunSettings, course_settings, default_course, user_errors
+from arc.runs.settings import RunSettings, user_errors
 from arc.runs.signals import StopSignals
 from arc.runs.troubles import NonFiniteError, machine_errors
 from arc.training.arguments import check_arguments
+from arc.training.course import check_course, write_course
 from arc.training.data import StageData
 from arc.training.existing import is_merged, is_trained, where_the_parent_is
 from arc.training.stage import S, StageContext
 
-SAVE_SECONDS = 300.0  # of work between checkpoints, unless --save_steps says otherwise
-PROBE_ROWS = 64  # held-out puzzles on which a merge is compared with the trained model
-NO_PROBABILITIES = "probability tensor contains"  # torch.multinomial of NaN; on CUDA an assert ends the process
-COURSE = "course.json"  # beside the checkpoints: what decides the course of the training that they are of
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Train, then merge
+SAVE_SECONDS = 300.0  # of training between checkpoints, unless --save_steps is set
+PROBE_ROWS = 64  # held-out puzzles on which the merge is compared with the trained model
+NO_PROBABILITIES = "probability tensor contains"  # torch.multinomial says so of NaN; on CUDA an assert ends the process
 
 
 class StageRun(StageContext[S]):
@@ -96,18 +87,18 @@ class StageRun(StageContext[S]):
                 )
 
     def begin(self, data: StageData) -> None:
-        """The last checks; end here in a dry run, else take the output folder and make the base if need be.
+        """Do the last checks, then lock the output folder and prepare the base if needed. A dry run ends here.
 
         Args:
-            data: what is trained on; checkpoints of a run on other data, or with other settings, are refused.
+            data: of the training; checkpoints of a run on other data, or with other settings, are refused.
         """
         with user_errors():
-            self._check_checkpoints(data)
+            check_course(self, data)
             self._check_machine(data.tokenizer)
             if self.settings.dry_run:
                 print("dry run: settings, data, model folder and masks are fine")
                 sys.exit(0)
-            wait_for_everyone()  # all have seen what is there before anything changes
+            wait_for_everyone()  # all processes have looked before anything changes
             if is_main():
                 self.lock.acquire()
                 try:
@@ -120,7 +111,7 @@ class StageRun(StageContext[S]):
                 self.starts_from, self.to_prepare = self.to_prepare, None
 
     def _take_over(self, data: StageData) -> None:
-        # The first things that are written, once the output folder is this run's.
+        # Writes for the first time: this run holds the lock of the output folder.
         for folder in self.to_move:
             move_aside(folder)
         if self.lora.exists():
@@ -132,39 +123,20 @@ class StageRun(StageContext[S]):
             self._prepare(self.parent, self.to_prepare)
             self.starts_from, self.to_prepare = self.to_prepare, None
             moved = len(self.to_move)
-            self._check_checkpoints(data)  # now that the base can be compared too
+            check_course(self, data)  # now with the base
             for folder in self.to_move[moved:]:
                 move_aside(folder)
             self.work.mkdir(exist_ok=True)
         self.made_from = made_from(self.parent, self.lora)
-        self._write_course(data)
-
-    def _check_checkpoints(self, data: StageData) -> None:
-        # What changes the course of the training must be what the checkpoints were made with.
-        path = self.work / COURSE
-        if self.work in self.to_move or not path.is_file() or not complete_checkpoints(self.work, quiet=True):
-            return
-        try:
-            # A setting that an earlier version did not have had what is the default now.
-            before = default_course(type(self.settings)) | json.loads(path.read_text(encoding="utf-8"))
-            course = self._course(data)
-            changed = sorted(name for name in course if name in before and before[name] != course[name])
-        except (ValueError, TypeError):
-            changed = [f"{path} cannot be read"]
-        if not changed:
-            return
-        problem = f"{self.work} holds checkpoints of a run with other settings ({', '.join(changed)})"
-        if not self.settings.overwrite:
-            raise ValueError(f"{problem}: use those, or --overwrite, which moves them aside and starts anew")
-        print(f"{problem}: it will be moved aside")
-        self.to_move.append(self.work)
+        write_course(self, data)
 
     def _check_machine(self, tokenizer: Any) -> None:
-        # Whether there is room for what will be written, and memory for the weights at the very least.
+        # Raises ValueError if the disk lacks room for what will be written, or the device memory for the weights.
         from transformers import AutoConfig
 
         settings, precision = self.settings, self.precision
-        there = complete_checkpoints(self.work, quiet=True)
+        checkpoints = complete_checkpoints(self.work, quiet=True)
+        finished = bool(checkpoints) and _is_over(self.last_state())
         counts = count_weights(
             AutoConfig.from_pretrained(str(self.parent), trust_remote_code=False),
             target_modules=settings.target_modules,
@@ -175,8 +147,8 @@ class StageRun(StageContext[S]):
         disk = disk_needs(
             counts,
             optim=settings.optim,
-            checkpoints=0 if settings.save_steps == 0 or _is_last(there) else settings.save_total_limit,
-            checkpoints_there=len(there),
+            checkpoints=0 if settings.save_steps == 0 or finished else settings.save_total_limit,
+            checkpoints_there=len(checkpoints),
             best=max(0, best - len(list(self.work.glob("best-*.safetensors")))),
             prepared=self.to_prepare is not None,
         )
@@ -184,28 +156,13 @@ class StageRun(StageContext[S]):
         free = read_free(settings.output_dir)
         if free.memory_name == "main memory":
             free = replace(free, memory=free.memory // process_count())  # each has a copy of the model
-        # What a killed run left half-written makes room.
-        left = [self.lora.with_name(self.lora.name + INCOMPLETE), self.merged.with_name(self.merged.name + INCOMPLETE)]
-        left += [path for path in self.work.glob("checkpoint-*") if path not in there]
+        # What a killed run left half-written will be deleted.
+        left = [folder.with_name(folder.name + INCOMPLETE) for folder in (self.lora, self.merged)]
+        left += [path for path in self.work.glob("checkpoint-*") if path not in checkpoints]
         size = sum(path.stat().st_size for folder in left for path in folder.rglob("*") if path.is_file())
         shortages = find_shortages([disk, *memory], replace(free, disk=free.disk + size))
         if shortages:
             raise ValueError("\n".join(shortages))
-
-    def _course(self, data: StageData) -> dict[str, Any]:
-        course = course_settings(asdict(self.settings)) | {
-            "precision": asdict(self.precision),
-            "puzzles": data.split.train.content_hash(),
-        }
-        if self.to_prepare is None:
-            course["the model that it starts from"] = fingerprint(self.parent)
-        return json.loads(json.dumps(course))
-
-    def _write_course(self, data: StageData) -> None:
-        beside = (self.work / COURSE).with_suffix(".tmp")
-        beside.write_text(json.dumps(self._course(data), indent=2) + "\n", encoding="utf-8")
-        flush(beside)
-        beside.replace(self.work / COURSE)
 
     def _prepare(self, base: Path | str, folder: Path) -> None:
         print(f"preparing {base} -> {folder}")
@@ -213,18 +170,14 @@ class StageRun(StageContext[S]):
             done = prepare_base(base, beside, self.settings.full_vocab)
             if Path(base).is_dir():
                 done["base_files"] = file_table(Path(base), model_only=True)
-            script = self.stage.script
-            write_manifest(beside, provenance("prepared", script, self.settings, **done))
+            write_manifest(beside, provenance("prepared", self.stage.script, self.settings, **done))
 
-    def train(self, trainer: Any, data: StageData) -> None:
-        """Train, from the last complete checkpoint of an interrupted run if there is one, and print a summary.
+    def train(self, trainer: Any) -> None:
+        """Train, from the last complete checkpoint if there is one, and print a summary.
 
         Args:
             trainer: any trainer of the pipeline.
-            data: what it trains on; a checkpoint of a run on other data is refused.
         """
-        import torch
-
         with user_errors():
             checkpoint = self.last_checkpoint()
             if checkpoint is not None:
@@ -237,41 +190,30 @@ class StageRun(StageContext[S]):
                     delete_older(self.work)
             before = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
             if _is_over(before):
-                # Training was done, only not saved yet. A trainer that resumes here would take one step more.
+                # Training was finished but not saved. A trainer that resumes here would take one step more.
                 with self.machine_errors("loading the checkpoint"):
                     trainer._load_from_checkpoint(str(checkpoint))
                     trainer.state = type(trainer.state)(**before)
                 return
-        by_the_clock = self.settings.save_steps is None
         with self.machine_errors("training"), StopSignals() as signals:
             guard(
                 trainer,
                 signals=signals,
-                save_seconds=SAVE_SECONDS if by_the_clock else None,
+                save_seconds=SAVE_SECONDS if self.settings.save_steps is None else None,
                 steps_between_saves_multiple=generation_steps(trainer.args),
                 keep=self.settings.save_total_limit,
             )
             try:
                 result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            except (NonFiniteAnswersError, RuntimeError) as error:  # stage 3 samples before anything looks at the loss
+            except (NonFiniteAnswersError, RuntimeError) as error:  # stage 3 samples before the loss is checked
                 if isinstance(error, NonFiniteAnswersError) or NO_PROBABILITIES in str(error):
                     raise NonFiniteError("the model answers with NaN", trainer.state.global_step) from error
                 raise
         signals.end_if_received(self.work)
-        state, seconds = trainer.state, result.metrics.get("train_runtime", 0.0)
-        losses = [record["loss"] for record in state.log_history if "loss" in record]
-        tokens = state.num_input_tokens_seen - before["num_input_tokens_seen"]
-        memory = ""
-        if torch.cuda.is_available():
-            memory = f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        print(
-            f"trained {state.global_step - before['global_step']} steps to step {state.global_step} in "
-            f"{format_duration(seconds)}: last loss {losses[-1] if losses else math.nan:.4f}, {tokens:,} tokens, "
-            f"{tokens / max(seconds, 1e-9):,.0f} tokens/s{memory}"
-        )
+        _print_summary(trainer.state, before, result.metrics.get("train_runtime", 0.0))
 
     def machine_errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
-        """Trouble of the machine in the block becomes one message that says what is safe; see run_guards."""
+        """Turn trouble of the machine in the block into one message that says what is safe, see runs/troubles.py."""
         return machine_errors(
             doing,
             self._settings_in_use() if doing == "training" else {},
@@ -281,7 +223,7 @@ class StageRun(StageContext[S]):
         )
 
     def _settings_in_use(self) -> dict[str, Any]:
-        # With what was chosen where they leave it open.
+        # The settings, with the choices that were made where they leave one open.
         names = ("micro_batch_size", "gradient_checkpointing", "padding_free", "compile_layers")
         chosen = {name: getattr(self.plan, name) for name in names} if self.plan is not None else {}
         if self.plan is not None and self.settings.dataloader_num_workers is None:
@@ -289,25 +231,25 @@ class StageRun(StageContext[S]):
         return asdict(self.settings) | {"dtype": self.precision.dtype} | chosen
 
     def save(self, model: Any, data: StageData, **about: Any) -> None:
-        """Write the adapter with its tokenizer, manifest, metrics, curves, and what the trained model answers.
+        """Write the adapter with its tokenizer, manifest, metrics, curves and probe (answers of the trained model).
 
-        Of processes that trained together the main one does, and merges; the others end here.
+        Only the main process saves and merges; the others end here.
 
         Args:
             model: the trained peft model.
-            data: what it was trained on.
-            about: what the manifest shall say besides.
+            data: of the training.
+            about: more entries of the manifest.
         """
         from arc.training.curves import plot_metrics
 
         leave()
-        made = {
+        entries = {
             "data_fingerprint": data.split.train.content_hash(),
             "made_from": self.made_from,
             "batches": self.plan.choice() if self.plan is not None else None,
             **about,
         }
-        manifest = provenance(self.stage.name, self.stage.script, self.settings, **made)
+        manifest = provenance(self.stage.name, self.stage.script, self.settings, **entries)
         with self.machine_errors("saving the adapter"), new_folder(self.lora) as beside:
             save_adapter(model, data.tokenizer, beside, base=self.parent, precision=self.precision, manifest=manifest)
             metrics = self.work / "metrics.jsonl"
@@ -321,7 +263,7 @@ class StageRun(StageContext[S]):
         print(f"saved {self.lora}")
 
     def merge(self) -> None:
-        """Merge the adapter into its base, unless that is done, and prove that the result is their sum."""
+        """Merge the adapter into its base, unless the merge exists, and prove that the result is their sum."""
         import gc
 
         import torch
@@ -347,10 +289,10 @@ class StageRun(StageContext[S]):
             begin = time.perf_counter()
             with self._merge_errors(), self.machine_errors("merging"), new_folder(self.merged) as beside:
                 done = merge_and_check(self.lora, beside, base=parent, merge_base=self.settings.merge_base)
-                # How the adapter was trained stands in its own manifest; this run's flags had no part in it.
-                made = {name: value for name, value in read_manifest(self.lora).items() if name != "files"}
-                made |= {"adapter": str(self.lora.resolve()), **done, "base": str(parent)}
-                write_manifest(beside, {**made, "made_from": made_from(self.lora, self.merged)})
+                # The settings are those of the adapter's manifest: this run's flags may differ.
+                manifest = {name: value for name, value in read_manifest(self.lora).items() if name != "files"}
+                manifest |= {"adapter": str(self.lora.resolve()), **done, "base": str(parent)}
+                write_manifest(beside, {**manifest, "made_from": made_from(self.lora, self.merged)})
         finally:
             self.lock.release()
         print(describe_check(done["check"]))
@@ -379,6 +321,22 @@ class StageRun(StageContext[S]):
             )
 
 
+def _print_summary(state: Any, before: dict[str, Any], seconds: float) -> None:
+    # Steps, time, loss and tokens of a training that began at the state `before`.
+    import torch
+
+    losses = [record["loss"] for record in state.log_history if "loss" in record]
+    tokens = state.num_input_tokens_seen - before["num_input_tokens_seen"]
+    memory = ""
+    if torch.cuda.is_available():
+        memory = f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    print(
+        f"trained {state.global_step - before['global_step']} steps to step {state.global_step} in "
+        f"{format_duration(seconds)}: last loss {losses[-1] if losses else math.nan:.4f}, {tokens:,} tokens, "
+        f"{tokens / max(seconds, 1e-9):,.0f} tokens/s{memory}"
+    )
+
+
 @contextlib.contextmanager
 def _worth_less_than_the_training(without: str) -> Iterator[None]:
     # Hours of training must not be lost to a plot, or to a forward pass that a library has changed.
@@ -388,14 +346,6 @@ def _worth_less_than_the_training(without: str) -> Iterator[None]:
         if os.environ.get("ARC_TRACEBACK"):
             raise
         print(f"note: {without} ({type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]})")
-
-
-def _is_last(checkpoints: list[Path]) -> bool:
-    # Whether the newest checkpoint is of the training's last step.
-    if not checkpoints:
-        return False
-    state = json.loads((checkpoints[0] / "trainer_state.json").read_text(encoding="utf-8"))
-    return _is_over(state)
 
 
 def _is_over(state: dict[str, Any]) -> bool:

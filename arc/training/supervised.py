@@ -40,7 +40,7 @@ def run_supervised_stage(
         with run.machine_errors("training"):
             trainer = sft_trainer(model, run, data, collator)
             watch(trainer, run, heldout_measure(model, run, data))
-        run.train(trainer, data)
+        run.train(trainer)
         run.save(model, data)
         del model, trainer  # their memory is the merge's
     run.merge()
