@@ -15,8 +15,16 @@ from arc.models.collator import InputMaskingDataCollator
 from arc.models.library_patches import let_run_ahead
 from arc.models.loading import Precision
 from arc.models.lora import add_lora
-from arc.training import batch_planning as batch_planning_module
-from arc.training.batch_planning import BatchPlan, choices, divisions_that_fit, divisors, faster_way
+from arc.training import optimizers, trials
+from arc.training.batch_planning import (
+    choices,
+    divisions_that_fit,
+    divisors,
+    faster_way,
+    let_run_ahead,
+    plan_batches,
+)
+from arc.training.stage import BatchPlan
 from tests import tiny_models
 from tests.helpers import call
 
@@ -117,7 +125,7 @@ def trial():
     )
     run = SimpleNamespace(settings=settings, precision=precision)
     collator = InputMaskingDataCollator(tokenizer, mask_first_n_examples=1)
-    return batch_planning_module.SupervisedTrial(model, run, samples, collator, [0, 1, 2, 3])
+    return trials.SupervisedTrial(model, run, samples, collator, [0, 1, 2, 3])
 
 
 def test_trying_leaves_no_trace(trial):
@@ -139,14 +147,14 @@ def test_time_is_counted_by_tokens(trial, monkeypatch):
 def test_it_is_measured_only_where_the_time_is_wanted(trial, monkeypatch):
     timed = []
     monkeypatch.setattr(trial, "seconds_per_step", lambda plan: timed.append(plan) or 2.0)
-    assert batch_planning_module.plan_batches(trial, steps=4).seconds_per_step == 2.0 and len(timed) == 1
+    assert plan_batches(trial, steps=4).seconds_per_step == 2.0 and len(timed) == 1
     monkeypatch.setattr(trial, "tells_time", False)
-    assert batch_planning_module.plan_batches(trial, steps=4).seconds_per_step is None and len(timed) == 1
+    assert plan_batches(trial, steps=4).seconds_per_step is None and len(timed) == 1
 
 
 @pytest.mark.parametrize("masked", [0, 1, 2])
 def test_rows_that_are_tried_have_the_longest_length_and_something_to_learn(trial, masked):
-    row = batch_planning_module.uniform_row(40, masked, 80)
+    row = trials.uniform_row(40, masked, 80)
     collator = InputMaskingDataCollator(trial.collator.tokenizer, mask_first_n_examples=masked)
     ids, learned = collator.encode(row)
     assert len(ids) == 40 and learned.sum() == 40 - masked
@@ -154,7 +162,7 @@ def test_rows_that_are_tried_have_the_longest_length_and_something_to_learn(tria
 
 def test_an_optimizer_is_timed_on_copies(trial):
     weights = {name: value.clone() for name, value in trial.model.state_dict().items()}
-    seconds = batch_planning_module.optimizer_seconds(trial.model, torch.optim.AdamW, {"lr": 1.0}, 1.0)
+    seconds = optimizers.optimizer_seconds(trial.model, torch.optim.AdamW, {"lr": 1.0}, 1.0)
     assert 0 < seconds < 10
     assert all(torch.equal(value, weights[name]) for name, value in trial.model.state_dict().items())
 
