@@ -24,10 +24,11 @@ import numpy as np
 from arc.decoding.greedy import GreedyAnswer, greedy_answers
 from arc.decoding.log_probabilities import log_probabilities
 from arc.grpo.rewards import repetition
+from arc.grpo.settings import PolicySettings
 from arc.runs.checkpoints import complete_checkpoints
 from arc.runs.files import flush
 from arc.training.data import StageData
-from arc.training.run import StageRun
+from arc.training.stage import StageContext
 
 STATE = "policy_guard"  # in trainer_state.json
 FALL_LEVEL = 0.01  # see `has_fallen`
@@ -161,7 +162,7 @@ class PolicyGuard:
         reason: why the training was stopped, in words; None if it was not.
     """
 
-    def __init__(self, model: Any, run: StageRun, data: StageData):
+    def __init__(self, model: Any, run: StageContext[PolicySettings], data: StageData):
         """See the class."""
         settings = run.settings
         self.model, self.run, self.data = model, run, data

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from arc.grpo.settings import PolicySettings
 from arc.training.data import StageData
-from arc.training.run import StageRun
-
-if TYPE_CHECKING:
-    from arc.training.data import StageData
+from arc.training.stage import StageContext
 
 
-def report_prompts(run: StageRun, data: StageData, max_completion_length: int) -> None:
+def report_prompts(run: StageContext[PolicySettings], data: StageData, max_completion_length: int) -> None:
     """Print one prompt, how many there are and how long prompts and completions may be."""
     settings = run.settings
     completions = settings.samples_per_step

@@ -26,12 +26,13 @@ from arc.decoding.greedy import generate_replies
 from arc.decoding.rows import Work, halve_on_out_of_memory
 from arc.decoding.sampling import sample_replies
 from arc.grpo.rewards import judge_components
+from arc.grpo.settings import PolicySettings
 from arc.puzzles.keys import seeded_rng
 from arc.puzzles.text import can_become_grid
 from arc.runs.artifacts import fingerprint
 from arc.runs.files import flush
 from arc.training.data import StageData
-from arc.training.run import StageRun
+from arc.training.stage import StageContext
 
 CHUNK = 256  # prompts between two writes of the file: what a killed scan has to repeat
 ROWS = 512  # replies sampled at once; halved where memory does not suffice
@@ -93,7 +94,7 @@ class Scan:
 
 
 def scan_prompts(
-    model: Any, run: StageRun, data: StageData, max_completion_length: int, from_copy: bool = False
+    model: Any, run: StageContext[PolicySettings], data: StageData, max_completion_length: int, from_copy: bool = False
 ) -> Scan | None:
     """Sample replies to as many prompts as training needs, or take what an earlier run found; prints the counts.
 
@@ -150,7 +151,7 @@ def rows_to_scan(rows: int, count: int, seed: int) -> np.ndarray:
 
 
 def scan_identity(
-    run: StageRun, data: StageData, rows: np.ndarray, max_completion_length: int, from_copy: bool
+    run: StageContext[PolicySettings], data: StageData, rows: np.ndarray, max_completion_length: int, from_copy: bool
 ) -> dict[str, Any]:
     """All that a scan's result depends on, as JSON holds it."""
     settings = run.settings
@@ -192,7 +193,7 @@ def _scan_the_rest(
 
 
 def sampler(
-    model: Any, run: StageRun, data: StageData, max_completion_length: int, from_copy: bool = False
+    model: Any, run: StageContext[PolicySettings], data: StageData, max_completion_length: int, from_copy: bool = False
 ) -> Callable[[Sequence[int]], list[int]]:
     """A function that samples replies to rows of the first epoch and counts the exact ones.
 

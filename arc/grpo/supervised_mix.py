@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from arc.grpo.settings import PolicySettings
 from arc.models.collator import InputMaskingDataCollator
 from arc.models.packing import IGNORE_INDEX
 from arc.runs.processes import gather, process_count, process_index
 from arc.runs.workers import leaving_signals
-from arc.training.trainer import EpochSampler, planned_rows
+from arc.training.data import StageData
+from arc.training.rows import EpochSampler, planned_rows
+from arc.training.stage import StageContext
 
 if TYPE_CHECKING:
     import torch
 
-    from arc.training.data import StageData
-    from arc.training.run import StageRun
 
 MASKED_REPLIES = 1  # stage 2's default: a rule cannot be known before its first pair
 
@@ -40,7 +41,7 @@ class SupervisedMix:
         data: rows and tokenizer.
     """
 
-    def __init__(self, run: StageRun, data: StageData):
+    def __init__(self, run: StageContext[PolicySettings], data: StageData):
         """See the class; nothing is made before `loss` is called."""
         self.settings, self.samples, self.passes = run.settings, data.samples, 1
         self.own = run.settings.supervised_batch_size // process_count()

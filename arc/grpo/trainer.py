@@ -17,27 +17,24 @@ import numpy as np
 from arc.decoding.device_sampling import KEPT
 from arc.grpo.prompts import PromptRows
 from arc.grpo.rollouts import make_rollouts, make_stopped_rollouts, plain_module
+from arc.grpo.settings import PolicySettings
 from arc.grpo.supervised_mix import MASKED_REPLIES, SupervisedMix, ends_with_training, learned_tokens
 from arc.models.lora import EMBEDDING_MODULES, train_in_float32
 from arc.models.packing import can_pack, check_full_attention, use_packed_attention
 from arc.models.prompt_sharing import reply_log_probs
 from arc.runs.needs import count_weights
 from arc.runs.processes import process_count
-from arc.training.batch_planning import BatchPlan, Trial, compile_layers, let_run_ahead, plan_batches, uniform_row
-from arc.training.trainer import (
-    MUON,
-    common_arguments,
-    kept_in_checkpoints,
-    lazy_dataset,
-    optimizer_with_embedding_rate,
-    planned_rows,
-)
+from arc.training.arguments import common_arguments
+from arc.training.batch_planning import compile_layers, let_run_ahead, plan_batches
+from arc.training.data import StageData
+from arc.training.optimizers import MUON, optimizer_with_embedding_rate
+from arc.training.rows import lazy_dataset, planned_rows
+from arc.training.stage import BatchPlan, StageContext
+from arc.training.trainer import kept_in_checkpoints
+from arc.training.trials import Trial, uniform_row
 
 if TYPE_CHECKING:
     import torch
-
-    from arc.training.data import StageData
-    from arc.training.run import StageRun
 
 
 ROOM_FOR_COPY = 6  # times the plain copy of the model: from this GPU memory on, completions are sampled from one
@@ -74,7 +71,7 @@ class DecodingOnce:
 
 def grpo_trainer(
     model: Any,
-    run: StageRun,
+    run: StageContext[PolicySettings],
     data: StageData,
     reward_functions: list[Callable[..., Any]],
     *,
@@ -298,7 +295,7 @@ def copy_bytes(model: Any, settings: Any) -> int:
     return 2 * count_weights(model.config, target_modules=settings.target_modules, r=settings.lora_r).model
 
 
-def shares_prompts(model: Any, run: StageRun) -> bool:
+def shares_prompts(model: Any, run: StageContext[PolicySettings]) -> bool:
     """Whether a prompt is computed once for all completions of its group: as the settings say, else where it can be.
 
     Args:
@@ -314,7 +311,7 @@ def shares_prompts(model: Any, run: StageRun) -> bool:
     return can_pack(model, run.precision.torch_dtype)
 
 
-def check_sharing(run: StageRun) -> None:
+def check_sharing(run: StageContext[PolicySettings]) -> None:
     """Whether what is computed only where prompts are shared can be had.
 
     Raises:
@@ -337,7 +334,7 @@ def check_sharing(run: StageRun) -> None:
     check_full_attention(AutoConfig.from_pretrained(run.parent))
 
 
-class PolicyTrial(Trial):
+class PolicyTrial(Trial[PolicySettings]):
     """Passes of the reinforcement learning: a batch is prompts, one for each completion, completions, and what else.
 
     Args:
@@ -352,8 +349,8 @@ class PolicyTrial(Trial):
     tells_time = False  # the sampling would not be in it
 
     def __init__(
-        self, model: Any, run: StageRun, data: StageData, max_completion_length: int, from_copy: bool,
-        mix: SupervisedMix | None = None,
+        self, model: Any, run: StageContext[PolicySettings], data: StageData, max_completion_length: int,
+        from_copy: bool, mix: SupervisedMix | None = None,
     ):  # fmt: skip
         """See the class."""
         import torch
