@@ -28,7 +28,6 @@ def add_lora(
     r: int = 512,
     lora_alpha: float = 24,
     lora_dropout: float = 0.0,
-    bias: str = "none",
     use_rslora: bool = True,
     random_state: int = 42,
     max_seq_length: int = 2048,
@@ -46,7 +45,7 @@ def add_lora(
         model: as `load_model` gives it.
         precision: the same.
         target_modules: names of linear layers, and "embed_tokens", "lm_head".
-        r, lora_alpha, lora_dropout, bias, use_rslora: see peft.LoraConfig; rsLoRA scales by alpha / sqrt(r).
+        r, lora_alpha, lora_dropout, use_rslora: see peft.LoraConfig; rsLoRA scales by alpha / sqrt(r).
         random_state: seed of the initial values.
         max_seq_length: the longest row in tokens.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
@@ -65,7 +64,7 @@ def add_lora(
     full = [name for name in EMBEDDING_MODULES if name in target_modules]
     linear = [name for name in target_modules if name not in EMBEDDING_MODULES]
     tied = bool(model.config.tie_word_embeddings)
-    lora = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "bias": bias, "use_rslora": use_rslora}
+    lora = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "bias": "none", "use_rslora": use_rslora}
     if precision.engine == "unsloth":
         from unsloth import FastLanguageModel
 

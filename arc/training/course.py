@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from arc.runs.artifacts import fingerprint
+from arc.runs.artifacts import changed_removed, fingerprint
 from arc.runs.checkpoints import complete_checkpoints
 from arc.runs.files import flush
 from arc.runs.settings import RunSettings, course_settings, default_course
@@ -30,6 +30,7 @@ def check_course(run: StageContext[RunSettings], data: StageData) -> None:
         before = default_course(type(run.settings)) | json.loads(path.read_text(encoding="utf-8"))
         course = _course(run, data)
         changed = sorted(name for name in course if name in before and before[name] != course[name])
+        changed += changed_removed(before, course)
     except (ValueError, TypeError):
         changed = [f"{path} cannot be read"]
     if not changed:

@@ -254,6 +254,19 @@ def test_settings_that_decide_the_weights_are_compared_and_others_are_not():
     assert compare(recorded, settings, {"load_in_4bit": True}, None) == []
 
 
+def test_a_removed_setting_counts_only_where_it_was_not_at_its_default():
+    settings = base_finetune.Settings()
+    recorded = json.loads(json.dumps(dataclasses.asdict(settings)))
+    before = recorded | {"task_augmentation": 0.0, "lora_bias": "none", "use_vllm": False}
+    assert artifacts.changed_settings({"settings": before}, settings, {}, None) == []
+    assert artifacts.changed_settings({"settings": before | {"task_augmentation": 0.5}}, settings, {}, None) == [
+        "task_augmentation (was 0.5, this setting was removed)"
+    ]
+    assert artifacts.changed_settings({"settings": before | {"lora_bias": "all"}}, settings, {}, None) == [
+        "lora_bias (was all, this setting was removed)"
+    ]
+
+
 def test_every_setting_is_either_of_the_course_or_not():
     import train_grpo
     from arc.runs.settings import NOT_THE_COURSE, SupervisedSettings
