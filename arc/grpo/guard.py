@@ -25,7 +25,6 @@ from arc.decoding.greedy import GreedyAnswer, greedy_answers
 from arc.decoding.log_probabilities import log_probabilities
 from arc.grpo.rewards import repetition
 from arc.grpo.settings import PolicySettings
-from arc.models.manifests import apply_umask
 from arc.runs.checkpoints import complete_checkpoints
 from arc.runs.files import flush
 from arc.training.data import StageData

@@ -39,8 +39,8 @@ PACKAGES = (
 )
 # Files that make a model; what else lies in a folder (logs, pictures, notes, other formats) is about it.
 MODEL_SUFFIXES = (".safetensors", ".json", ".model", ".jinja")
-# Settings of earlier versions, with the value that trains as this version does.
-REMOVED_SETTINGS: dict[str, Any] = {"lora_bias": "none", "task_augmentation": 0.0, "use_vllm": False}
+# Settings that later versions no longer have, with their defaults: records from before them still hold these.
+REMOVED_SETTINGS = {"task_augmentation": 0, "lora_bias": "none", "use_vllm": False}
 # adapter_config.json names the base by its path, which differs from place to place; the weights show the rest of it.
 ABOUT_THE_MODEL = (MANIFEST, "probe.safetensors", "make_base.json", "adapter_config.json")
 
@@ -385,11 +385,12 @@ def changed_settings(
     before = course_settings(recorded.get("settings", {}))
     if recorded.get("settings"):  # a setting that an earlier version did not have had what is the default now
         before = default_course(type(settings)) | before
-    now = REMOVED_SETTINGS | course_settings(json.loads(json.dumps(asdict(settings))))
+    now = course_settings(json.loads(json.dumps(asdict(settings))))
     pairs = {name: (before[name], now[name]) for name in now if name in before}
     if recorded.get("precision"):
         pairs |= {name: (recorded["precision"][name], value) for name, value in precision.items()}
     changed = [f"{name} (was {_short(a)}, is {_short(b)})" for name, (a, b) in pairs.items() if a != b]
+    changed += changed_removed(before, now)
     if data is not None and recorded.get("data_fingerprint", data) != data and not changed:
         extra = recorded.get("settings", {}).get("extra_dataset_dirs", [])
         if extra != settings.extra_dataset_dirs:
@@ -398,6 +399,20 @@ def changed_settings(
         else:  # other settings choose other puzzles: said already
             changed.append(f"the puzzles in {', '.join([settings.dataset_dir, *extra])}")
     return changed
+
+
+def changed_removed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Settings of a record that no longer exist and were not at their default, as `name (was X, ...)`.
+
+    Args:
+        before: the recorded settings.
+        now: those of this run.
+    """
+    return [
+        f"{name} (was {_short(before[name])}, this setting was removed)"
+        for name, default in REMOVED_SETTINGS.items()
+        if name not in now and before.get(name, default) != default
+    ]
 
 
 def _short(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The data of a stage: the samples of its training, and the held-out puzzles."""
+"""The rows of a stage: what is trained on and what is held out, as tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from arc.models.vocabulary import cut_tokenizer, load_tokenizer
 from arc.puzzles.dataset import ArcDataset, Holdout
 from arc.puzzles.encoding import SampleEncoder, TrainingSamples
 from arc.puzzles.splits import load_split, tasks_in_turn, with_solutions
-from arc.puzzles.task_augmentation import augment_tasks
 from arc.puzzles.text import format_options
 from arc.runs.settings import RunSettings
 from arc.training.stage import StageContext
@@ -19,14 +18,7 @@ from arc.training.stage import StageContext
 
 @dataclass
 class StageData:
-    """The data of a stage.
-
-    Attributes:
-        split: puzzles to train on, and those that are held out.
-        samples: the rows of the training.
-        encoder, tokenizer: turn puzzles into tokens.
-        heldout: the puzzles to measure on: new ones of trained tasks, or of held-out tasks where there are none.
-    """
+    """Rows of a stage: what is trained on, what is held out, and how rows become tokens."""
 
     split: Holdout
     samples: TrainingSamples
@@ -41,7 +33,7 @@ class StageData:
 
     @property
     def puzzles(self) -> ArcDataset:
-        """The puzzles of the samples: those to train on that fit `max_seq_length`."""
+        """What is trained on: those of `split.train` that fit."""
         return self.samples.views.ds
 
     def steps_per_epoch(self, settings: RunSettings) -> int:
@@ -55,11 +47,11 @@ class StageData:
         return math.ceil(self.steps_per_epoch(settings) * settings.num_train_epochs)
 
     def prompts(self, count: int, max_tokens: int) -> list[dict[str, Any]]:
-        """The first `count` held-out puzzles as rows that end where the reply begins."""
+        """Up to `count` held-out rows that end where the reply begins, as the encoder gives them."""
         return self.encoder.encode(self.heldout, self.heldout.keys[:count], max_tokens=max_tokens, reply=False)
 
     def heldout_rows(self, max_tokens: int) -> list[dict[str, Any]]:
-        """All held-out puzzles as rows with their replies."""
+        """All held-out rows with their replies."""
         return self.encoder.encode(self.heldout, self.heldout.keys, max_tokens=max_tokens)
 
 
@@ -77,7 +69,7 @@ def augmentation(settings: RunSettings) -> dict[str, Any]:
 
 
 def stage_tokenizer(run: StageContext[RunSettings]) -> Any:
-    """The tokenizer of the model that a stage starts from; cut here if the prepared base does not exist yet."""
+    """The tokenizer of a stage: its parent's, cut as the prepared base's will be where that is not made yet."""
     tokenizer = load_tokenizer(run.parent)
     if run.to_prepare is not None and not run.settings.full_vocab:
         from transformers import AutoConfig
@@ -89,11 +81,11 @@ def stage_tokenizer(run: StageContext[RunSettings]) -> Any:
 
 
 def load_data(run: StageContext[RunSettings], solved_only: bool = False) -> StageData:
-    """Load and split the puzzles and make the samples. What is left out is counted and printed.
+    """Load and split the data and make the rows that are trained on. What is left out is counted and printed.
 
     Args:
-        run: gives the settings and the model that the stage starts from.
-        solved_only: train on puzzles with solutions only; else puzzles without are trained on by their demonstrations.
+        run: gives the settings and what is started from.
+        solved_only: train on puzzles with solutions only; else the others are trained on by their demonstrations.
 
     Raises:
         ValueError, FileNotFoundError: bad data, or nothing that fits `max_seq_length`.
@@ -105,10 +97,9 @@ def load_data(run: StageContext[RunSettings], solved_only: bool = False) -> Stag
         if not len(split.train.keys):
             raise ValueError(f"{settings.dataset_dir}: no puzzle to train on has the outputs of its tests")
     encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
-    puzzles = augment_tasks(split.train, settings.task_augmentation, settings.seed)
-    if more := len(puzzles.keys) - len(split.train.keys):
-        print(f"task_augmentation: {more:,} puzzles of new tasks, made of {len(split.train.keys):,}")
-    samples = TrainingSamples(puzzles, encoder, settings.max_seq_length, seed=settings.seed, **augmentation(settings))
+    samples = TrainingSamples(
+        split.train, encoder, settings.max_seq_length, seed=settings.seed, **augmentation(settings)
+    )
     if samples.dropped:
         print(
             f"left out: {len(samples.dropped):,} puzzles that do not fit --max_seq_length {settings.max_seq_length} "
@@ -116,21 +107,28 @@ def load_data(run: StageContext[RunSettings], solved_only: bool = False) -> Stag
         )
     if len(samples) == 0:
         raise ValueError(f"no puzzle fits --max_seq_length {settings.max_seq_length}: raise it, or lower --sizes")
-    return StageData(split, samples, encoder, tokenizer, _measured_on(split, encoder, settings))
+    heldout = _measured_on(split, encoder, settings)
+    return StageData(split, samples, encoder, tokenizer, heldout)
+
+
+def fitting(heldout: ArcDataset, encoder: SampleEncoder, max_tokens: int) -> ArcDataset:
+    """The held-out puzzles that have solutions and fit the longest row; the others are counted and printed."""
+    heldout = with_solutions(heldout, "held out")
+    long = set(encoder.too_long(heldout, heldout.keys, max_tokens, turned=False))
+    if not long:
+        return heldout
+    print(f"held out: {len(long)} of {len(heldout.keys)} puzzles do not fit --max_seq_length and are not measured")
+    return heldout.change_keys([key for key in heldout.keys if key not in long])
 
 
 def heldout_puzzles(settings: RunSettings, tokenizer: Any) -> tuple[ArcDataset, SampleEncoder]:
-    """The puzzles that a stage with these settings measures on, and their encoder; see `StageData.heldout`."""
+    """What a stage with these settings measures on: new puzzles of trained tasks, else those of held-out tasks."""
     encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
-    split = load_split(replace(settings, extra_dataset_dirs=[]), quiet=True)  # they hold nothing out
+    split = load_split(replace(settings, extra_dataset_dirs=[]), quiet=True)  # of what is held out they change nothing
     return _measured_on(split, encoder, settings), encoder
 
 
 def _measured_on(split: Holdout, encoder: SampleEncoder, settings: RunSettings) -> ArcDataset:
-    # New puzzles of trained tasks show whether training works; whole held-out tasks are for the evaluation.
-    heldout = with_solutions(split.seen if len(split.seen.keys) else split.unseen, "held out")
-    long = set(encoder.too_long(heldout, heldout.keys, settings.max_seq_length, turned=False))
-    if long:
-        print(f"held out: {len(long)} of {len(heldout.keys)} puzzles do not fit --max_seq_length and are not measured")
-        heldout = heldout.change_keys([key for key in heldout.keys if key not in long])
-    return tasks_in_turn(heldout, settings.holdout_seed)
+    # New puzzles of trained tasks tell whether training works; whole held-out tasks are kept for the evaluation.
+    heldout = split.seen if len(split.seen.keys) else split.unseen
+    return tasks_in_turn(fitting(heldout, encoder, settings.max_seq_length), settings.holdout_seed)

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from arc.models.collator import InputMaskingDataCollator
+from arc.models.library_patches import let_run_ahead, use_one_gpu
 from arc.models.packing import can_pack, use_packed_attention
 from arc.runs.processes import process_count
 from arc.runs.settings import RunSettings, SupervisedSettings
 from arc.training.arguments import common_arguments, loader_processes
-from arc.models.library_patches import let_run_ahead, use_one_gpu
 from arc.training.batch_planning import faster_way, plan_batches
 from arc.training.data import StageData
 from arc.training.optimizers import MUON, optimizer_class, optimizer_seconds, optimizer_with_embedding_rate

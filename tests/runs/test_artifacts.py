@@ -254,11 +254,17 @@ def test_settings_that_decide_the_weights_are_compared_and_others_are_not():
     assert compare(recorded, settings, {"load_in_4bit": True}, None) == []
 
 
-def test_settings_that_are_gone_count_only_where_they_changed_the_training():
+def test_a_removed_setting_counts_only_where_it_was_not_at_its_default():
     settings = base_finetune.Settings()
-    for value, changed in (("none", []), ("all", ["lora_bias (was all, is none)"])):
-        recorded = json.loads(json.dumps(dataclasses.asdict(settings))) | {"lora_bias": value}
-        assert artifacts.changed_settings({"settings": recorded}, settings, {}, None) == changed
+    recorded = json.loads(json.dumps(dataclasses.asdict(settings)))
+    before = recorded | {"task_augmentation": 0.0, "lora_bias": "none", "use_vllm": False}
+    assert artifacts.changed_settings({"settings": before}, settings, {}, None) == []
+    assert artifacts.changed_settings({"settings": before | {"task_augmentation": 0.5}}, settings, {}, None) == [
+        "task_augmentation (was 0.5, this setting was removed)"
+    ]
+    assert artifacts.changed_settings({"settings": before | {"lora_bias": "all"}}, settings, {}, None) == [
+        "lora_bias (was all, this setting was removed)"
+    ]
 
 
 def test_every_setting_is_either_of_the_course_or_not():
