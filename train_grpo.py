@@ -16,10 +16,10 @@ from arc.decoding.greedy import longest_reply
 from arc.grpo.guard import PolicyGuard
 from arc.grpo.prompts import report_prompts
 from arc.grpo.rewards import component_weights, reward_functions
-from arc.grpo.rollouts import check_vllm
 from arc.grpo.scan import scan_prompts
 from arc.grpo.settings import PolicySettings
-from arc.grpo.trainer import check_sharing, grpo_trainer, samples_from_copy
+from arc.grpo.sharing import check_sharing, samples_from_copy
+from arc.grpo.trainer import grpo_trainer
 from arc.models.loading import load_model
 from arc.models.lora import add_lora
 from arc.runs.artifacts import Stage
@@ -42,16 +42,13 @@ def main() -> None:
     run = StageRun(STAGE, settings)
     if run.needs_training():
         with user_errors():
-            if settings.use_vllm:
-                check_vllm(run.precision, settings.target_modules)
             check_sharing(run)
             data = load_data(run, solved_only=True)
             longest = longest_reply(data.puzzles, data.puzzles.keys, data.tokenizer)
             report_prompts(run, data, longest)
         run.begin(data)
         with run.machine_errors("loading the model"):
-            vllm_rank = settings.lora_r if settings.use_vllm else None
-            model, _ = load_model(run.parent, run.precision, settings.max_seq_length, vllm_rank)
+            model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
             model = add_lora(model, run.precision, **lora_options(settings))
         with run.machine_errors("scanning the prompts"):  # LoRA adds nothing yet: this is stage 2's model
             # What is scanned is sampled to its end, and nothing is learned.

@@ -36,13 +36,6 @@ class Components(NamedTuple):
     well_formed: float
 
 
-class Verdict(NamedTuple):
-    """What a reply earns, and whether it is exactly right."""
-
-    reward: float
-    exact: bool
-
-
 def judge_components(dataset: ArcDataset, key: str, reply: str, *, reply_end: str, lines_sep: str = "\n") -> Components:
     """Judge one reply, part by part.
 
@@ -78,20 +71,6 @@ def component_weights(
         Four numbers; the first is above 0 where no wrong reply can earn as much as the exact grid.
     """
     return [reward_exact - reward_cells - reward_shape - reward_format, reward_cells, reward_shape, reward_format]
-
-
-def judge_reply(
-    dataset: ArcDataset, key: str, reply: str, *, reply_end: str, lines_sep: str = "\n", **rewards: float
-) -> Verdict:
-    """Reward of one reply: most for the exact grid, a little for a wrong one, nothing for what is no grid.
-
-    Args:
-        dataset, key, reply, reply_end, lines_sep: see `judge_components`.
-        rewards: see `component_weights`.
-    """
-    components = judge_components(dataset, key, reply, reply_end=reply_end, lines_sep=lines_sep)
-    weights = component_weights(**rewards)
-    return Verdict(sum(w * c for w, c in zip(weights, components, strict=True)), components.exact_match == 1.0)
 
 
 def repetition(text: str, n: int = NGRAM) -> float:

@@ -24,8 +24,6 @@ from arc.decoding.device_sampling import DeviceSampler
 from arc.decoding.rows import check_numbers
 from arc.decoding.sampling import random_draws
 from arc.models.folded_lora import folded_throughout
-from arc.models.loading import Precision
-from arc.models.lora import EMBEDDING_MODULES
 from arc.models.prompt_sharing import solution_logits
 from arc.runs.processes import process_count, process_index
 
@@ -142,31 +140,6 @@ def plain_module(name: str) -> Any:
         sys.modules[plain] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[plain])
     return sys.modules[plain]
-
-
-def check_vllm(precision: Precision, target_modules: Sequence[str]) -> None:
-    """Whether --use_vllm can work here.
-
-    Raises:
-        ValueError: no CUDA, no vLLM, or a model that it cannot take.
-    """
-    import torch
-
-    full = [name for name in EMBEDDING_MODULES if name in target_modules]
-    if importlib.util.find_spec("vllm") is None:
-        problem = "vLLM is not installed here: pip install vllm (a version that trl supports), or --fast_rollouts true"
-    elif not torch.cuda.is_available():
-        problem = "vLLM is used on CUDA devices only, and there is none"
-    elif precision.engine == "unsloth" and full:
-        problem = (
-            f"Unsloth's vLLM takes no adapter with matrices that are trained in full ({', '.join(full)}): leave them "
-            "out of --target_modules, or use --engine transformers"
-        )
-    elif precision.engine == "transformers" and precision.load_in_4bit:
-        problem = "trl hands vLLM plain weights, no quantised ones: --load_in_4bit false, or --engine unsloth"
-    else:
-        return
-    raise ValueError(f"--use_vllm: {problem}")
 
 
 class _Numbers:

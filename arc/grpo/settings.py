@@ -48,7 +48,6 @@ class PolicySettings(RunSettings):
         0.0, "weight of stage 2's loss beside the policy's, on a batch of its own in each step (PPO-ptx); 0: none"
     )
     supervised_batch_size: int = setting(8, "samples of that batch")
-    use_vllm: bool = setting(False, "sample with vLLM, on a machine that has it")
     beta: float = setting(0.0, "weight of the KL divergence to the start; 0: none, and no reference pass")
     epsilon: float = setting(0.2, "the policy ratio is clipped below 1 - epsilon")
     epsilon_high: float = setting(0.28, "and above 1 + epsilon_high (DAPO's higher upper bound)")
@@ -85,14 +84,13 @@ class PolicySettings(RunSettings):
             # each completion's tokens are divided by their number: that of stopped ones says how early they were wrong
             f"--loss_type {self.loss_type}": self.loss_type in ("grpo", "bnpo"),
             "--lora_dropout above 0": self.lora_dropout > 0,  # they are drawn from the model as it trains
-            "--use_vllm": self.use_vllm,
             "--fast_rollouts true": bool(self.fast_rollouts),
             "--shared_prompts false": self.shared_prompts is False,
         }
         return [name for name, found in against.items() if found]
 
     @property
-    def shares_always(self) -> str | None:
+    def needs_sharing(self) -> str | None:
         """The flag, if any, of what is computed only where prompts are shared, and rows packed."""
         if self.shared_prompts:
             return "--shared_prompts true"
@@ -127,7 +125,6 @@ class PolicySettings(RunSettings):
                 self.shared_prompts is not False or not self.supervised_weight,
                 "not false beside --supervised_weight above 0, whose rows are packed as shared prompts are",
             ),
-            "use_vllm": (not (self.use_vllm and self.fast_rollouts), "not beside --fast_rollouts: both sample"),
             "reward_exact": (0 < self.reward_exact < float("inf"), "a number above 0"),
             **{name: (value >= 0 and (pays_most or value == 0), below) for name, value in wrong.items()},
         }

@@ -320,19 +320,6 @@ def test_figures_are_in_the_log_and_the_picture(tmp_path, policy, extra):
     assert abs(width / height - 13.5 / 6.4) < 0.01  # six panels in two rows
 
 
-@pytest.mark.parametrize(
-    ("extra", "message"),
-    [
-        (("--use_vllm", True), "--use_vllm: vLLM is not installed here"),
-        (("--use_vllm", True, "--fast_rollouts", True), "--use_vllm is True: expected not beside --fast_rollouts"),
-    ],
-)
-def test_vllm_where_it_cannot_be_is_one_error(tmp_path, policy, extra, message):
-    code, printed = call("train_grpo", *policy, "--output_dir", tmp_path / "output", *extra)
-    assert code == 2 and message in printed and printed.count("error: ") == 1
-    assert not (tmp_path / "output").exists()
-
-
 def test_the_guard_asks_nothing_of_a_dataset_without_held_out_puzzles(tmp_path, policy):
     flags = (*policy, "--holdout_examples", 0, "--max_steps", 1, "--save_steps", 0, "--output_dir", tmp_path)
     code, printed = call("train_grpo", *flags)

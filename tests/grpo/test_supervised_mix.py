@@ -15,7 +15,7 @@ from arc.grpo import supervised_mix as supervised_mix_module
 from arc.grpo import trainer
 from arc.grpo.prompts import PromptRows
 from arc.grpo.supervised_mix import SupervisedMix
-from arc.grpo.trainer import PolicyTrial
+from arc.grpo.trial import PolicyTrial
 from arc.models.collator import InputMaskingDataCollator
 from arc.models.loading import Precision
 from arc.models.lora import add_lora
