@@ -268,7 +268,7 @@ def test_completions_that_break_down_stop_it_where_nothing_is_held_out(tmp_path,
     for step in range(1, 61):
         control = TrainerControl()
         state.global_step = step
-        guard._end_step(None, state, control)
+        guard.end_step(state, control)
         if control.should_training_stop:
             assert control.should_save and control.should_log
             stopped.append(step)
