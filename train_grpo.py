@@ -7,7 +7,7 @@ On a CUDA box:  python train_grpo.py --dataset_dir dataset
 On a laptop:    python train_grpo.py --config demo/demo_grpo.yaml --dataset_dir demo_dataset \
                     --output_dir demo/output
 
-What is there already is not made again: with -lora there and -merged missing, only the merge runs.
+Results that exist are not made again: if -lora is there and -merged is missing, only the merge runs.
 """
 
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ class Settings(PolicySettings):
 
 
 def main() -> None:
-    """Train and merge, each unless its result is there."""
+    """Train and merge; each step is skipped if its result exists."""
     settings = parse_settings(Settings)
     run = StageRun(STAGE, settings)
     if run.needs_training():
@@ -51,9 +51,9 @@ def main() -> None:
             model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
             model = add_lora(model, run.precision, **lora_options(settings))
         with run.machine_errors("scanning the prompts"):  # LoRA adds nothing yet: this is stage 2's model
-            # What is scanned is sampled to its end, and nothing is learned.
-            whole = replace(settings, stop_at_error=False, supervised_weight=0.0)
-            from_copy = samples_from_copy(model, whole, run.precision.engine)
+            # The scan samples complete replies and learns nothing, whatever the training does.
+            scan_settings = replace(settings, stop_at_error=False, supervised_weight=0.0)
+            from_copy = samples_from_copy(model, scan_settings, run.precision.engine)
             scan = scan_prompts(model, run, data, longest, from_copy)
         with run.machine_errors("loading the model"):
             rewards = reward_functions(data.puzzles, data.tokenizer, data.format, stopped=settings.stop_at_error)
@@ -62,13 +62,13 @@ def main() -> None:
                 model, run, data, rewards, reward_weights=weights, max_completion_length=longest,
                 chosen=scan.chosen if scan else None,
             )  # fmt: skip
-            policy = PolicyGuard(model, run, data)
-            watch(trainer, run, policy.measure if policy.prompts else None)
-            policy.attach(trainer)
+            guard = PolicyGuard(model, run, data)
+            watch(trainer, run, guard.measure if guard.prompts else None)
+            guard.attach(trainer)
         run.train(trainer, data)
         about = {"computed": trainer.computed, "scan": scan.counts() if scan else None}
-        run.save(model, data, **about, **policy.keep_best(trainer))
-        del model, trainer, policy
+        run.save(model, data, **about, **guard.keep_best(trainer))
+        del model, trainer, guard
     run.merge()
 
 

@@ -6,7 +6,7 @@ solved most of them, and stops the training when
 - clearly fewer puzzles are solved, or get a grid as their answer, than at the best measurement, or
 - clearly more completions are cut off, or repeat themselves more than their solutions do.
 
-Its state is part of each checkpoint (in trainer_state.json; the best weights in a file beside the checkpoints). So a run
+Its state is part of each checkpoint: in trainer_state.json, the best weights in a file beside the checkpoints. So a run
 that was killed and continued decides as an uninterrupted one. Several processes measure the same puzzles with the same
 weights and read the same gathered log, so all decide the same; the main process writes.
 """
