@@ -44,11 +44,8 @@ CLIMBING = {
 def fall_probability(best: Sequence[int], now: Sequence[int]) -> float:
     """The probability of so many losses among the changed puzzles, if losses and gains were equally likely.
 
-    The one-sided exact sign test on paired answers (McNemar's test): puzzles that are solved both times, or neither
-    time, say nothing about a change.
-
-    Args:
-        best, now: whether each puzzle was solved, (puzzles,).
+    `best` and `now` are 0 or 1 for each puzzle, (puzzles,). The one-sided exact sign test on paired answers (McNemar's
+    test): puzzles that are solved both times, or neither time, say nothing about a change.
     """
     lost = sum(a and not b for a, b in zip(best, now, strict=True))
     changed = sum(a != b for a, b in zip(best, now, strict=True))
@@ -56,15 +53,11 @@ def fall_probability(best: Sequence[int], now: Sequence[int]) -> float:
 
 
 def has_fallen(best: Sequence[int], now: Sequence[int]) -> bool:
-    """Whether clearly fewer puzzles are solved (or get a grid) than at the best measurement.
+    """Whether clearly fewer puzzles are solved (or get a grid) than at the best; arguments as `fall_probability`.
 
     The level is 1%, for two reasons. The best is the highest of several measurements, so it was also lucky. And each
     measurement is another chance of a false alarm: with five of them that stays below 5%. A clear fall takes at least
     seven lost puzzles (0.5 to the power of 7 is 0.8%), so it cannot be seen in a policy that solved fewer.
-    `has_climbed` does not depend on solved puzzles.
-
-    Args:
-        best, now: whether each puzzle was solved, (puzzles,).
     """
     return fall_probability(best, now) < FALL_LEVEL
 
@@ -98,14 +91,10 @@ def window(groups: float) -> int:
 
 
 def climb(shares: Sequence[float], groups: float) -> tuple[float, list[tuple[float, int]]]:
-    """The mean of the newest window of shares, and the earlier means to compare it with.
+    """The mean of the newest window of shares, and the earlier means to compare it with; see `has_climbed`.
 
-    Args:
-        shares, groups: see `has_climbed`.
-
-    Returns:
-        The mean of the newest window; two pairs (mean, number of lines) for the lines before it: of the first window,
-        and of all of them. Without lines before it: NaN and no pairs.
+    The earlier means are two pairs (mean, number of lines): of the first window, and of all lines before the newest
+    window. Without such lines the result is NaN and no pairs.
     """
     values, lines = np.asarray(shares, dtype=float), window(groups)
     earlier = values[:-lines]
@@ -115,15 +104,10 @@ def climb(shares: Sequence[float], groups: float) -> tuple[float, list[tuple[flo
 
 
 def mean_divergence(model: Any, engine: str, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Mean KL divergence of the policy to the model without its adapter, over the tokens of replies, in nats.
+    """Mean KL divergence of a peft model to the model without its adapter, over the tokens of replies, in nats.
 
-    Exact at each token (a sum over the vocabulary, no estimate from samples), and KL(policy || start): it grows where
-    the policy gives probability to tokens that were improbable at the start.
-
-    Args:
-        model: a peft model.
-        engine: "unsloth" or "transformers".
-        rows: a prompt and a reply each, token ids (tokens,).
+    `rows` are pairs of prompt and reply, int64 (tokens,). KL(policy || start) is exact at each token: a sum over the
+    vocabulary, no estimate from samples.
     """
     total, count = 0.0, 0
     for prompt, reply in rows:
@@ -140,12 +124,8 @@ def mean_divergence(model: Any, engine: str, rows: Sequence[tuple[np.ndarray, np
 class PolicyGuard:
     """Keeps the best adapter and stops a collapse, see the module.
 
-    It is made before the training. `watch` gets its `measure`, then `attach` adds it to the trainer.
-
-    Args:
-        model: the peft model in training.
-        run: settings and folders.
-        data: the held-out puzzles.
+    `model` is the peft model in training, `data` has the held-out puzzles. `watch` gets the guard's `measure`, then
+    `attach` adds the guard to the trainer.
 
     Attributes:
         prompts: of the measured held-out puzzles. If there are none, only completions are watched.
@@ -245,7 +225,8 @@ class PolicyGuard:
         now, self._newest = self._newest, None
         if now is None:
             return
-        if self.best is None or _rank(now) >= _rank(self.best):
+        counts = [[sum(m["solved"]), sum(m["decodable"])] for m in (now, self.best) if m is not None]
+        if self.best is None or counts[0] >= counts[1]:
             self.best = {"step": step, **now}
             self._weights, self._written = trained_weights(self.model), None
             return
@@ -266,9 +247,8 @@ class PolicyGuard:
             if self.reason is None and has_climbed(shares, groups):
                 newest, earlier = climb(shares, groups)
                 lowest = min(mean for mean, _ in earlier)
-                self.reason = (
-                    f"{description}: {newest:.0%} over the last {window(groups)} log lines, {lowest:.0%} before"
-                )
+                lines = window(groups)
+                self.reason = f"{description}: {newest:.0%} over the last {lines} log lines, {lowest:.0%} before"
 
     def state(self) -> dict[str, Any]:
         """The guard's entry in trainer_state.json."""
@@ -293,10 +273,7 @@ class PolicyGuard:
         return self.run.work / f"best-{step}.safetensors"
 
     def write_best(self) -> None:
-        """Write the best weights, and delete those that no checkpoint names.
-
-        It is called before a checkpoint counts as complete, so a complete checkpoint that names a best adapter has it.
-        """
+        """Write the best weights before the checkpoint that names them counts as complete; delete unused ones."""
         if self.best is None or not self._weights:
             return
         if self._written != self.best["step"]:  # a file of that name may be of an earlier run that was killed
@@ -318,12 +295,8 @@ class PolicyGuard:
             "heldout_puzzles": measured with these weights (None: not measured), "stopped": the reason, or None}}.
         """
         last = trainer.state.global_step
-        about: dict[str, Any] = {
-            "step": last,
-            "last_step": last,
-            "heldout_solved": None,
-            "heldout_puzzles": len(self.prompts),
-        }
+        about: dict[str, Any] = {"step": last, "last_step": last, "heldout_solved": None}
+        about["heldout_puzzles"] = len(self.prompts)
         if self.run.settings.collapse_guard:
             if self.best is None:  # an earlier run has done the training
                 self.restore(trainer.state)
@@ -337,10 +310,6 @@ class PolicyGuard:
                 f"{about['heldout_puzzles']} held-out puzzles"
             )
         return {"policy": {**about, "stopped": self.reason}}
-
-
-def _rank(measured: dict[str, Any]) -> tuple[int, int]:
-    return sum(measured["solved"]), sum(measured["decodable"])
 
 
 def stored_guard(checkpoint: Path) -> dict[str, Any] | None:

@@ -27,11 +27,7 @@ else:
 
 
 class DecodingOnce:
-    """A tokenizer that decodes equal rows once. For its log, trl decodes a group's prompt once per completion.
-
-    Args:
-        tokenizer: does everything else.
-    """
+    """A tokenizer that decodes equal rows once. For its log, trl decodes a group's prompt once per completion."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
@@ -66,12 +62,6 @@ class StageMixin(GRPOTrainer):
 
 class SharedPromptMixin(StageMixin):
     """Computes a prompt once for all completions of its group, and adds stage 2's loss if there is a mix.
-
-    Args:
-        args, kwargs: as trl's GRPOTrainer takes them.
-        policy_settings: the settings of stage 3.
-        engine: "transformers" or "unsloth".
-        mix: stage 2's batches and their loss; None: the policy's loss alone.
 
     Attributes:
         rows: the rows of the current prompts. Rollouts along the solutions read them.
@@ -172,15 +162,11 @@ class SharedPromptMixin(StageMixin):
 
 
 def mask_without_advantage(mask: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """A completion mask that leaves out the completions with advantage 0.
+    """A completion mask (completions, tokens) that leaves out the completions with advantage 0.
 
     A group whose completions are all right, or all wrong, adds nothing to a loss that is a sum over tokens divided by
     their number in the step. Without its completions the update is the same and needs less time. The logged entropy
     and clipping are then those of the other groups.
-
-    Args:
-        mask: of the completions' tokens, (completions, tokens).
-        advantages: (completions,).
     """
     mask = mask.clone()
     unused = mask.new_ones(len(mask)).index_fill(0, advantages.nonzero()[:, 0], 0).bool()

@@ -43,8 +43,7 @@ def judge_components(dataset: ArcDataset, key: str, reply: str, *, reply_end: st
         dataset: holds the solution.
         key: the view of the prompt; the reply is mapped back through its transforms.
         reply: the whole reply as text, end token included. Text after the first end is never read.
-        reply_end: the text that a reply must end with; a reply without it was cut off.
-        lines_sep: between rows.
+        reply_end, lines_sep: the text that a reply must end with, else it was cut off; the text between rows.
     """
     grid, correct, _ = dataset.decode(reply, lines_sep, key=key, reply_end=reply_end)
     if grid is None or correct is None:

@@ -41,7 +41,7 @@ class RolloutModel:
         dtype: of the copy, which takes the memory of a second model.
 
     Attributes:
-        model: the copy: a model of transformers without adapters, in evaluation mode.
+        model: the copy, of transformers, without adapters, in evaluation mode.
     """
 
     def __init__(self, trained: Any, dtype: torch.dtype):
@@ -142,18 +142,13 @@ def plain_module(name: str) -> Any:
 
 
 class CompletionNumbers:
-    """Numbers the completions of a run. A completion's random numbers depend on the seed and its number alone."""
+    """Numbers the completions of a run; a completion's random numbers depend on the seed and its number alone."""
 
     def __init__(self) -> None:
         self.step, self.calls = -1, 0
 
     def next(self, step: int, completions: int) -> range:
-        """Numbers of the next call's completions in this process; those of other processes follow.
-
-        Args:
-            step: optimizer steps so far. Several calls in a step get different numbers.
-            completions: of this process.
-        """
+        """Numbers of the completions that this process samples next; `step` counts the optimizer steps so far."""
         self.step, self.calls = step, self.calls + 1 if step == self.step else 0
         begin = completions * (process_count() * (step * CALLS + self.calls) + process_index())
         return range(begin, begin + completions)
@@ -171,9 +166,7 @@ def make_rollouts(
         trained: the peft model in training.
         tokenizer: of prompts; gives the end token.
         dtype: of the copy.
-        max_new_tokens: longest completion.
-        temperature: sampling temperature.
-        seed: of the random numbers.
+        max_new_tokens, temperature, seed: of the sampling.
 
     Returns:
         From prompts (repeated for each completion of their group) and the trainer to "prompt_ids", "completion_ids"
@@ -206,29 +199,19 @@ def make_rollouts(
 
 
 def sample_until_wrong(
-    model: Any,
-    engine: str,
-    prompts: Sequence[np.ndarray],
-    solutions: Sequence[np.ndarray],
-    *,
-    seed: int,
-    numbers: Sequence[Sequence[int]],
-    temperature: float = 1.0,
-    batch_size: int = 64,
-) -> list[list[np.ndarray]]:
+    model: Any, engine: str, prompts: Sequence[np.ndarray], solutions: Sequence[np.ndarray], *, seed: int,
+    numbers: Sequence[Sequence[int]], temperature: float = 1.0, batch_size: int = 64,
+) -> list[list[np.ndarray]]:  # fmt: skip
     """Sample replies, each up to and including its first token that differs from the solution.
 
     The result equals sampling token by token with the same random numbers, cut off there. Up to that token the context
     is the solution, so one forward pass gives all distributions.
 
     Args:
-        model: a model with `use_packed_attention`.
-        engine: "transformers" or "unsloth".
-        prompts: token ids, int64 (tokens,) each.
-        solutions: the reply to each prompt, end token included, int64 (tokens,) each.
-        seed: of the random numbers, from 0.
-        numbers: a number from 0 for each sample of each prompt, (prompts, samples). A sample's random numbers depend
-            on the seed and its number alone, as in `DeviceSampler.sample`.
+        model, engine: a model with `use_packed_attention`; "transformers" or "unsloth".
+        prompts, solutions: token ids, int64 (tokens,) each; solutions with their end token.
+        seed, numbers: from 0; `numbers` are (prompts, samples). A sample's random numbers depend on the seed and its
+            number alone, as in `DeviceSampler.sample`.
         temperature: logits are divided by it.
         batch_size: prompts computed at once.
 
@@ -273,16 +256,13 @@ def make_stopped_rollouts(
 ) -> Callable[[list[str], Any], dict[str, Any]]:
     """A `rollout_func` for trl's GRPOTrainer whose completions end with their first wrong token.
 
-    Args:
-        model: the peft model in training, with `use_packed_attention`.
-        engine: "transformers" or "unsloth".
-        temperature: sampling temperature.
-        seed: of the random numbers, which also depend on the step and the completion's number.
-        batch_size: prompts computed at once.
+    The function's arguments and result are those of `make_rollouts`. The trainer's `rows` are those of the prompts,
+    with "prompt_ids" and "solution_ids".
 
-    Returns:
-        The function, with arguments and result as that of `make_rollouts`. The trainer's `rows` are those of the
-        prompts, with "prompt_ids" and "solution_ids".
+    Args:
+        model, engine: the peft model in training, with `use_packed_attention`; "transformers" or "unsloth".
+        temperature, seed: of the sampling.
+        batch_size: prompts computed at once.
     """
     completion_numbers = CompletionNumbers()
 

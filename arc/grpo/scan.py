@@ -78,21 +78,20 @@ class Scan:
 
     def describe(self) -> str:
         """A line for the log, and a warning if no prompt can be learned from."""
-        counts = self.counts()
+        counts, solved = self.counts(), self.solved.sum() / (self.samples * len(self.rows))
         source = f"in {self.seconds:.1f} s" if self.seconds else "read from the file of an earlier run"
         text = (
             f"scan: {counts['prompts']:,} prompts x {self.samples} samples ({source}), "
-            f"{self.solved.sum() / (self.samples * len(self.rows)):.1%} of the samples exact; left out: "
-            f"{counts['never_solved']:,} never and {counts['always_solved']:,} always solved; trained on: "
-            f"{counts['learnable']:,} ({counts['learnable'] / counts['prompts']:.1%})"
+            f"{solved:.1%} of the samples exact; left out: {counts['never_solved']:,} never and "
+            f"{counts['always_solved']:,} always solved; trained on: {counts['learnable']:,} "
+            f"({counts['learnable'] / counts['prompts']:.1%})"
         )
-        if not self.learnable.any():
-            return (
-                f"{text}\nwarning: no prompt was solved sometimes and missed sometimes: all are used, and few groups "
-                "will give a gradient. Train stage 2 further, scan more (--scan_prompts, --scan_samples), or raise "
-                "--temperature"
-            )
-        return text
+        if self.learnable.any():
+            return text
+        return (
+            f"{text}\nwarning: no prompt was solved sometimes and missed sometimes: all are used, and few groups will "
+            "give a gradient. Train stage 2 further, scan more (--scan_prompts, --scan_samples), or raise --temperature"
+        )
 
 
 def scan_prompts(
@@ -104,10 +103,8 @@ def scan_prompts(
     file in the stage's folder of checkpoints, whose name depends on everything that the result depends on.
 
     Args:
-        model: the peft model before its first training step, when LoRA adds nothing yet and it answers as the stage's
-            parent. It is switched to decoding and back.
-        run: settings (scan_samples, scan_prompts, skip_scan, temperature, seed), precision and folders.
-        data: the prompts.
+        model: the peft model before its first training step: it still answers as the stage's parent.
+        run, data: settings, precision and folders; the prompts.
         max_completion_length: tokens of the longest reply.
         from_copy: sample from a plain copy of the model, as the training will.
 
@@ -179,14 +176,7 @@ def scan_identity(
 def scan_remaining(
     rows: np.ndarray, solved: list[int], sample: Callable[[Sequence[int]], list[int]], save: Callable[[], None]
 ) -> None:
-    """Append to `solved`, chunk by chunk, until it has a number for each row.
-
-    Args:
-        rows: row numbers, int64 (prompts,).
-        solved: exactly right samples of the first rows; changed in place.
-        sample: gives these numbers for more rows.
-        save: called after each chunk.
-    """
+    """Append the results of `sample` to `solved`, in place, until it has one for each row; `save` after each chunk."""
     from tqdm import tqdm
 
     with tqdm(total=len(rows), initial=len(solved), desc="scan", unit="prompt", disable=None) as bar:
@@ -200,14 +190,9 @@ def scan_remaining(
 def sampler(
     model: Any, run: StageRun, data: StageData, max_completion_length: int, from_copy: bool = False
 ) -> Callable[[Sequence[int]], list[int]]:
-    """A function that samples replies to rows of the first epoch and counts the exact ones.
+    """A function from row numbers to the exactly right replies to each, of `scan_samples`; see `scan_prompts`.
 
-    Args:
-        model, run, data, max_completion_length, from_copy: see `scan_prompts`.
-
-    Returns:
-        From row numbers to the number of exactly right replies to each, of `scan_samples`. The result for a row does
-        not depend on the other rows, except where Unsloth's generate draws for a whole batch.
+    The result for a row does not depend on the other rows, except where Unsloth's generate draws for a whole batch.
     """
     tokenizer = data.tokenizer
     text_options = {name: data.format[name] for name in ("reply_end", "lines_sep")}
@@ -229,16 +214,10 @@ def sampler(
 def reply_sampler(
     model: Any, run: StageRun, data: StageData, max_completion_length: int, from_copy: bool
 ) -> Callable[[Sequence[np.ndarray], Sequence[int]], list[list[np.ndarray]]]:
-    """A function that samples `scan_samples` replies to each prompt.
+    """A function from prompts and their row numbers to `scan_samples` replies to each, int64 (tokens,).
 
     A plain copy is decoded by `DeviceSampler`, with the same random numbers as a model of transformers by
     `sample_replies`: each sample has its own. Unsloth's model is decoded by its own generate, as in its training.
-
-    Args:
-        model, run, data, max_completion_length, from_copy: see `scan_prompts`.
-
-    Returns:
-        From prompts, int64 (tokens,), and their row numbers to the replies to each, int64 (tokens,).
     """
     settings, tokenizer, engine = run.settings, data.tokenizer, run.precision.engine
     samples, temperature = settings.scan_samples, settings.temperature
@@ -275,28 +254,12 @@ def reply_sampler(
 
 
 def generate_samples(
-    model: Any,
-    engine: str,
-    tokenizer: Any,
-    prompts: Sequence[np.ndarray],
-    *,
-    max_new_tokens: int,
-    samples: int,
-    temperature: float,
-    seed: int,
-    batch_size: int,
-    work: Work | None = None,
-) -> list[list[np.ndarray]]:
-    """Sample replies to each prompt with the model's own `generate`, as many rows at once as memory allows.
+    model: Any, engine: str, tokenizer: Any, prompts: Sequence[np.ndarray], *, max_new_tokens: int, samples: int,
+    temperature: float, seed: int, batch_size: int, work: Work | None = None,
+) -> list[list[np.ndarray]]:  # fmt: skip
+    """Sample `samples` replies to each prompt with the model's own `generate`, see `generate_replies`.
 
-    Args:
-        model, engine, tokenizer, prompts, max_new_tokens, temperature, seed: see `generate_replies`.
-        samples: replies to each prompt.
-        batch_size: replies sampled at once, to begin with.
-        work: told how many fitted, where memory ran out.
-
-    Returns:
-        For each prompt its replies, token ids (tokens,) each.
+    `batch_size` replies are sampled at once, fewer where memory is too small; `work` then stores their number.
     """
     repeated = [prompt for prompt in prompts for _ in range(samples)]
 
@@ -310,14 +273,9 @@ def generate_samples(
 
 
 def read_scan(path: Path, made_for: dict[str, Any]) -> list[int]:
-    """Read a scan's file, whole or partial.
+    """Read how often each scanned row was solved, in order; a file that was changed or cut is named and not used.
 
-    Args:
-        path: of the file. If it was changed or cut, that is printed and the file is not used.
-        made_for: see `scan_identity`.
-
-    Returns:
-        For each scanned row, in order, how often it was solved; empty without a usable file.
+    `made_for` is the scan's identity. The result is empty without a usable file, and short if the scan was killed.
     """
     if not path.is_file():
         return []

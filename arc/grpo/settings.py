@@ -17,9 +17,7 @@ class PolicySettings(RunSettings):
     per_device_train_batch_size: int = setting(16, "times gradient_accumulation_steps: completions of one step")
     gradient_accumulation_steps: int = setting(2, "see per_device_train_batch_size; --micro_batch_size divides a step")
     micro_batch_size: int | None = setting(
-        None,
-        "completions of a forward pass; default: with shared_prompts as many as fit the GPU, else "
-        "per_device_train_batch_size",
+        None, "completions of a pass; default: with shared_prompts what fits the GPU, else per_device_train_batch_size"
     )
     gradient_checkpointing: bool | None = setting(
         None, "recompute activations; default: with shared_prompts only where the GPU's memory needs it, else always"
@@ -74,12 +72,8 @@ class PolicySettings(RunSettings):
     @property
     def rewards(self) -> dict[str, float]:
         """The rewards, as arguments of `component_weights`."""
-        return {
-            "reward_exact": self.reward_exact,
-            "reward_cells": self.reward_cells,
-            "reward_shape": self.reward_shape,
-            "reward_format": self.reward_format,
-        }
+        names = ("reward_exact", "reward_cells", "reward_shape", "reward_format")
+        return {name: getattr(self, name) for name in names}
 
     def _needs_whole_completions(self) -> list[str]:
         """The flags that exclude --stop_at_error."""

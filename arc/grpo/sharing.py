@@ -14,13 +14,7 @@ COPY_ROOM = 6  # a copy is the default on GPUs with at least this many times its
 
 
 def samples_from_copy(model: Any, settings: PolicySettings, engine: str) -> bool:
-    """Whether completions are sampled from a plain copy of the model. The default depends on the GPU's memory.
-
-    Args:
-        model: the peft model that will be trained.
-        settings: of stage 3.
-        engine: "transformers" or "unsloth".
-    """
+    """Whether completions are sampled from a plain copy of the model. The default depends on the GPU's memory."""
     import torch
 
     if settings.fast_rollouts is not None or not torch.cuda.is_available():
@@ -38,12 +32,7 @@ def copy_bytes(model: Any, settings: PolicySettings) -> int:
 
 
 def shares_prompts(model: Any, run: StageRun) -> bool:
-    """Whether a prompt is computed once for all completions of its group. The default: where the device can.
-
-    Args:
-        model: the peft model that will be trained.
-        run: settings and precision.
-    """
+    """Whether a prompt is computed once for all completions of its group. The default: where the device can."""
     settings, precision = run.settings, run.precision
     if settings.needs_sharing:
         return True

@@ -102,10 +102,9 @@ class SupervisedMix:
         The losses of a step add up to the mean over its learned tokens, where processes average their gradients.
 
         Args:
-            model: with `use_packed_attention`, in training mode.
+            model, device: the model in training mode, with `use_packed_attention`; its device.
             step: optimizer steps before this one.
             micro_batch: its number in the step, from 0, in order.
-            device: of the model.
 
         Returns:
             The loss to add to the policy's; and for the log, with the last micro-batch of the step, the step's mean
@@ -144,7 +143,7 @@ def learned_tokens(batch: dict[str, Any]) -> int:
 
 
 def ends_with_training(mix: SupervisedMix) -> Any:
-    """A callback that closes a mix when the training ends, also where it stops early."""
+    """A callback that closes a mix when the training ends, early or not."""
     from transformers import TrainerCallback
 
     class EndsWithTraining(TrainerCallback):

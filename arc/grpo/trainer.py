@@ -32,15 +32,9 @@ from arc.training.trainer import (
 
 
 def grpo_trainer(
-    model: Any,
-    run: StageRun,
-    data: StageData,
-    reward_functions: list[Callable[..., Any]],
-    *,
-    reward_weights: list[float],
-    max_completion_length: int,
-    chosen: np.ndarray | None = None,
-) -> Any:
+    model: Any, run: StageRun, data: StageData, reward_functions: list[Callable[..., Any]], *,
+    reward_weights: list[float], max_completion_length: int, chosen: np.ndarray | None = None,
+) -> Any:  # fmt: skip
     """trl's GRPOTrainer on the prompts of the samples.
 
     Where prompts are shared (see `shares_prompts`), both engines use trl's own class. How a step is divided is then
@@ -48,8 +42,7 @@ def grpo_trainer(
 
     Args:
         model: a peft model.
-        run: settings, precision and folders.
-        data: prompts and tokenizer.
+        run, data: settings, precision and folders; prompts and tokenizer.
         reward_functions: each takes `completion_ids` and `key` and returns a number for each completion.
         reward_weights: one for each function; a reward of weight 0 is logged only.
         max_completion_length: tokens of the longest reply.
@@ -73,31 +66,28 @@ def grpo_trainer(
         print(run.plan.describe(settings.max_steps, "completions"))
     elif settings.compile_layers:
         compile_layers(model)
-    config_class, trainer_class = grpo_classes(engine, shared)
+    config_class, trl_trainer = grpo_classes(engine, shared)
     arguments = grpo_arguments(config_class, run, reward_weights, max_completion_length)
     optimizer = None  # made by trl
     if set(settings.target_modules) & set(EMBEDDING_MODULES) or settings.optim == MUON:
         optimizer = optimizer_with_embedding_rate(model, arguments, settings.optim)
-    rollouts = rollout_function(model, run, data, arguments, from_copy)
-    options: dict[str, Any] = {}
     if shared:
-        kind = type("SharingTrainer", (SharedPromptMixin, trainer_class), {})
+        trainer_class = type("SharingTrainer", (SharedPromptMixin, trl_trainer), {})
         options = {"policy_settings": settings, "engine": engine, "mix": mix}
     else:
-        kind = type("StageTrainer", (StageMixin, trainer_class), {})
-    trainer = kind(
+        trainer_class, options = type("StageTrainer", (StageMixin, trl_trainer), {}), {}
+    trainer = trainer_class(
         callbacks=[kept_in_checkpoints(run), *([ends_with_training(mix)] if mix is not None else [])],
         model=model,
         reward_funcs=reward_functions,
-        rollout_func=rollouts,
+        rollout_func=rollout_function(model, run, data, arguments, from_copy),
         args=arguments,
         train_dataset=lazy_dataset(PromptRows(data, chosen), prompt_count(run, data, chosen)),
         optimizers=(optimizer, None),
         processing_class=data.tokenizer,
         **options,
     )
-    if shared or engine == "transformers":
-        # trl casts the trainable weights of a 4-bit base to bfloat16; Unsloth's version does not.
+    if shared or engine == "transformers":  # trl casts the weights to bfloat16; Unsloth's version does not
         train_in_float32(trainer.model)
     trainer.computed = {"fast_rollouts": from_copy, "shared_prompts": shared}
     return trainer
@@ -106,15 +96,11 @@ def grpo_trainer(
 def grpo_classes(engine: str, shared: bool) -> tuple[Any, Any]:
     """trl's GRPOConfig and GRPOTrainer, as Unsloth has changed them or as trl wrote them.
 
-    Unsloth replaces both in trl when it is imported. Its version has no place for shared prompts.
-
-    Args:
-        engine: "transformers" or "unsloth", which has been imported then.
-        shared: whether prompts are shared.
+    Unsloth, which is imported by now on its engine, replaces both in trl. Its version cannot share prompts.
     """
     if engine == "unsloth" and shared:
-        trainer_class = plain_module("trl.trainer.grpo_trainer").GRPOTrainer
-        return plain_module("trl.trainer.grpo_config").GRPOConfig, trainer_class
+        trainer = plain_module("trl.trainer.grpo_trainer").GRPOTrainer
+        return plain_module("trl.trainer.grpo_config").GRPOConfig, trainer
     from trl import GRPOConfig, GRPOTrainer
 
     return GRPOConfig, GRPOTrainer

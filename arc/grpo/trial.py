@@ -27,8 +27,7 @@ class PolicyTrial(Trial):
     A batch is a tuple: one prompt for each completion, the completions, and the supervised batch (or None).
 
     Args:
-        model, run: see `Trial`.
-        data: puzzles with their replies.
+        model, run, data: see `Trial`; the samples.
         max_completion_length: tokens of the longest completion.
         from_copy: completions are sampled from a copy of the model, which takes memory.
         mix: the supervised batches; None: the policy's loss alone.
@@ -69,12 +68,9 @@ class PolicyTrial(Trial):
         return _repeated(prompts, size), _repeated(completions, size), supervised
 
     def typical(self, size: int) -> list[Any]:
-        """Batches of the first prompts, with completions as long as the solutions.
-
-        The completions of a group are equal only where they are stopped at their first error.
-        """
+        """Batches of the first prompts with completions as long as the solutions; stopped ones equal the solution."""
         prompts_per_batch, rng = max(1, size // self.group), np.random.default_rng(0)
-        vocabulary, batches = self.model.config.vocab_size, []
+        vocabulary, batches = self.model.config.vocab_size, list[Any]()
         for begin in (0, prompts_per_batch):
             rows = self.samples.__getitems__(list(range(begin, begin + prompts_per_batch)))
             split = _repeated([(row["input_ids"], int(row["reply_spans"][-1][0])) for row in rows], size)
