@@ -8,27 +8,21 @@ On a CUDA box:  python base_finetune.py --dataset_dir dataset
 On a laptop:    python base_finetune.py --config demo/demo.yaml --base_model demo/base --dataset_dir demo_dataset \
                     --output_dir demo/output
 
-What is there already is not made again: with -lora there and -merged missing, only the merge runs.
+What exists is not made again: if -lora exists and -merged does not, only the merge runs.
 """
 
 from dataclasses import dataclass
 
-from arc.models.collator import InputMaskingDataCollator
-from arc.models.loading import load_model
-from arc.models.lora import add_lora
 from arc.runs.artifacts import Stage
-from arc.runs.settings import SupervisedSettings, parse_settings, setting, user_errors
-from arc.training.data import load_data
-from arc.training.mask_report import report_masks
-from arc.training.run import StageRun, lora_options
-from arc.training.trainer import heldout_measure, sft_trainer, watch
+from arc.runs.settings import SupervisedSettings, parse_settings, setting
+from arc.training.supervised import run_supervised_stage
 
 STAGE = Stage("Base", parent="prepared", script="base_finetune.py", parent_script="base_finetune.py")
 
 
 @dataclass
 class Settings(SupervisedSettings):
-    """The published recipe; what is not decided here stands in run_settings.RunSettings and SupervisedSettings."""
+    """The published recipe; arc/runs/settings.py has the other settings."""
 
     base_model: str | None = setting("meta-llama/Llama-3.2-1B-Instruct", "folder or hub name of the 16-bit base model")
     num_train_epochs: float = setting(1.0, "epochs; one holds every base puzzle in each of its 8 symmetries")
@@ -37,26 +31,8 @@ class Settings(SupervisedSettings):
 
 
 def main() -> None:
-    """Train and merge, each unless its result is there."""
-    settings = parse_settings(Settings)
-    run = StageRun(STAGE, settings)
-    if run.needs_training():
-        with user_errors():
-            data = load_data(run)
-            # The whole text is learned: what puzzles look like as well as how they are solved.
-            collator = InputMaskingDataCollator(data.tokenizer, mask_inputs=False)
-            report_masks(run, data, collator)
-        run.begin(data)
-        with run.machine_errors("loading the model"):
-            model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
-            model = add_lora(model, run.precision, **lora_options(settings))
-        with run.machine_errors("training"):
-            trainer = sft_trainer(model, run, data, collator)
-            watch(trainer, run, heldout_measure(model, run, data))
-        run.train(trainer, data)
-        run.save(model, data)
-        del model, trainer
-    run.merge()
+    """Train and merge, each unless its result exists. The whole text is learned: inputs as well as outputs."""
+    run_supervised_stage(STAGE, parse_settings(Settings), mask_inputs=False)
 
 
 if __name__ == "__main__":

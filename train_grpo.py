@@ -25,8 +25,8 @@ from arc.models.lora import add_lora
 from arc.runs.artifacts import Stage
 from arc.runs.settings import parse_settings, user_errors
 from arc.training.data import load_data
+from arc.training.metrics import watch
 from arc.training.run import StageRun, lora_options
-from arc.training.trainer import watch
 
 STAGE = Stage("Final-RL", parent="Final", script="train_grpo.py", parent_script="base_finetune_final.py")
 
@@ -65,7 +65,7 @@ def main() -> None:
             guard = PolicyGuard(model, run, data)
             watch(trainer, run, guard.measure if guard.prompts else None)
             guard.attach(trainer)
-        run.train(trainer, data)
+        run.train(trainer)
         about = {"computed": trainer.computed, "scan": scan.counts() if scan else None}
         run.save(model, data, **about, **guard.keep_best(trainer))
         del model, trainer, guard

@@ -229,8 +229,8 @@ def planned_samples(args: argparse.Namespace) -> tuple[Any, Any]:
     import base_finetune
     from arc.runs.settings import parse_settings
     from arc.training.data import load_data
+    from arc.training.rows import EpochSampler
     from arc.training.run import StageRun
-    from arc.training.trainer import EpochSampler
 
     settings = parse_settings(base_finetune.Settings, [*common_flags(args), "--engine", "transformers"])
     run = StageRun(base_finetune.STAGE, settings)
@@ -289,7 +289,7 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
     from arc.models.loading import load_model, resolve_precision
     from arc.models.lora import add_lora
     from arc.training.batch_planning import compile_layers, let_run_ahead
-    from arc.training.trainer import optimizer_with_embedding_rate
+    from arc.training.optimizers import optimizer_with_embedding_rate
 
     planned_samples(args)  # prepares the base where it is not there
     cuda = torch.cuda.is_available()

@@ -24,10 +24,10 @@ import numpy as np
 from arc.decoding.greedy import GreedyAnswer, greedy_answers
 from arc.decoding.log_probabilities import log_probabilities
 from arc.grpo.rewards import repetition
+from arc.grpo.settings import PolicyRun
 from arc.runs.checkpoints import complete_checkpoints
 from arc.runs.files import flush
 from arc.training.data import StageData
-from arc.training.run import StageRun
 
 STATE = "policy_guard"  # in trainer_state.json
 FALL_LEVEL = 0.01  # see `has_fallen`
@@ -134,7 +134,7 @@ class PolicyGuard:
         reason: why the training was stopped; None if it was not.
     """
 
-    def __init__(self, model: Any, run: StageRun, data: StageData):
+    def __init__(self, model: Any, run: PolicyRun, data: StageData):
         settings = run.settings
         self.model, self.run, self.data = model, run, data
         measured = settings.eval_steps > 0 and settings.eval_puzzles > 0

@@ -67,6 +67,9 @@ class SharedPromptMixin(StageMixin):
         rows: the rows of the current prompts. Rollouts along the solutions read them.
     """
 
+    processing_class: Any  # of trl, like the next
+    _buffered_inputs: Any
+
     def __init__(
         self, *args: Any, policy_settings: PolicySettings, engine: str, mix: SupervisedMix | None, **kwargs: Any
     ):

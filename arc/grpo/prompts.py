@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from arc.grpo.settings import PolicyRun
 from arc.training.data import StageData
-from arc.training.run import StageRun
 
 
-def report_prompts(run: StageRun, data: StageData, max_completion_length: int) -> None:
+def report_prompts(run: PolicyRun, data: StageData, max_completion_length: int) -> None:
     """Print one prompt, how many there are, and how long prompts and completions may be."""
     settings = run.settings
     row = PromptRows(data).__getitems__([0])[0]

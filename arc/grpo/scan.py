@@ -27,14 +27,13 @@ from arc.decoding.rows import Work, halve_on_out_of_memory
 from arc.decoding.sampling import sample_replies
 from arc.grpo.rewards import judge_components
 from arc.grpo.rollouts import RolloutModel
-from arc.grpo.settings import PolicySettings
+from arc.grpo.settings import PolicyRun, PolicySettings
 from arc.puzzles.keys import seeded_rng
 from arc.puzzles.text import can_become_grid
 from arc.runs.artifacts import fingerprint
 from arc.runs.files import flush
 from arc.runs.processes import is_main, wait_for_everyone
 from arc.training.data import StageData
-from arc.training.run import StageRun
 
 CHUNK = 256  # prompts between two writes of the file: a killed scan repeats at most so many
 ROWS = 512  # replies sampled at once; halved where memory is too small
@@ -95,7 +94,7 @@ class Scan:
 
 
 def scan_prompts(
-    model: Any, run: StageRun, data: StageData, max_completion_length: int, from_copy: bool = False
+    model: Any, run: PolicyRun, data: StageData, max_completion_length: int, from_copy: bool = False
 ) -> Scan | None:
     """Sample replies to as many prompts as training needs, or read the result of an earlier run; prints the counts.
 
@@ -151,7 +150,7 @@ def rows_to_scan(rows: int, count: int, seed: int) -> np.ndarray:
 
 
 def scan_identity(
-    run: StageRun, data: StageData, rows: np.ndarray, max_completion_length: int, from_copy: bool
+    run: PolicyRun, data: StageData, rows: np.ndarray, max_completion_length: int, from_copy: bool
 ) -> dict[str, Any]:
     """Everything that a scan's result depends on, as JSON holds it."""
     settings, views = run.settings, data.samples.views
@@ -188,7 +187,7 @@ def scan_remaining(
 
 
 def sampler(
-    model: Any, run: StageRun, data: StageData, max_completion_length: int, from_copy: bool = False
+    model: Any, run: PolicyRun, data: StageData, max_completion_length: int, from_copy: bool = False
 ) -> Callable[[Sequence[int]], list[int]]:
     """A function from row numbers to the exactly right replies to each, of `scan_samples`; see `scan_prompts`.
 
@@ -212,7 +211,7 @@ def sampler(
 
 
 def reply_sampler(
-    model: Any, run: StageRun, data: StageData, max_completion_length: int, from_copy: bool
+    model: Any, run: PolicyRun, data: StageData, max_completion_length: int, from_copy: bool
 ) -> Callable[[Sequence[np.ndarray], Sequence[int]], list[list[np.ndarray]]]:
     """A function from prompts and their row numbers to `scan_samples` replies to each, int64 (tokens,).
 

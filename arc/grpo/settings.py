@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from arc.models.lora import LINEAR_MODULES
 from arc.runs.settings import WHOLE_FROM_1, RunSettings, failed_checks, setting
+from arc.training.stage import StageContext
 
 
 @dataclass
@@ -128,3 +129,6 @@ class PolicySettings(RunSettings):
             **{name: (value >= 0 and (exact_earns_most or value == 0), below) for name, value in wrong.items()},
         }
         return failed_checks(self, checks)
+
+
+PolicyRun = StageContext[PolicySettings]  # a run of stage 3, as functions of this room take it

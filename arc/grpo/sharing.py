@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from arc.grpo.settings import PolicySettings
+from arc.grpo.settings import PolicyRun, PolicySettings
 from arc.models.packing import can_pack, check_full_attention
 from arc.runs.needs import count_weights
 from arc.runs.processes import process_count
-from arc.training.run import StageRun
 
 COPY_ROOM = 6  # a copy is the default on GPUs with at least this many times its memory
 
@@ -31,7 +30,7 @@ def copy_bytes(model: Any, settings: PolicySettings) -> int:
     return 2 * count_weights(model.config, target_modules=settings.target_modules, r=settings.lora_r).model
 
 
-def shares_prompts(model: Any, run: StageRun) -> bool:
+def shares_prompts(model: Any, run: PolicyRun) -> bool:
     """Whether a prompt is computed once for all completions of its group. The default: where the device can."""
     settings, precision = run.settings, run.precision
     if settings.needs_sharing:
@@ -43,7 +42,7 @@ def shares_prompts(model: Any, run: StageRun) -> bool:
     return can_pack(model, precision.torch_dtype)
 
 
-def check_sharing(run: StageRun) -> None:
+def check_sharing(run: PolicyRun) -> None:
     """Check that settings which need shared prompts can have them.
 
     Raises:

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from arc.grpo.settings import PolicyRun
 from arc.models.collator import InputMaskingDataCollator
 from arc.models.packing import IGNORE_INDEX
 from arc.runs.processes import gather, process_count, process_index
 from arc.runs.workers import leaving_signals
 from arc.training.data import StageData
-from arc.training.run import StageRun
-from arc.training.trainer import EpochSampler, planned_rows
+from arc.training.rows import EpochSampler, planned_rows
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ class SupervisedMix:
         passes: forward passes of a step; the caller sets it.
     """
 
-    def __init__(self, run: StageRun, data: StageData):
+    def __init__(self, run: PolicyRun, data: StageData):
         self.settings, self.samples, self.passes = run.settings, data.samples, 1
         self.rows_per_process = run.settings.supervised_batch_size // process_count()
         self.collator = InputMaskingDataCollator(data.tokenizer, mask_first_n_examples=MASKED_REPLIES)

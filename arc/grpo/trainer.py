@@ -13,26 +13,22 @@ import numpy as np
 from arc.grpo.policy_trainer import SharedPromptMixin, StageMixin
 from arc.grpo.prompts import PromptRows
 from arc.grpo.rollouts import make_rollouts, make_stopped_rollouts, plain_module
+from arc.grpo.settings import PolicyRun
 from arc.grpo.sharing import samples_from_copy, shares_prompts
 from arc.grpo.supervised_mix import SupervisedMix, ends_with_training
 from arc.grpo.trial import PolicyTrial
 from arc.models.lora import EMBEDDING_MODULES, train_in_float32
 from arc.models.packing import use_packed_attention
+from arc.training.arguments import common_arguments
 from arc.training.batch_planning import compile_layers, plan_batches
 from arc.training.data import StageData
-from arc.training.run import StageRun
-from arc.training.trainer import (
-    MUON,
-    common_arguments,
-    kept_in_checkpoints,
-    lazy_dataset,
-    optimizer_with_embedding_rate,
-    planned_rows,
-)
+from arc.training.optimizers import MUON, optimizer_with_embedding_rate
+from arc.training.rows import lazy_dataset, planned_rows
+from arc.training.trainer import kept_in_checkpoints
 
 
 def grpo_trainer(
-    model: Any, run: StageRun, data: StageData, reward_functions: list[Callable[..., Any]], *,
+    model: Any, run: PolicyRun, data: StageData, reward_functions: list[Callable[..., Any]], *,
     reward_weights: list[float], max_completion_length: int, chosen: np.ndarray | None = None,
 ) -> Any:  # fmt: skip
     """trl's GRPOTrainer on the prompts of the samples.
@@ -106,7 +102,7 @@ def grpo_classes(engine: str, shared: bool) -> tuple[Any, Any]:
     return GRPOConfig, GRPOTrainer
 
 
-def grpo_arguments(config_class: Any, run: StageRun, reward_weights: list[float], max_completion_length: int) -> Any:
+def grpo_arguments(config_class: Any, run: PolicyRun, reward_weights: list[float], max_completion_length: int) -> Any:
     """The settings as trl's GRPOConfig."""
     settings = run.settings
     arguments = config_class(
@@ -127,7 +123,7 @@ def grpo_arguments(config_class: Any, run: StageRun, reward_weights: list[float]
 
 
 def rollout_function(
-    model: Any, run: StageRun, data: StageData, arguments: Any, from_copy: bool
+    model: Any, run: PolicyRun, data: StageData, arguments: Any, from_copy: bool
 ) -> Callable[..., Any] | None:
     """The function that samples completions for trl; None: trl samples with the model's own generate."""
     settings, precision = run.settings, run.precision
@@ -145,7 +141,7 @@ def rollout_function(
     )  # fmt: skip
 
 
-def prompt_count(run: StageRun, data: StageData, chosen: np.ndarray | None) -> int:
+def prompt_count(run: PolicyRun, data: StageData, chosen: np.ndarray | None) -> int:
     """Prompts of the training's dataset, at least as many as the steps take."""
     prompts_per_step = run.settings.samples_per_step // run.settings.num_generations
     if chosen is None:

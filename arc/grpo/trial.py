@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from arc.decoding.device_sampling import KEPT
+from arc.grpo.settings import PolicyRun, PolicySettings
 from arc.grpo.sharing import copy_bytes
 from arc.grpo.supervised_mix import MASKED_REPLIES, SupervisedMix, learned_tokens
 from arc.models.prompt_sharing import reply_log_probs
 from arc.runs.processes import process_count
-from arc.training.batch_planning import BatchPlan, Trial, uniform_row
 from arc.training.data import StageData
-from arc.training.run import StageRun
+from arc.training.stage import BatchPlan
+from arc.training.trials import Trial, uniform_row
 
 if TYPE_CHECKING:
     import torch
 
 
-class PolicyTrial(Trial):
+class PolicyTrial(Trial[PolicySettings]):
     """Passes of the reinforcement learning.
 
     A batch is a tuple: one prompt for each completion, the completions, and the supervised batch (or None).
@@ -37,7 +38,7 @@ class PolicyTrial(Trial):
     tells_time = False  # a step's time is mostly sampling, which is not tried here
 
     def __init__(
-        self, model: Any, run: StageRun, data: StageData, max_completion_length: int, from_copy: bool,
+        self, model: Any, run: PolicyRun, data: StageData, max_completion_length: int, from_copy: bool,
         mix: SupervisedMix | None = None,
     ):  # fmt: skip
         import torch

@@ -44,7 +44,7 @@ LABELS = {
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl as dicts; a last line that was cut by a kill is left out."""
+    """Lines of a metrics.jsonl as dicts, without a last line that was cut by a kill."""
     records = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from arc.models.prepared_base import config_token_ids
 from arc.models.vocabulary import cut_tokenizer, load_tokenizer
@@ -13,9 +14,7 @@ from arc.puzzles.splits import load_split, tasks_in_turn, with_solutions
 from arc.puzzles.task_augmentation import augment_tasks
 from arc.puzzles.text import format_options
 from arc.runs.settings import RunSettings
-
-if TYPE_CHECKING:
-    from arc.training.run import StageRun
+from arc.training.stage import StageContext
 
 
 @dataclass
@@ -37,6 +36,16 @@ class StageData:
     def puzzles(self) -> ArcDataset:
         """What is trained on: those that fit, of `split.train` and of those made of them (task_augmentation)."""
         return self.samples.views.ds
+
+    def steps_per_epoch(self, settings: RunSettings) -> int:
+        """Optimizer steps of an epoch."""
+        return math.ceil(len(self.samples) / settings.samples_per_step)
+
+    def steps(self, settings: RunSettings) -> int:
+        """Optimizer steps of the whole training."""
+        if settings.max_steps > 0:
+            return settings.max_steps
+        return math.ceil(self.steps_per_epoch(settings) * settings.num_train_epochs)
 
     def prompts(self, count: int, max_tokens: int) -> list[dict[str, Any]]:
         """Up to `count` held-out rows that end where the reply begins, as the encoder gives them."""
@@ -60,7 +69,7 @@ def augmentation(settings: RunSettings) -> dict[str, Any]:
     }
 
 
-def stage_tokenizer(run: StageRun) -> Any:
+def stage_tokenizer(run: StageContext[RunSettings]) -> Any:
     """The tokenizer of a stage: its parent's, cut as the prepared base's will be where that is not made yet."""
     tokenizer = load_tokenizer(run.parent)
     if run.to_prepare is not None and not run.settings.full_vocab:
@@ -72,7 +81,7 @@ def stage_tokenizer(run: StageRun) -> Any:
     return tokenizer
 
 
-def load_data(run: StageRun, solved_only: bool = False) -> StageData:
+def load_data(run: StageContext[RunSettings], solved_only: bool = False) -> StageData:
     """Load and split the data and make the rows that are trained on. What is left out is counted and printed.
 
     Args:

@@ -74,7 +74,6 @@ class Muon(torch.optim.Optimizer):
         self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float = 0.0, fused: bool | None = None, momentum: float = 0.95, use_muon: bool = True,
     ):  # fmt: skip
-        """See the class."""
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fused": fused, "momentum": momentum,
             "use_muon": use_muon,
@@ -90,7 +89,8 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         rest = []
         for group in self.param_groups:
-            others, shapes = [], {}
+            others: list[torch.Tensor] = []
+            shapes: dict[Any, list[torch.Tensor]] = {}
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue

@@ -1,8 +1,4 @@
-"""One run of a stage: data, trainer, logs; train, then merge.
-
-The stage scripts decide what is trained on what; this module does what they have in common. Heavy libraries are
-imported inside functions, Unsloth before the libraries that it patches.
-"""
+"""One run of a stage: begin, train, save, merge. Heavy libraries are imported inside functions, Unsloth first."""
 
 from __future__ import annotations
 
@@ -22,183 +18,87 @@ from arc.decoding.rows import NonFiniteAnswersError
 from arc.merging.merge import merge_and_check
 from arc.merging.probe import PROBE, make_probe_rows, record_probe
 from arc.merging.proof import describe_check
-from arc.models.loading import resolve_precision
 from arc.models.lora import save_adapter
-from arc.models.manifests import absolute_reference, read_manifest, write_manifest
+from arc.models.manifests import read_manifest, write_manifest
 from arc.models.prepared_base import prepare_base
 from arc.models.weights import MergeError
-from arc.puzzles.splits import load_split
 from arc.runs.artifacts import (
     INCOMPLETE,
     Stage,
-    changed_settings,
-    existing,
     file_table,
-    find_damage,
-    find_outdated,
     find_parent,
-    fingerprint,
     made_from,
     move_aside,
     new_folder,
     provenance,
-    read_manifest_or_nothing,
-    stale_base,
     versions,
 )
 from arc.runs.checkpoints import complete_checkpoints, delete_older, refuse_pickles
-from arc.runs.files import flush
 from arc.runs.guard import generation_steps, guard
 from arc.runs.lock import OutputLock
 from arc.runs.needs import count_weights, disk_needs, find_shortages, format_duration, memory_needs, read_free
 from arc.runs.processes import fail, is_main, leave, process_count, wait_for_everyone
-from arc.runs.settings import RunSettings, course_settings, default_course, user_errors
+from arc.runs.settings import RunSettings, user_errors
 from arc.runs.signals import StopSignals
 from arc.runs.troubles import NonFiniteError, machine_errors
-from arc.training.batch_planning import BatchPlan
+from arc.training.arguments import check_arguments
+from arc.training.course import check_course, write_course
 from arc.training.data import StageData
-from arc.training.trainer import check_arguments
+from arc.training.existing import is_merged, is_trained, where_the_parent_is
+from arc.training.stage import S, StageContext
 
-SAVE_SECONDS = 300.0  # of work between checkpoints, unless --save_steps says otherwise
-PROBE_ROWS = 64  # held-out puzzles on which a merge is compared with the trained model
-NO_PROBABILITIES = "probability tensor contains"  # torch.multinomial of NaN; on CUDA an assert ends the process
-COURSE = "course.json"  # beside the checkpoints: what decides the course of the training that they are of
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Train, then merge
+SAVE_SECONDS = 300.0  # of training between checkpoints, unless --save_steps is set
+PROBE_ROWS = 64  # held-out puzzles on which the merge is compared with the trained model
+NO_PROBABILITIES = "probability tensor contains"  # torch.multinomial says so of NaN; on CUDA an assert ends the process
 
 
-class StageRun:
-    """One run of a stage: what is there already, what it starts from, training, saving, merging.
+class StageRun(StageContext[S]):
+    """One run of a stage: begin, train, save, merge. What is decided about it is its `StageContext`.
 
     Args:
-        stage: names.
+        stage: the stage's names.
         settings: resolved settings.
-
-    Attributes:
-        precision: engine and formats of the training.
-        parent: what training starts from (None if the adapter is there already).
-        to_prepare: the folder of the prepared base if `begin` has to make it, else None.
-        to_move: what `begin` moves aside first (--overwrite).
-        made_from: name and fingerprint of the parent as training found it.
-        work: folder of checkpoints and logs.
-        plan: how a step is computed, once a trainer is made that decides it.
     """
 
-    def __init__(self, stage: Stage, settings: RunSettings):
-        """Look at what is there, without writing; a user's mistake ends the program with one message."""
-        self.stage, self.settings = stage, settings
-        self.lora, self.merged, self.work = stage.lora(settings), stage.merged(settings), stage.checkpoints(settings)
-        self.parent: Path | str | None = None
-        self.to_prepare: Path | None = None
-        self.to_move: list[Path] = []
-        self.made_from: dict[str, str] = {}
-        self.plan: BatchPlan | None = None
+    def __init__(self, stage: Stage, settings: S):
+        """Look at what exists, without writing; a user's mistake ends the program with one message."""
         self.lock = OutputLock(Path(settings.output_dir), stage.script)
         with user_errors():
-            self.precision = resolve_precision(settings.engine, settings.dtype, settings.load_in_4bit)
-            if self._is_trained():
+            super().__init__(stage, settings)
+            if is_trained(self):
                 print(f"{self.lora} is there: training skipped")
                 return
             if self.precision.engine == "unsloth":
                 import_unsloth()
             check_arguments(self)
-            self.parent = find_parent(stage, settings, without_prepared=stage.prepared(settings) in self.to_move)
-            if stage.parent == "prepared" and self.parent == _as_given(settings.base_model):
+            parent = find_parent(stage, settings, without_prepared=stage.prepared(settings) in self.to_move)
+            self.starts_from, base = parent, settings.base_model
+            if stage.parent == "prepared" and base and parent == (Path(base) if Path(base).is_dir() else base):
                 self.to_prepare = stage.prepared(settings)
             four_bit = ", base in 4 bits" if self.precision.load_in_4bit else ""
             several = f", {process_count()} processes" if process_count() > 1 else ""
             formats = f"{self.precision.engine}, {self.precision.dtype}{four_bit}{several}"
-            print(f"{stage.script}: {self.parent} -> {self.lora} ({formats})")
+            print(f"{stage.script}: {parent} -> {self.lora} ({formats})")
             print("versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
-            if self.precision.load_in_4bit and read_manifest(self.parent).get("merged_onto") == "quantised":
+            if self.precision.load_in_4bit and read_manifest(parent).get("merged_onto") == "quantised":
                 print(
                     "note: the parent was merged onto its quantised base and is quantised again here, which rounds "
                     "small changes away; merged with --merge_base original it keeps them (benchmarks/README.md)"
                 )
 
-    def _is_trained(self) -> bool:
-        # Whether the adapter is there and is what these settings make. With --overwrite, notes what has to go aside.
-        stage, settings = self.stage, self.settings
-        overwrite = "--overwrite moves it aside (nothing is deleted) and makes it anew"
-        if stage.parent == "prepared" and stage.prepared(settings).exists():
-            prepared = stage.prepared(settings)
-            damage = find_damage(prepared)
-            problem = f"{prepared} is damaged: {damage}" if damage else stale_base(prepared, settings)
-            if problem and not settings.overwrite:
-                raise ValueError(problem + ("; --overwrite moves it aside and prepares it anew" if damage else ""))
-            if problem:
-                self.to_move = existing([self.merged, self.work, self.lora, prepared])
-                return False
-        if not self.lora.exists():
-            if not self.merged.exists():
-                return False
-            if not settings.overwrite:
-                raise ValueError(
-                    f"{self.merged} is there without {self.lora}: bring that back, or use another --output_dir; "
-                    "--overwrite trains the adapter again"
-                )
-            return False  # made again, from its last checkpoint if that is there; the merge may still fit it then
-        damage = find_damage(self.lora, "adapter")
-        problem = f"is damaged: {damage}" if damage else self._outdated()
-        if problem and not settings.overwrite:
-            raise ValueError(f"{self.lora} {problem}; {overwrite}")
-        if problem:
-            print(f"{self.lora} {problem}: it will be moved aside")
-            # The checkpoints and the merge of a damaged adapter are still good: it is made again from the last of them.
-            self.to_move = [self.lora] if damage else existing([self.merged, self.work, self.lora])
-        return not problem
-
-    def _outdated(self) -> str | None:
-        """Why the adapter is not what this run would train, as words; None if it is."""
-        recorded = read_manifest(self.lora)
-        if not recorded.get("files"):  # made elsewhere: there is nothing to compare with
-            return None
-        parent = Path(self.settings.base_model or "") if self.stage.parent != "prepared" else Path("")
-        parent = parent if parent != Path("") else self.stage.default_parent(self.settings)
-        before = recorded.get("made_from", {})
-        if parent.is_dir() and fingerprint(parent) not in before.values():
-            return f"was trained from another model than the one that is in {parent} now"
-        if not parent.exists() and self.settings.base_model and self.stage.parent != "prepared":
-            if absolute_reference(parent) not in before and str(Path(parent).resolve()) not in before:
-                return f"was trained from {', '.join(before)}, not from {parent}"
-        earlier = find_outdated(self.lora)
-        if earlier:
-            return f"rests on something that has changed ({earlier})"
-        named = self.settings.engine, self.settings.dtype, self.settings.load_in_4bit
-        asked = {
-            name: value
-            for name, flag, value in zip(asdict(self.precision), named, asdict(self.precision).values(), strict=True)
-            if flag not in ("auto", None)
-        }
-        data, folders = None, self.settings.extra_dataset_dirs
-        gone = [folder for folder in folders if not Path(folder).is_dir()]
-        if gone and folders != recorded.get("settings", {}).get("extra_dataset_dirs", []):
-            raise FileNotFoundError(f"--extra_dataset_dirs: {gone[0]}: no such folder")
-        if gone:  # as with a dataset that is gone: what was made of it is still good
-            print(f"note: {gone[0]} is gone, so that the puzzles that {self.lora} was trained on are not compared")
-        elif Path(self.settings.dataset_dir).is_dir():
-            data = load_split(self.settings, quiet=True).train.content_hash()
-        changed = changed_settings(recorded, self.settings, asked, data)
-        return f"was trained with other settings: {', '.join(changed)}" if changed else None
-
-    def needs_training(self) -> bool:
-        """Whether the adapter is not there yet."""
-        return self.parent is not None
-
     def begin(self, data: StageData) -> None:
-        """The last checks; end here in a dry run, else take the output folder and make the base if need be.
+        """Do the last checks, then lock the output folder and prepare the base if needed. A dry run ends here.
 
         Args:
-            data: what is trained on; checkpoints of a run on other data, or with other settings, are refused.
+            data: of the training; checkpoints of a run on other data, or with other settings, are refused.
         """
         with user_errors():
-            self._check_checkpoints(data)
+            check_course(self, data)
             self._check_machine(data.tokenizer)
             if self.settings.dry_run:
                 print("dry run: settings, data, model folder and masks are fine")
                 sys.exit(0)
-            wait_for_everyone()  # all have seen what is there before anything changes
+            wait_for_everyone()  # all processes have looked before anything changes
             if is_main():
                 self.lock.acquire()
                 try:
@@ -208,10 +108,10 @@ class StageRun:
                     raise
             wait_for_everyone()
             if self.to_prepare is not None:  # the main process has made it
-                self.parent, self.to_prepare = self.to_prepare, None
+                self.starts_from, self.to_prepare = self.to_prepare, None
 
     def _take_over(self, data: StageData) -> None:
-        # The first things that are written, once the output folder is this run's.
+        # Writes for the first time: this run holds the lock of the output folder.
         for folder in self.to_move:
             move_aside(folder)
         if self.lora.exists():
@@ -221,41 +121,22 @@ class StageRun:
             if self.to_prepare.exists():
                 raise FileExistsError(f"{self.to_prepare} was made by another run meanwhile: run the command again")
             self._prepare(self.parent, self.to_prepare)
-            self.parent, self.to_prepare = self.to_prepare, None
+            self.starts_from, self.to_prepare = self.to_prepare, None
             moved = len(self.to_move)
-            self._check_checkpoints(data)  # now that the base can be compared too
+            check_course(self, data)  # now with the base
             for folder in self.to_move[moved:]:
                 move_aside(folder)
             self.work.mkdir(exist_ok=True)
         self.made_from = made_from(self.parent, self.lora)
-        self._write_course(data)
-
-    def _check_checkpoints(self, data: StageData) -> None:
-        # What changes the course of the training must be what the checkpoints were made with.
-        path = self.work / COURSE
-        if self.work in self.to_move or not path.is_file() or not complete_checkpoints(self.work, quiet=True):
-            return
-        try:
-            # A setting that an earlier version did not have had what is the default now.
-            before = default_course(type(self.settings)) | json.loads(path.read_text(encoding="utf-8"))
-            course = self._course(data)
-            changed = sorted(name for name in course if name in before and before[name] != course[name])
-        except (ValueError, TypeError):
-            changed = [f"{path} cannot be read"]
-        if not changed:
-            return
-        problem = f"{self.work} holds checkpoints of a run with other settings ({', '.join(changed)})"
-        if not self.settings.overwrite:
-            raise ValueError(f"{problem}: use those, or --overwrite, which moves them aside and starts anew")
-        print(f"{problem}: it will be moved aside")
-        self.to_move.append(self.work)
+        write_course(self, data)
 
     def _check_machine(self, tokenizer: Any) -> None:
-        # Whether there is room for what will be written, and memory for the weights at the very least.
+        # Raises ValueError if the disk lacks room for what will be written, or the device memory for the weights.
         from transformers import AutoConfig
 
         settings, precision = self.settings, self.precision
-        there = complete_checkpoints(self.work, quiet=True)
+        checkpoints = complete_checkpoints(self.work, quiet=True)
+        finished = bool(checkpoints) and _is_over(self.last_state())
         counts = count_weights(
             AutoConfig.from_pretrained(str(self.parent), trust_remote_code=False),
             target_modules=settings.target_modules,
@@ -266,8 +147,8 @@ class StageRun:
         disk = disk_needs(
             counts,
             optim=settings.optim,
-            checkpoints=0 if settings.save_steps == 0 or _is_last(there) else settings.save_total_limit,
-            checkpoints_there=len(there),
+            checkpoints=0 if settings.save_steps == 0 or finished else settings.save_total_limit,
+            checkpoints_there=len(checkpoints),
             best=max(0, best - len(list(self.work.glob("best-*.safetensors")))),
             prepared=self.to_prepare is not None,
         )
@@ -275,28 +156,13 @@ class StageRun:
         free = read_free(settings.output_dir)
         if free.memory_name == "main memory":
             free = replace(free, memory=free.memory // process_count())  # each has a copy of the model
-        # What a killed run left half-written makes room.
-        left = [self.lora.with_name(self.lora.name + INCOMPLETE), self.merged.with_name(self.merged.name + INCOMPLETE)]
-        left += [path for path in self.work.glob("checkpoint-*") if path not in there]
+        # What a killed run left half-written will be deleted.
+        left = [folder.with_name(folder.name + INCOMPLETE) for folder in (self.lora, self.merged)]
+        left += [path for path in self.work.glob("checkpoint-*") if path not in checkpoints]
         size = sum(path.stat().st_size for folder in left for path in folder.rglob("*") if path.is_file())
         shortages = find_shortages([disk, *memory], replace(free, disk=free.disk + size))
         if shortages:
             raise ValueError("\n".join(shortages))
-
-    def _course(self, data: StageData) -> dict[str, Any]:
-        course = course_settings(asdict(self.settings)) | {
-            "precision": asdict(self.precision),
-            "puzzles": data.split.train.content_hash(),
-        }
-        if self.to_prepare is None:
-            course["the model that it starts from"] = fingerprint(self.parent)
-        return json.loads(json.dumps(course))
-
-    def _write_course(self, data: StageData) -> None:
-        beside = (self.work / COURSE).with_suffix(".tmp")
-        beside.write_text(json.dumps(self._course(data), indent=2) + "\n", encoding="utf-8")
-        flush(beside)
-        beside.replace(self.work / COURSE)
 
     def _prepare(self, base: Path | str, folder: Path) -> None:
         print(f"preparing {base} -> {folder}")
@@ -304,20 +170,16 @@ class StageRun:
             done = prepare_base(base, beside, self.settings.full_vocab)
             if Path(base).is_dir():
                 done["base_files"] = file_table(Path(base), model_only=True)
-            script = self.stage.script
-            write_manifest(beside, provenance("prepared", script, self.settings, **done))
+            write_manifest(beside, provenance("prepared", self.stage.script, self.settings, **done))
 
-    def train(self, trainer: Any, data: StageData) -> None:
-        """Train, from the last complete checkpoint of an interrupted run if there is one, and print a summary.
+    def train(self, trainer: Any) -> None:
+        """Train, from the last complete checkpoint if there is one, and print a summary.
 
         Args:
             trainer: any trainer of the pipeline.
-            data: what it trains on; a checkpoint of a run on other data is refused.
         """
-        import torch
-
         with user_errors():
-            checkpoint = self._last_checkpoint()
+            checkpoint = self.last_checkpoint()
             if checkpoint is not None:
                 refuse_pickles(checkpoint)
         before = {"global_step": 0, "max_steps": -1, "num_input_tokens_seen": 0}
@@ -328,71 +190,40 @@ class StageRun:
                     delete_older(self.work)
             before = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
             if _is_over(before):
-                # Training was done, only not saved yet. A trainer that resumes here would take one step more.
+                # Training was finished but not saved. A trainer that resumes here would take one step more.
                 with self.machine_errors("loading the checkpoint"):
                     trainer._load_from_checkpoint(str(checkpoint))
                     trainer.state = type(trainer.state)(**before)
                 return
-        by_the_clock = self.settings.save_steps is None
         with self.machine_errors("training"), StopSignals() as signals:
             guard(
                 trainer,
                 signals=signals,
-                save_seconds=SAVE_SECONDS if by_the_clock else None,
+                save_seconds=SAVE_SECONDS if self.settings.save_steps is None else None,
                 steps_between_saves_multiple=generation_steps(trainer.args),
                 keep=self.settings.save_total_limit,
             )
             try:
                 result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            except (NonFiniteAnswersError, RuntimeError) as error:  # stage 3 samples before anything looks at the loss
+            except (NonFiniteAnswersError, RuntimeError) as error:  # stage 3 samples before the loss is checked
                 if isinstance(error, NonFiniteAnswersError) or NO_PROBABILITIES in str(error):
                     raise NonFiniteError("the model answers with NaN", trainer.state.global_step) from error
                 raise
         signals.end_if_received(self.work)
-        state, seconds = trainer.state, result.metrics.get("train_runtime", 0.0)
-        losses = [record["loss"] for record in state.log_history if "loss" in record]
-        tokens = state.num_input_tokens_seen - before["num_input_tokens_seen"]
-        memory = ""
-        if torch.cuda.is_available():
-            memory = f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        print(
-            f"trained {state.global_step - before['global_step']} steps to step {state.global_step} in "
-            f"{format_duration(seconds)}: last loss {losses[-1] if losses else math.nan:.4f}, {tokens:,} tokens, "
-            f"{tokens / max(seconds, 1e-9):,.0f} tokens/s{memory}"
-        )
-
-    def _last_checkpoint(self) -> Path | None:
-        return next(iter(complete_checkpoints(self.work)), None)
-
-    def _last_state(self) -> dict[str, Any]:
-        # Of the trainer, in the newest checkpoint; empty where there is none.
-        there = complete_checkpoints(self.work, quiet=True)
-        return json.loads((there[0] / "trainer_state.json").read_text(encoding="utf-8")) if there else {}
-
-    def steps_done(self) -> int:
-        """Optimizer steps of the newest checkpoint, from which the training continues."""
-        return self._last_state().get("global_step", 0)
-
-    def kept_plan(self) -> BatchPlan | None:
-        """How a step was computed up to the newest checkpoint; None if that is not known."""
-        kept = self._last_state().get("stateful_callbacks", {}).get("Plan", {}).get("attributes")
-        try:
-            return BatchPlan(**kept) if kept else None
-        except TypeError:  # another version's
-            return None
+        _print_summary(trainer.state, before, result.metrics.get("train_runtime", 0.0))
 
     def machine_errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
-        """Trouble of the machine in the block becomes one message that says what is safe; see run_guards."""
+        """Turn trouble of the machine in the block into one message that says what is safe, see runs/troubles.py."""
         return machine_errors(
             doing,
             self._settings_in_use() if doing == "training" else {},
             folder=self.settings.output_dir,
-            checkpoint=self._last_checkpoint,
+            checkpoint=self.last_checkpoint,
             artifacts=[self.stage.default_parent(self.settings), self.lora, self.merged],
         )
 
     def _settings_in_use(self) -> dict[str, Any]:
-        # With what was chosen where they leave it open.
+        # The settings, with the choices that were made where they leave one open.
         names = ("micro_batch_size", "gradient_checkpointing", "padding_free", "compile_layers")
         chosen = {name: getattr(self.plan, name) for name in names} if self.plan is not None else {}
         if self.plan is not None and self.settings.dataloader_num_workers is None:
@@ -400,25 +231,25 @@ class StageRun:
         return asdict(self.settings) | {"dtype": self.precision.dtype} | chosen
 
     def save(self, model: Any, data: StageData, **about: Any) -> None:
-        """Write the adapter with its tokenizer, manifest, metrics, curves, and what the trained model answers.
+        """Write the adapter with its tokenizer, manifest, metrics, curves and probe (answers of the trained model).
 
-        Of processes that trained together the main one does, and merges; the others end here.
+        Only the main process saves and merges; the others end here.
 
         Args:
             model: the trained peft model.
-            data: what it was trained on.
-            about: what the manifest shall say besides.
+            data: of the training.
+            about: more entries of the manifest.
         """
         from arc.training.curves import plot_metrics
 
         leave()
-        made = {
+        entries = {
             "data_fingerprint": data.split.train.content_hash(),
             "made_from": self.made_from,
             "batches": self.plan.choice() if self.plan is not None else None,
             **about,
         }
-        manifest = provenance(self.stage.name, self.stage.script, self.settings, **made)
+        manifest = provenance(self.stage.name, self.stage.script, self.settings, **entries)
         with self.machine_errors("saving the adapter"), new_folder(self.lora) as beside:
             save_adapter(model, data.tokenizer, beside, base=self.parent, precision=self.precision, manifest=manifest)
             metrics = self.work / "metrics.jsonl"
@@ -432,7 +263,7 @@ class StageRun:
         print(f"saved {self.lora}")
 
     def merge(self) -> None:
-        """Merge the adapter into its base, unless that is done, and prove that the result is their sum."""
+        """Merge the adapter into its base, unless the merge exists, and prove that the result is their sum."""
         import gc
 
         import torch
@@ -440,16 +271,16 @@ class StageRun:
         leave()
         try:
             with user_errors():
-                if self._is_merged():
+                if is_merged(self):
                     print(f"{self.merged} is there: merge skipped")
                     return
                 if self.settings.dry_run:
                     print(f"dry run: {self.lora} would be merged into {self.merged}")
                     return
                 self.lock.acquire()
-                if self._is_merged():
+                if is_merged(self):
                     raise FileExistsError(f"{self.merged} was made by another run meanwhile: run the command again")
-                parent = self._where_the_parent_is()
+                parent = where_the_parent_is(self)
                 if self.merged.exists():
                     move_aside(self.merged)
             gc.collect()  # the memory of the trained model
@@ -458,10 +289,10 @@ class StageRun:
             begin = time.perf_counter()
             with self._merge_errors(), self.machine_errors("merging"), new_folder(self.merged) as beside:
                 done = merge_and_check(self.lora, beside, base=parent, merge_base=self.settings.merge_base)
-                # How the adapter was trained stands in its own manifest; this run's flags had no part in it.
-                made = {name: value for name, value in read_manifest(self.lora).items() if name != "files"}
-                made |= {"adapter": str(self.lora.resolve()), **done, "base": str(parent)}
-                write_manifest(beside, {**made, "made_from": made_from(self.lora, self.merged)})
+                # The settings are those of the adapter's manifest: this run's flags may differ.
+                manifest = {name: value for name, value in read_manifest(self.lora).items() if name != "files"}
+                manifest |= {"adapter": str(self.lora.resolve()), **done, "base": str(parent)}
+                write_manifest(beside, {**manifest, "made_from": made_from(self.lora, self.merged)})
         finally:
             self.lock.release()
         print(describe_check(done["check"]))
@@ -489,40 +320,21 @@ class StageRun:
                 1,
             )
 
-    def _is_merged(self) -> bool:
-        # Whether the merge is there and is that of this adapter onto the base that is asked for.
-        if not self.merged.exists():
-            return False
-        damage, recorded = find_damage(self.merged), read_manifest_or_nothing(self.merged)
-        problem = f"is damaged: {damage}" if damage else None
-        if not problem and find_outdated(self.merged):
-            problem = f"is outdated: {find_outdated(self.merged)}"
-        if not problem and "merged_onto" in recorded:
-            four_bit = recorded.get("precision", {}).get("load_in_4bit", False)
-            onto = "quantised" if self.settings.merge_base == "quantised" and four_bit else "16-bit"
-            if recorded["merged_onto"] != onto:
-                was = recorded.get("merge_base")
-                problem = f"was merged with --merge_base {was}, asked for is {self.settings.merge_base}"
-        if problem and not self.settings.overwrite:
-            raise ValueError(f"{self.merged} {problem}; --overwrite moves it aside and merges again")
-        if problem:
-            print(f"{self.merged} {problem}: it is moved aside")
-        return not problem
 
-    def _where_the_parent_is(self) -> Path | str:
-        # The adapter names its base by an absolute path; a whole output folder may have been moved or copied since.
-        if self.parent is not None:
-            return self.parent
-        for name, recorded in read_manifest(self.lora).get("made_from", {}).items():
-            here = self.lora.parent / name
-            if here.is_dir() and fingerprint(here) == recorded:
-                return here
-        from peft import PeftConfig
+def _print_summary(state: Any, before: dict[str, Any], seconds: float) -> None:
+    # Steps, time, loss and tokens of a training that began at the state `before`.
+    import torch
 
-        named = PeftConfig.from_pretrained(str(self.lora)).base_model_name_or_path
-        if Path(named).is_absolute() and not Path(named).is_dir():
-            raise FileNotFoundError(f"{self.lora} was trained on {named}, which is not there: bring it back to merge")
-        return named
+    losses = [record["loss"] for record in state.log_history if "loss" in record]
+    tokens = state.num_input_tokens_seen - before["num_input_tokens_seen"]
+    memory = ""
+    if torch.cuda.is_available():
+        memory = f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    print(
+        f"trained {state.global_step - before['global_step']} steps to step {state.global_step} in "
+        f"{format_duration(seconds)}: last loss {losses[-1] if losses else math.nan:.4f}, {tokens:,} tokens, "
+        f"{tokens / max(seconds, 1e-9):,.0f} tokens/s{memory}"
+    )
 
 
 @contextlib.contextmanager
@@ -536,23 +348,11 @@ def _worth_less_than_the_training(without: str) -> Iterator[None]:
         print(f"note: {without} ({type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]})")
 
 
-def _is_last(checkpoints: list[Path]) -> bool:
-    # Whether the newest checkpoint is of the training's last step.
-    if not checkpoints:
-        return False
-    state = json.loads((checkpoints[0] / "trainer_state.json").read_text(encoding="utf-8"))
-    return _is_over(state)
-
-
 def _is_over(state: dict[str, Any]) -> bool:
     # Whether a training, by the state of its newest checkpoint, is done or was stopped for a reason (policy_guards).
     guards = (state.get("stateful_callbacks") or {}).values()
     stopped = any(isinstance(kept, dict) and kept.get("reason") for kept in guards)
     return state["global_step"] == state["max_steps"] or stopped
-
-
-def _as_given(base_model: str | None) -> Path | str | None:
-    return Path(base_model) if base_model and Path(base_model).is_dir() else base_model
 
 
 def import_unsloth() -> None:

@@ -25,7 +25,7 @@ from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.encoding import SampleEncoder, TrainingSamples
 from arc.puzzles.text import format_options
 from arc.training.data import StageData
-from arc.training.trainer import lazy_dataset
+from arc.training.rows import lazy_dataset
 from tests.grpo.test_trainer import SMALL, STOPPED, trained
 from tests.helpers import call
 from tests.script_processes import Script

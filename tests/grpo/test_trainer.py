@@ -16,7 +16,7 @@ from arc.grpo.trial import PolicyTrial
 from arc.models.loading import Precision
 from arc.models.lora import add_lora
 from arc.models.packing import use_packed_attention
-from arc.training.batch_planning import BatchPlan
+from arc.training.stage import BatchPlan
 from tests.helpers import call
 
 SMALL = (

@@ -26,7 +26,7 @@ from arc.puzzles.encoding import SampleEncoder, TrainingSamples
 from arc.puzzles.text import format_options
 from arc.runs.checkpoints import complete_checkpoints
 from arc.runs.processes import agree, divide_batch, gather, is_main, process_count, share, wait_for_everyone
-from arc.training.trainer import EpochSampler, FilledSamples
+from arc.training.rows import EpochSampler, FilledSamples
 from tests.helpers import ROOT, call
 from tests.script_processes import Script
 from tests.scripts.test_stages import SMALL, artifact

@@ -14,8 +14,16 @@ import base_finetune
 from arc.models.collator import InputMaskingDataCollator
 from arc.models.loading import Precision
 from arc.models.lora import add_lora
-from arc.training import batch_planning as batch_planning_module
-from arc.training.batch_planning import BatchPlan, choices, divisions_that_fit, divisors, faster_way
+from arc.training import optimizers, trials
+from arc.training.batch_planning import (
+    choices,
+    divisions_that_fit,
+    divisors,
+    faster_way,
+    let_run_ahead,
+    plan_batches,
+)
+from arc.training.stage import BatchPlan
 from tests import tiny_models
 from tests.helpers import call
 
@@ -116,7 +124,7 @@ def trial():
     )
     run = SimpleNamespace(settings=settings, precision=precision)
     collator = InputMaskingDataCollator(tokenizer, mask_first_n_examples=1)
-    return batch_planning_module.SupervisedTrial(model, run, samples, collator, [0, 1, 2, 3])
+    return trials.SupervisedTrial(model, run, samples, collator, [0, 1, 2, 3])
 
 
 def test_trying_leaves_no_trace(trial):
@@ -138,14 +146,14 @@ def test_time_is_counted_by_tokens(trial, monkeypatch):
 def test_it_is_measured_only_where_the_time_is_wanted(trial, monkeypatch):
     timed = []
     monkeypatch.setattr(trial, "seconds_per_step", lambda plan: timed.append(plan) or 2.0)
-    assert batch_planning_module.plan_batches(trial, steps=4).seconds_per_step == 2.0 and len(timed) == 1
+    assert plan_batches(trial, steps=4).seconds_per_step == 2.0 and len(timed) == 1
     monkeypatch.setattr(trial, "tells_time", False)
-    assert batch_planning_module.plan_batches(trial, steps=4).seconds_per_step is None and len(timed) == 1
+    assert plan_batches(trial, steps=4).seconds_per_step is None and len(timed) == 1
 
 
 @pytest.mark.parametrize("masked", [0, 1, 2])
 def test_rows_that_are_tried_have_the_longest_length_and_something_to_learn(trial, masked):
-    row = batch_planning_module.uniform_row(40, masked, 80)
+    row = trials.uniform_row(40, masked, 80)
     collator = InputMaskingDataCollator(trial.collator.tokenizer, mask_first_n_examples=masked)
     ids, learned = collator.encode(row)
     assert len(ids) == 40 and learned.sum() == 40 - masked
@@ -153,7 +161,7 @@ def test_rows_that_are_tried_have_the_longest_length_and_something_to_learn(tria
 
 def test_an_optimizer_is_timed_on_copies(trial):
     weights = {name: value.clone() for name, value in trial.model.state_dict().items()}
-    seconds = batch_planning_module.optimizer_seconds(trial.model, torch.optim.AdamW, {"lr": 1.0}, 1.0)
+    seconds = optimizers.optimizer_seconds(trial.model, torch.optim.AdamW, {"lr": 1.0}, 1.0)
     assert 0 < seconds < 10
     assert all(torch.equal(value, weights[name]) for name, value in trial.model.state_dict().items())
 
@@ -170,8 +178,8 @@ def test_an_optimizer_that_does_not_wait_makes_the_same_steps(monkeypatch):
         weight = torch.nn.Parameter(torch.randn(64, 128))
         optimizer = bitsandbytes.optim.AdamW8bit([weight], lr=0.1)
         if ahead:
-            batch_planning_module.let_run_ahead(optimizer)
-            batch_planning_module.let_run_ahead(optimizer)  # twice does no harm
+            let_run_ahead(optimizer)
+            let_run_ahead(optimizer)  # twice does no harm
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=3)
         before = len(waits)
         for _ in range(3):
@@ -184,7 +192,7 @@ def test_an_optimizer_that_does_not_wait_makes_the_same_steps(monkeypatch):
     weight.grad = torch.randn(64, 128)
     bitsandbytes.optim.AdamW8bit([weight], lr=0.1).step()
     assert len(waits) == 4  # only that optimizer's are gone
-    batch_planning_module.let_run_ahead(torch.optim.AdamW([weight]))  # another library's is left as it is
+    let_run_ahead(torch.optim.AdamW([weight]))  # another library's is left as it is
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +282,7 @@ def test_on_a_gpu_an_optimizer_that_does_not_wait_makes_the_same_steps():
         weights = [torch.nn.Parameter(torch.randn(512, 512, device="cuda")) for _ in range(20)]
         optimizer = bitsandbytes.optim.AdamW8bit(weights, lr=0.1)
         if ahead:
-            batch_planning_module.let_run_ahead(optimizer)
+            let_run_ahead(optimizer)
         for _ in range(3):
             sum((weight @ weight).square().mean() for weight in weights).backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)

@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from arc.models.lora import LINEAR_MODULES
 from arc.runs.needs import WeightCounts, optimizer_bytes
-from arc.training import batch_planning as batch_planning_module
+from arc.training import optimizers
 from arc.training.muon import Muon, orthogonalise
-from arc.training.trainer import FOR_THE_REST, MUON, optimizer_with_embedding_rate
+from arc.training.optimizers import BESIDE_MUON, MUON, optimizer_with_embedding_rate
 from tests.helpers import call
 from tests.scripts.test_stages import SFT, artifact
 
@@ -140,7 +140,7 @@ def adapted():
 def test_embeddings_are_stepped_by_adamw_at_their_own_rate_and_the_state_is_as_large_as_counted():
     model = adapted()
     arguments = TrainingArguments(
-        optim=FOR_THE_REST, learning_rate=1e-3, adam_beta2=0.9, weight_decay=0.1, use_cpu=True, report_to=[]
+        optim=BESIDE_MUON, learning_rate=1e-3, adam_beta2=0.9, weight_decay=0.1, use_cpu=True, report_to=[]
     )
     arguments.embedding_learning_rate = 1e-4
     optimizer = optimizer_with_embedding_rate(model, arguments, MUON)
@@ -169,10 +169,10 @@ def test_it_is_timed_on_all_of_a_few_weights_and_on_an_eighth_of_many(monkeypatc
 
     model, stepped = adapted(), []
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    monkeypatch.setattr(batch_planning_module, "FEW_WEIGHTS", trained if few else trained - 1)
-    assert batch_planning_module.optimizer_seconds(model, Noting, {"lr": 1.0}, 1.0) > 0
+    monkeypatch.setattr(optimizers, "FEW_WEIGHTS", trained if few else trained - 1)
+    assert optimizers.optimizer_seconds(model, Noting, {"lr": 1.0}, 1.0) > 0
     assert (stepped[0] == trained) == few
-    assert 0 < batch_planning_module.optimizer_seconds(model, Muon, {"lr": 1.0}, 1.0) < 10
+    assert 0 < optimizers.optimizer_seconds(model, Muon, {"lr": 1.0}, 1.0) < 10
 
 
 def test_a_stage_trains_with_it_and_continues(tmp_path, demo_base, demo_dataset):

@@ -15,8 +15,8 @@ import train_grpo
 from arc.puzzles import splits
 from arc.puzzles.dataset import ArcDataset
 from arc.runs.settings import find_problems, parse_settings
-from arc.training import trainer
-from arc.training.trainer import EpochSampler, loader_processes
+from arc.training.arguments import loader_processes
+from arc.training.rows import EpochSampler, planned_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,7 +143,7 @@ def test_a_training_has_rows_for_every_epoch_that_it_enters():
     for steps, epochs, rows in ((-1, 1.0, 20), (-1, 2.5, 40), (1, 1.0, 20), (50, 1.0, 410)):
         settings = base_finetune.Settings(max_steps=steps, num_train_epochs=epochs)
         run = SimpleNamespace(settings=settings)
-        assert trainer.planned_rows(run, data, rows_per_step=8) == rows
+        assert planned_rows(run, data, rows_per_step=8) == rows
 
 
 def test_processes_make_the_batches_where_the_main_one_would_keep_a_gpu_waiting(monkeypatch):

@@ -1,0 +1,133 @@
+"""What a stage has made already: whether its adapter and its merge exist and are what these settings make."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from arc.models.manifests import absolute_reference, read_manifest
+from arc.puzzles.splits import load_split
+from arc.runs.artifacts import (
+    changed_settings,
+    existing,
+    find_damage,
+    find_outdated,
+    fingerprint,
+    read_manifest_or_nothing,
+    stale_base,
+)
+from arc.runs.settings import RunSettings
+from arc.training.stage import StageContext
+
+
+def is_trained(run: StageContext[RunSettings]) -> bool:
+    """Whether the adapter exists and is what these settings make. With --overwrite, sets `run.to_move`.
+
+    Raises:
+        ValueError: an artifact is damaged or outdated, and --overwrite is not set.
+    """
+    stage, settings = run.stage, run.settings
+    if stage.parent == "prepared" and stage.prepared(settings).exists():
+        prepared = stage.prepared(settings)
+        damage = find_damage(prepared)
+        problem = f"{prepared} is damaged: {damage}" if damage else stale_base(prepared, settings)
+        if problem and not settings.overwrite:
+            raise ValueError(problem + ("; --overwrite moves it aside and prepares it anew" if damage else ""))
+        if problem:
+            run.to_move = existing([run.merged, run.work, run.lora, prepared])
+            return False
+    if not run.lora.exists():
+        if run.merged.exists() and not settings.overwrite:
+            raise ValueError(
+                f"{run.merged} is there without {run.lora}: bring that back, or use another --output_dir; "
+                "--overwrite trains the adapter again"
+            )
+        return False  # trained again, from its last checkpoint if there is one; the merge may still fit it then
+    damage = find_damage(run.lora, "adapter")
+    problem = f"is damaged: {damage}" if damage else _adapter_outdated(run)
+    if problem and not settings.overwrite:
+        raise ValueError(f"{run.lora} {problem}; --overwrite moves it aside (nothing is deleted) and makes it anew")
+    if problem:
+        print(f"{run.lora} {problem}: it will be moved aside")
+        # The checkpoints and the merge of a damaged adapter are still good: it is made again from the last of them.
+        run.to_move = [run.lora] if damage else existing([run.merged, run.work, run.lora])
+    return not problem
+
+
+def _adapter_outdated(run: StageContext[RunSettings]) -> str | None:
+    # Why the adapter is not what this run would train, in words; None if it is.
+    settings, recorded = run.settings, read_manifest(run.lora)
+    if not recorded.get("files"):  # made elsewhere: there is nothing to compare with
+        return None
+    named = settings.base_model if run.stage.parent != "prepared" else None
+    parent = Path(named) if named else run.stage.default_parent(settings)
+    before = recorded.get("made_from", {})
+    if parent.is_dir() and fingerprint(parent) not in before.values():
+        return f"was trained from another model than the one that is in {parent} now"
+    if not parent.exists() and named:
+        if absolute_reference(parent) not in before and str(parent.resolve()) not in before:
+            return f"was trained from {', '.join(before)}, not from {parent}"
+    earlier = find_outdated(run.lora)
+    if earlier:
+        return f"rests on something that has changed ({earlier})"
+    flags = settings.engine, settings.dtype, settings.load_in_4bit
+    asked = {
+        name: value
+        for (name, value), flag in zip(asdict(run.precision).items(), flags, strict=True)
+        if flag not in ("auto", None)
+    }
+    data, folders = None, settings.extra_dataset_dirs
+    missing = [folder for folder in folders if not Path(folder).is_dir()]
+    if missing and folders != recorded.get("settings", {}).get("extra_dataset_dirs", []):
+        raise FileNotFoundError(f"--extra_dataset_dirs: {missing[0]}: no such folder")
+    if missing:  # as with a dataset that is gone: what was made of it is still good
+        print(f"note: {missing[0]} is gone, so that the puzzles that {run.lora} was trained on are not compared")
+    elif Path(settings.dataset_dir).is_dir():
+        data = load_split(settings, quiet=True).train.content_hash()
+    changed = changed_settings(recorded, settings, asked, data)
+    return f"was trained with other settings: {', '.join(changed)}" if changed else None
+
+
+def is_merged(run: StageContext[RunSettings]) -> bool:
+    """Whether the merge exists and is that of this adapter onto the base that is asked for.
+
+    Raises:
+        ValueError: it is damaged or outdated, and --overwrite is not set.
+    """
+    if not run.merged.exists():
+        return False
+    damage, recorded = find_damage(run.merged), read_manifest_or_nothing(run.merged)
+    problem = f"is damaged: {damage}" if damage else None
+    if not problem and (outdated := find_outdated(run.merged)):
+        problem = f"is outdated: {outdated}"
+    if not problem and "merged_onto" in recorded:
+        four_bit = recorded.get("precision", {}).get("load_in_4bit", False)
+        onto = "quantised" if run.settings.merge_base == "quantised" and four_bit else "16-bit"
+        if recorded["merged_onto"] != onto:
+            was = recorded.get("merge_base")
+            problem = f"was merged with --merge_base {was}, asked for is {run.settings.merge_base}"
+    if problem and not run.settings.overwrite:
+        raise ValueError(f"{run.merged} {problem}; --overwrite moves it aside and merges again")
+    if problem:
+        print(f"{run.merged} {problem}: it is moved aside")
+    return not problem
+
+
+def where_the_parent_is(run: StageContext[RunSettings]) -> Path | str:
+    """The base that the adapter was trained on. A whole output folder may have been moved since its path was written.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    if run.starts_from is not None:
+        return run.starts_from
+    for name, recorded in read_manifest(run.lora).get("made_from", {}).items():
+        folder = run.lora.parent / name
+        if folder.is_dir() and fingerprint(folder) == recorded:
+            return folder
+    from peft import PeftConfig
+
+    named = PeftConfig.from_pretrained(str(run.lora)).base_model_name_or_path
+    if Path(named).is_absolute() and not Path(named).is_dir():
+        raise FileNotFoundError(f"{run.lora} was trained on {named}, which is not there: bring it back to merge")
+    return named
