@@ -7,7 +7,7 @@ On a CUDA box:  python train_grpo.py --dataset_dir dataset
 On a laptop:    python train_grpo.py --config demo/demo_grpo.yaml --dataset_dir demo_dataset \
                     --output_dir demo/output
 
-What is there already is not made again: with -lora there and -merged missing, only the merge runs.
+Results that exist are not made again: if -lora is there and -merged is missing, only the merge runs.
 """
 
 from dataclasses import dataclass, replace
@@ -16,10 +16,10 @@ from arc.decoding.greedy import longest_reply
 from arc.grpo.guard import PolicyGuard
 from arc.grpo.prompts import report_prompts
 from arc.grpo.rewards import component_weights, reward_functions
-from arc.grpo.rollouts import check_vllm
 from arc.grpo.scan import scan_prompts
 from arc.grpo.settings import PolicySettings
-from arc.grpo.trainer import check_sharing, grpo_trainer, samples_from_copy
+from arc.grpo.sharing import check_sharing, samples_from_copy
+from arc.grpo.trainer import grpo_trainer
 from arc.models.loading import load_model
 from arc.models.lora import add_lora
 from arc.runs.artifacts import Stage
@@ -37,13 +37,11 @@ class Settings(PolicySettings):
 
 
 def main() -> None:
-    """Train and merge, each unless its result is there."""
+    """Train and merge; each step is skipped if its result exists."""
     settings = parse_settings(Settings)
     run = StageRun(STAGE, settings)
     if run.needs_training():
         with user_errors():
-            if settings.use_vllm:
-                check_vllm(run.precision, settings.target_modules)
             check_sharing(run)
             data = load_data(run, solved_only=True)
             longest = longest_reply(data.puzzles, data.puzzles.keys, data.tokenizer)
@@ -53,9 +51,9 @@ def main() -> None:
             model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
             model = add_lora(model, run.precision, **lora_options(settings))
         with run.machine_errors("scanning the prompts"):  # LoRA adds nothing yet: this is stage 2's model
-            # What is scanned is sampled to its end, and nothing is learned.
-            whole = replace(settings, stop_at_error=False, supervised_weight=0.0)
-            from_copy = samples_from_copy(model, whole, run.precision.engine)
+            # The scan samples complete replies and learns nothing, whatever the training does.
+            scan_settings = replace(settings, stop_at_error=False, supervised_weight=0.0)
+            from_copy = samples_from_copy(model, scan_settings, run.precision.engine)
             scan = scan_prompts(model, run, data, longest, from_copy)
         with run.machine_errors("loading the model"):
             rewards = reward_functions(data.puzzles, data.tokenizer, data.format, stopped=settings.stop_at_error)
@@ -64,13 +62,13 @@ def main() -> None:
                 model, run, data, rewards, reward_weights=weights, max_completion_length=longest,
                 chosen=scan.chosen if scan else None,
             )  # fmt: skip
-            policy = PolicyGuard(model, run, data)
-            watch(trainer, run, policy.measure if policy.prompts else None)
-            policy.attach(trainer)
+            guard = PolicyGuard(model, run, data)
+            watch(trainer, run, guard.measure if guard.prompts else None)
+            guard.attach(trainer)
         run.train(trainer)
         about = {"computed": trainer.computed, "scan": scan.counts() if scan else None}
-        run.save(model, data, **about, **policy.keep_best(trainer))
-        del model, trainer, policy
+        run.save(model, data, **about, **guard.keep_best(trainer))
+        del model, trainer, guard
     run.merge()
 
 

@@ -1,10 +1,10 @@
-"""Rewards of stage 3: what a reply earns. Pure functions of a reply and its puzzle; numpy and the loader only.
+"""Rewards of stage 3: pure functions of a reply and its puzzle; numpy and the loader only.
 
-A reply is judged in four parts, each of which includes the one before it: it is well formed, it has the right shape,
-some of its cells are right, all of them are. What is not well formed earns nothing at all: nothing is repaired, skipped
-or guessed, because whatever pays without being an answer is what reinforcement learning finds first.
+A reply is judged by four components, each of which includes the one before: it is well formed, it has the right shape,
+some of its cells are right, all of them are. A malformed reply earns nothing. Nothing is repaired, skipped or guessed,
+because reinforcement learning finds whatever pays without being an answer.
 
-Source: exact-dominant rewards are what public runs on ARC found to work; the parts and their weighing are our own.
+Source: public runs on ARC found that the exact grid must earn most; the components and their weights are our own.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.text import cell_accuracy
 
-NGRAM = 4  # characters; a grid repeats itself too, so that only the excess over the solution's own share tells
+NGRAM = 4  # characters; correct grids repeat themselves too, so the excess over the solution's share is logged
 COMPONENTS = ("exact_match", "cell_accuracy", "right_shape", "well_formed")
 
 
 class Components(NamedTuple):
-    """The parts of a reply's judgement, numbers from 0 to 1; none is above the next.
+    """The components of a reply's reward, from 0 to 1; each is at most the next.
 
     Attributes:
         exact_match: 1 for the solution itself.
@@ -36,22 +36,14 @@ class Components(NamedTuple):
     well_formed: float
 
 
-class Verdict(NamedTuple):
-    """What a reply earns, and whether it is exactly right."""
-
-    reward: float
-    exact: bool
-
-
 def judge_components(dataset: ArcDataset, key: str, reply: str, *, reply_end: str, lines_sep: str = "\n") -> Components:
-    """Judge one reply, part by part.
+    """Judge one reply.
 
     Args:
         dataset: holds the solution.
-        key: the view that was asked for; the reply is mapped back through its transforms.
-        reply: the whole reply as text, its end token included. What follows the first end is never read.
-        reply_end: what a reply must end with: one without it was cut off.
-        lines_sep: between rows.
+        key: the view of the prompt; the reply is mapped back through its transforms.
+        reply: the whole reply as text, end token included. Text after the first end is never read.
+        reply_end, lines_sep: the text that a reply must end with, else it was cut off; the text between rows.
     """
     grid, correct, _ = dataset.decode(reply, lines_sep, key=key, reply_end=reply_end)
     if grid is None or correct is None:
@@ -64,38 +56,24 @@ def judge_components(dataset: ArcDataset, key: str, reply: str, *, reply_end: st
 def component_weights(
     *, reward_exact: float = 1.0, reward_cells: float = 0.1, reward_shape: float = 0.0, reward_format: float = 0.0
 ) -> list[float]:
-    """Weights of COMPONENTS, in their order, that make their sum the reward of a reply.
+    """Weights of COMPONENTS, in their order. The reward of a reply is the weighted sum.
 
-    The exact grid has all parts; it earns `reward_exact` in all, so its own weight is what the others leave of that.
+    The exact grid has all components and earns `reward_exact` in all, so the weight of exact_match is the rest of it.
 
     Args:
         reward_exact: reward of the exact grid.
         reward_cells: of a wrong grid of the right shape, times its share of right cells.
-        reward_shape: of a wrong grid of the right shape, besides.
-        reward_format: of any wrong grid, besides.
+        reward_shape: of a wrong grid of the right shape, in addition.
+        reward_format: of any wrong grid, in addition.
 
     Returns:
-        Four numbers; the first is above 0 where no wrong reply can earn as much as the exact grid.
+        Four numbers. The first is above 0 where no wrong reply can earn as much as the exact grid.
     """
     return [reward_exact - reward_cells - reward_shape - reward_format, reward_cells, reward_shape, reward_format]
 
 
-def judge_reply(
-    dataset: ArcDataset, key: str, reply: str, *, reply_end: str, lines_sep: str = "\n", **rewards: float
-) -> Verdict:
-    """Reward of one reply: most for the exact grid, a little for a wrong one, nothing for what is no grid.
-
-    Args:
-        dataset, key, reply, reply_end, lines_sep: see `judge_components`.
-        rewards: see `component_weights`.
-    """
-    components = judge_components(dataset, key, reply, reply_end=reply_end, lines_sep=lines_sep)
-    weights = component_weights(**rewards)
-    return Verdict(sum(w * c for w, c in zip(weights, components, strict=True)), components.exact_match == 1.0)
-
-
 def repetition(text: str, n: int = NGRAM) -> float:
-    """Share of a text's n-grams of characters that stood in it before; 0 for a text without a second n-gram.
+    """Share of a text's n-grams of characters that already occurred in it; 0 for a text with fewer than two n-grams.
 
     >>> repetition("123123123", 3)  # 123 231 312 123 231 312 123: four of seven
     0.5714285714285714
@@ -107,26 +85,26 @@ def repetition(text: str, n: int = NGRAM) -> float:
 def reward_functions(
     dataset: ArcDataset, tokenizer: Any, text_format: dict[str, str], *, stopped: bool = False
 ) -> list[Callable[..., list[float]]]:
-    """The parts of the judgement as trl's GRPOTrainer calls them, named as COMPONENTS, in that order.
+    """One reward function for trl's GRPOTrainer per component, named and ordered as COMPONENTS.
 
-    All read `completion_ids`: trl's decoded `completions` have lost their end tokens, so a reply that was cut off would
-    look like one that ended. The first also logs, through trl, completions/repetition (mean of `repetition`) and
-    completions/repetition_excess (mean of what that is above the solution's own).
+    They read `completion_ids`: trl's decoded `completions` have no end tokens, so a reply that was cut off would look
+    complete. The first also logs completions/repetition (mean of `repetition`) and completions/repetition_excess (mean
+    excess over the solution's repetition).
 
     Args:
         dataset: holds the solutions of the keys.
         tokenizer: decodes the ids, end tokens included.
-        text_format: the format's options, see `arc_loader.format_options`.
-        stopped: completions end with their first wrong token: the first alone says something, and repetition nothing.
+        text_format: the format's options, see `arc.puzzles.text.format_options`.
+        stopped: completions end with their first wrong token. Then only exact_match is used, and no repetition logged.
     """
     options = {name: text_format[name] for name in ("reply_end", "lines_sep")}
 
-    @functools.lru_cache(maxsize=4096)  # four functions ask about the same completions, one after the other
-    def judged(key: str, reply: str) -> Components:
+    @functools.lru_cache(maxsize=4096)  # the four functions judge the same completions, one after the other
+    def judge(key: str, reply: str) -> Components:
         return judge_components(dataset, key, reply, **options)
 
     @functools.lru_cache(maxsize=4096)  # all completions of a group have one solution
-    def own_repetition(key: str) -> float:
+    def solution_repetition(key: str) -> float:
         return repetition(dataset.fmt_task(key, **text_format)["reply"])
 
     def component(name: str) -> Callable[..., list[float]]:
@@ -134,13 +112,13 @@ def reward_functions(
             replies = tokenizer.batch_decode(completion_ids, skip_special_tokens=False)
             log_metric = arguments.get("log_metric")
             if log_metric is not None and name == COMPONENTS[0] and not stopped:
-                own = [repetition(reply) for reply in replies]
-                excess = [max(0.0, a - own_repetition(k)) for a, k in zip(own, key, strict=True)]
-                log_metric("completions/repetition", sum(own) / len(own))
+                shares = [repetition(reply) for reply in replies]
+                excess = [max(0.0, share - solution_repetition(k)) for share, k in zip(shares, key, strict=True)]
+                log_metric("completions/repetition", sum(shares) / len(shares))
                 log_metric("completions/repetition_excess", sum(excess) / len(excess))
-            return [getattr(judged(k, reply), name) for k, reply in zip(key, replies, strict=True)]
+            return [getattr(judge(k, reply), name) for k, reply in zip(key, replies, strict=True)]
 
-        function.__name__ = name  # trl's name of it in the logs
+        function.__name__ = name  # trl logs it by this name
         return function
 
     return [component(name) for name in COMPONENTS[: 1 if stopped else None]]

@@ -1,18 +1,17 @@
-"""Completions for reinforcement learning: sampled from a plain copy of the model, or along the solutions, in one pass.
+"""Completions for reinforcement learning, sampled from a plain copy of the model or along the solutions.
 
-A model in training is slow to sample from: its 4-bit layers are dequantised and its adapters multiplied anew for every
-token. `RolloutModel` adds them up once a step into plain 16-bit layers, which sampling_tools.DeviceSampler decodes.
+A model in training is slow to sample from: each token dequantises the 4-bit layers and multiplies the adapters anew.
+`RolloutModel` adds base and adapters once per step into plain 16-bit layers, which `DeviceSampler` decodes.
 
-Where only the exact grid earns a reward, a completion is decided by its first wrong token: nothing after it can change
-the reward, so nothing after it has to be sampled, or learned from: a sum over tokens has the same expected gradient
-without them (trl's dapo divides it by the step's tokens besides, which are fewer). Up to that token the completion is
-the solution, and what its tokens are chosen from is known from one forward pass over prompt and solution
-(`sample_until_wrong`).
+Where only the exact grid earns a reward, the first wrong token of a completion decides it. Later tokens cannot change
+the reward, so they need neither sampling nor learning: a sum over tokens has the same expected gradient without them.
+(trl's dapo also divides the sum by the tokens of the step, which are fewer then.) Up to its first wrong token a
+completion equals the solution, so one forward pass over prompt and solution gives the distribution of each of its
+tokens (`sample_until_wrong`).
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +22,6 @@ from arc.decoding.rows import check_numbers
 from arc.decoding.sampling import random_draws
 from arc.models.folded_lora import folded_throughout
 from arc.models.library_patches import plain_class
-from arc.models.loading import Precision
-from arc.models.lora import EMBEDDING_MODULES
 from arc.models.prompt_sharing import solution_logits
 from arc.models.weights import summed_weights
 from arc.runs.processes import process_count, process_index
@@ -32,22 +29,21 @@ from arc.runs.processes import process_count, process_index
 if TYPE_CHECKING:
     import torch
 
-CALLS = 1024  # most calls of one step
+CALLS = 1024  # the random numbers allow this many calls in a step
 
 
 class RolloutModel:
-    """A plain copy of a peft model, whose weights are base + adapters as they are when `update` is called.
+    """A plain copy of a peft model. Its weights are base + adapters at the last call of `update`.
 
     Args:
         trained: the peft model, of either engine.
-        dtype: of the copy.
+        dtype: of the copy, which takes the memory of a second model.
 
     Attributes:
-        model: the copy: a model of transformers without adapters, in evaluation mode.
+        model: the copy, of transformers, without adapters, in evaluation mode.
     """
 
     def __init__(self, trained: Any, dtype: torch.dtype):
-        """See the class; takes the memory of a second model, and brings it up to date."""
         import copy
 
         import torch
@@ -69,49 +65,24 @@ class RolloutModel:
         self.update()
 
     def update(self) -> None:
-        """Add up base and adapters into the copy, in float32, rounded once."""
+        """Copy base + adapters into the copy: summed in float32, rounded once."""
         import torch
 
-        own = dict(self.model.named_parameters())
+        parameters = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, value in summed_weights(self.trained):
-                if name in own:  # of tied matrices the copy has one
-                    own[name].copy_(value)
+                if name in parameters:  # the copy has one name for tied matrices
+                    parameters[name].copy_(value)
 
 
-def check_vllm(precision: Precision, target_modules: Sequence[str]) -> None:
-    """Whether --use_vllm can work here.
-
-    Raises:
-        ValueError: no CUDA, no vLLM, or a model that it cannot take.
-    """
-    import torch
-
-    full = [name for name in EMBEDDING_MODULES if name in target_modules]
-    if importlib.util.find_spec("vllm") is None:
-        problem = "vLLM is not installed here: pip install vllm (a version that trl supports), or --fast_rollouts true"
-    elif not torch.cuda.is_available():
-        problem = "vLLM is used on CUDA devices only, and there is none"
-    elif precision.engine == "unsloth" and full:
-        problem = (
-            f"Unsloth's vLLM takes no adapter with matrices that are trained in full ({', '.join(full)}): leave them "
-            "out of --target_modules, or use --engine transformers"
-        )
-    elif precision.engine == "transformers" and precision.load_in_4bit:
-        problem = "trl hands vLLM plain weights, no quantised ones: --load_in_4bit false, or --engine unsloth"
-    else:
-        return
-    raise ValueError(f"--use_vllm: {problem}")
-
-
-class _Numbers:
-    """Numbers of completions, on which their random numbers depend: of a step, of a call in it, of its completions."""
+class CompletionNumbers:
+    """Numbers the completions of a run; a completion's random numbers depend on the seed and its number alone."""
 
     def __init__(self) -> None:
         self.step, self.calls = -1, 0
 
-    def __call__(self, step: int, completions: int) -> range:
-        """Of the next call's completions; those of all processes follow each other, as one process would have them."""
+    def next(self, step: int, completions: int) -> range:
+        """Numbers of the completions that this process samples next; `step` counts the optimizer steps so far."""
         self.step, self.calls = step, self.calls + 1 if step == self.step else 0
         begin = completions * (process_count() * (step * CALLS + self.calls) + process_index())
         return range(begin, begin + completions)
@@ -120,146 +91,134 @@ class _Numbers:
 def make_rollouts(
     trained: Any, tokenizer: Any, *, dtype: torch.dtype, max_new_tokens: int, temperature: float, seed: int
 ) -> Callable[[list[str], Any], dict[str, Any]]:
-    """What trl's GRPOTrainer calls for completions (its `rollout_func`), sampled from a copy that follows the training.
+    """A `rollout_func` for trl's GRPOTrainer that samples from a copy of the model, updated in each step.
 
-    Prompts that a group shares are computed once, rows that have ended are left out, and each completion's random
-    numbers depend on the seed, the step and its number alone: a continued run samples what an uninterrupted one does.
+    Prompts that a group shares are computed once, and rows that have ended are left out. A completion's random numbers
+    depend on the seed, the step and its number alone, so a continued run samples what an uninterrupted one does.
 
     Args:
         trained: the peft model in training.
         tokenizer: of prompts; gives the end token.
         dtype: of the copy.
-        max_new_tokens: longest completion.
-        temperature: of the sampling.
-        seed: of the random numbers.
+        max_new_tokens, temperature, seed: of the sampling.
 
     Returns:
-        A function of prompts (repeated for each completion of their group) and the trainer, which returns their ids,
-        the completions' ids, and None for the sampling's log probabilities: trl computes those of the model itself.
+        From prompts (repeated for each completion of their group) and the trainer to "prompt_ids", "completion_ids"
+        and "logprobs". The last is None: trl computes the log probabilities with the model itself.
     """
-    rollout: list[RolloutModel] = []
-    samplers: list[DeviceSampler] = []
-    updated, numbers_of = -1, _Numbers()
+    copy: RolloutModel | None = None
+    sampler: DeviceSampler | None = None
+    updated, numbers = -1, CompletionNumbers()
 
-    def roll(prompts: list[str], trainer: Any) -> dict[str, Any]:
-        nonlocal updated
+    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        nonlocal copy, sampler, updated
         step = trainer.state.global_step
-        if not rollout:
-            rollout.append(RolloutModel(trained, dtype))
-            samplers.append(
-                DeviceSampler(
-                    rollout[0].model, tokenizer.eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature
-                )
+        if copy is None or sampler is None:
+            copy = RolloutModel(trained, dtype)
+            sampler = DeviceSampler(
+                copy.model, tokenizer.eos_token_id, max_new_tokens=max_new_tokens, temperature=temperature
             )
         elif step != updated:
-            rollout[0].update()
+            copy.update()
         updated = step
         prompt_ids = tokenizer(prompts)["input_ids"]
-        replies = samplers[0].sample(
-            [np.array(ids) for ids in prompt_ids], seed=seed, seeds=numbers_of(step, len(prompts)),
+        replies = sampler.sample(
+            [np.array(ids) for ids in prompt_ids], seed=seed, seeds=numbers.next(step, len(prompts)),
             batch_size=len(prompts),
         )  # fmt: skip
         completions = [reply.tokens.tolist() for [reply] in replies]
         return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": None}
 
-    return roll
+    return rollout
 
 
 def sample_until_wrong(
-    model: Any,
-    engine: str,
-    prompts: Sequence[np.ndarray],
-    solutions: Sequence[np.ndarray],
-    *,
-    seed: int,
-    numbers: Sequence[Sequence[int]],
-    temperature: float = 1.0,
-    batch_size: int = 64,
-) -> list[list[np.ndarray]]:
-    """Samples of replies, each up to its first token that is not the solution's, that one included.
+    model: Any, engine: str, prompts: Sequence[np.ndarray], solutions: Sequence[np.ndarray], *, seed: int,
+    numbers: Sequence[Sequence[int]], temperature: float = 1.0, batch_size: int = 64,
+) -> list[list[np.ndarray]]:  # fmt: skip
+    """Sample replies, each up to and including its first token that differs from the solution.
 
-    They are what token by token sampling with the same random numbers gives, cut off there: until then its context is
-    the solution's, so that one forward pass knows all that its tokens are drawn from.
+    The result equals sampling token by token with the same random numbers, cut off there. Up to that token the context
+    is the solution, so one forward pass gives all distributions.
 
     Args:
-        model: a model with packing_tools.use_packed_attention.
-        engine: "transformers" or "unsloth".
-        prompts: token ids, int64 (tokens,) each.
-        solutions: the reply to each, the end token included.
-        seed: of the random numbers, from 0.
-        numbers: one from 0 for each sample of each prompt, (prompts, samples); each sample's random numbers depend on
-            the seed and its number alone, as in sampling_tools.DeviceSampler.sample.
+        model, engine: a model with `use_packed_attention`; "transformers" or "unsloth".
+        prompts, solutions: token ids, int64 (tokens,) each; solutions with their end token.
+        seed, numbers: from 0; `numbers` are (prompts, samples). A sample's random numbers depend on the seed and its
+            number alone, as in `DeviceSampler.sample`.
         temperature: logits are divided by it.
         batch_size: prompts computed at once.
 
     Returns:
-        For each prompt its samples, int64 (tokens,) each; one that is all of the solution is the solution.
+        For each prompt its samples, int64 (tokens,) each. A sample that is right to its end equals the solution.
 
     Raises:
         NonFiniteAnswersError: the model answers with NaN.
     """
     import torch
 
-    found: list[list[np.ndarray]] = []
-    for at in range(0, len(prompts), batch_size):
-        part = slice(at, at + batch_size)
+    samples: list[list[np.ndarray]] = []
+    for begin in range(0, len(prompts), batch_size):
+        batch = slice(begin, begin + batch_size)
         with torch.no_grad(), folded_throughout(model):
-            logits = solution_logits(model, engine, prompts[part], solutions[part])
+            logits = solution_logits(model, engine, prompts[batch], solutions[batch])
         draws = [  # (tokens, samples) of each prompt
-            random_draws(seed, own, len(solution)).T
-            for own, solution in zip(numbers[part], solutions[part], strict=True)
+            random_draws(seed, of_prompt, len(solution)).T
+            for of_prompt, solution in zip(numbers[batch], solutions[batch], strict=True)
         ]
-        draws = torch.from_numpy(np.ascontiguousarray(np.concatenate(draws))).to(logits.device)
-        # As search_tools.draw_tokens, with one distribution for all samples.
-        reached = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
-        tokens = torch.searchsorted(reached, draws * reached[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
-        begin, tokens = 0, tokens.cpu().numpy()
-        check_numbers(reached[:, -1].cpu().numpy())
-        for solution in solutions[part]:
-            own = tokens[begin : begin + len(solution)].T
-            wrong = own != solution
-            ends = np.where(wrong.any(1), wrong.argmax(1), len(solution) - 1) + 1
-            found.append([path[:end].copy() for path, end in zip(own, ends, strict=True)])
-            begin += len(solution)
-    return found
+        thresholds = torch.from_numpy(np.ascontiguousarray(np.concatenate(draws))).to(logits.device)
+        # As in draw_tokens of arc.decoding.sampling, with one distribution for all samples.
+        cumulative = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
+        tokens = torch.searchsorted(cumulative, thresholds * cumulative[:, -1:], right=True)
+        drawn = tokens.clamp(max=logits.shape[-1] - 1).cpu().numpy()  # (tokens of all solutions, samples)
+        check_numbers(cumulative[:, -1].cpu().numpy())
+        ends = np.cumsum([len(solution) for solution in solutions[batch]])
+        for solution, drawn_tokens in zip(solutions[batch], np.split(drawn, ends[:-1]), strict=True):
+            samples.append(_cut_at_first_error(drawn_tokens.T, solution))
+    return samples
+
+
+def _cut_at_first_error(tokens: np.ndarray, solution: np.ndarray) -> list[np.ndarray]:
+    # tokens: (samples, tokens of the solution)
+    wrong = tokens != solution
+    lengths = np.where(wrong.any(1), wrong.argmax(1), len(solution) - 1) + 1
+    return [row[:length].copy() for row, length in zip(tokens, lengths, strict=True)]
 
 
 def make_stopped_rollouts(
     model: Any, engine: str, *, temperature: float, seed: int, batch_size: int
 ) -> Callable[[list[str], Any], dict[str, Any]]:
-    """What trl's GRPOTrainer calls for completions where they end with their first wrong token.
+    """A `rollout_func` for trl's GRPOTrainer whose completions end with their first wrong token.
+
+    The function's arguments and result are those of `make_rollouts`. The trainer's `rows` are those of the prompts,
+    with "prompt_ids" and "solution_ids".
 
     Args:
-        model: the peft model in training, with packing_tools.use_packed_attention.
-        engine: "transformers" or "unsloth".
-        temperature: of the sampling.
-        seed: of the random numbers; they depend on the step and the completion's number besides, see `make_rollouts`.
+        model, engine: the peft model in training, with `use_packed_attention`; "transformers" or "unsloth".
+        temperature, seed: of the sampling.
         batch_size: prompts computed at once.
-
-    Returns:
-        A function of prompts (repeated for each completion of their group) and the trainer, whose `rows` are those of
-        the prompts, with "prompt_ids" and "solution_ids"; it returns what `make_rollouts`' does.
     """
-    numbers_of = _Numbers()
+    completion_numbers = CompletionNumbers()
 
-    def roll(prompts: list[str], trainer: Any) -> dict[str, Any]:
-        numbers = numbers_of(trainer.state.global_step, len(prompts))
-        groups: dict[tuple[str, bytes], list[int]] = {}  # of one prompt views may have different solutions
-        for at, prompt in enumerate(prompts):
-            groups.setdefault((prompt, trainer.rows[at]["solution_ids"].tobytes()), []).append(at)
-        firsts = [trainer.rows[places[0]] for places in groups.values()]
-        most = max(map(len, groups.values()))  # of prompts that come twice in a step, some samples are left over
+    def rollout(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        rows = trainer.rows
+        numbers = completion_numbers.next(trainer.state.global_step, len(prompts))
+        # Completions of the same prompt and solution. Two views of a puzzle may have one prompt and two solutions.
+        groups: dict[tuple[str, bytes], list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            groups.setdefault((prompt, rows[index]["solution_ids"].tobytes()), []).append(index)
+        first_rows = [rows[indices[0]] for indices in groups.values()]
+        largest = max(map(len, groups.values()))  # smaller groups repeat their numbers; these samples are not used
         samples = sample_until_wrong(
-            model, engine, [row["prompt_ids"] for row in firsts], [row["solution_ids"] for row in firsts],
-            seed=seed, numbers=[[numbers[at] for at in (places * most)[:most]] for places in groups.values()],
-            temperature=temperature, batch_size=batch_size,
+            model, engine, [row["prompt_ids"] for row in first_rows], [row["solution_ids"] for row in first_rows],
+            seed=seed, temperature=temperature, batch_size=batch_size,
+            numbers=[[numbers[index] for index in (indices * largest)[:largest]] for indices in groups.values()],
         )  # fmt: skip
         completions: list[Any] = [None] * len(prompts)
-        for places, own in zip(groups.values(), samples, strict=True):
-            for at, tokens in zip(places, own, strict=False):
-                completions[at] = tokens
-        # Arrays: trl makes tensors of them, for which lists of numbers take it a tenth of a second a step.
-        ids = [row["prompt_ids"] for row in trainer.rows]
-        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None}
+        for indices, group in zip(groups.values(), samples, strict=True):
+            for index, tokens in zip(indices, group, strict=False):
+                completions[index] = tokens
+        # Arrays, not lists: trl makes tensors of them, which takes a tenth of a second a step for lists.
+        return {"prompt_ids": [row["prompt_ids"] for row in rows], "completion_ids": completions, "logprobs": None}
 
-    return roll
+    return rollout

@@ -1,9 +1,10 @@
-"""Stage 2's loss beside the policy's: in each step of stage 3 a batch of its own, whose outputs are learned.
+"""Stage 2's loss beside the policy's: each step of stage 3 also learns the outputs of a supervised batch.
 
-A policy gradient says which of the answers that a model gives already are right; nothing in it holds in place what the
-model has learned besides. "Training language models to follow instructions with human feedback" (Ouyang et al. 2022,
-arXiv:2203.02155, PPO-ptx) adds the loss of the training before, on batches of its data; here that is stage 2's, on the
-same puzzles as the policy's prompts, in views of their own.
+A policy gradient changes the probabilities of answers that the model already gives. Nothing in it preserves what else
+the model has learned. So each step adds stage 2's loss, on the same puzzles as the policy's prompts in other views.
+
+Source: PPO-ptx in "Training language models to follow instructions with human feedback" (Ouyang et al. 2022,
+arXiv:2203.02155), which adds the loss of the pretraining.
 """
 
 from __future__ import annotations
@@ -14,50 +15,52 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arc.grpo.settings import PolicySettings
+from arc.grpo.settings import PolicyRun
 from arc.models.collator import InputMaskingDataCollator
 from arc.models.packing import IGNORE_INDEX
 from arc.runs.processes import gather, process_count, process_index
 from arc.runs.workers import leaving_signals
 from arc.training.data import StageData
 from arc.training.rows import EpochSampler, planned_rows
-from arc.training.stage import StageContext
 
 if TYPE_CHECKING:
     import torch
 
-
-MASKED_REPLIES = 1  # stage 2's default: a rule cannot be known before its first pair
+MASKED_REPLIES = 1  # as in stage 2: a rule cannot be known before its first pair
 
 
 class SupervisedMix:
-    """Batches of stage 2's kind, one for each step, and their loss.
+    """One supervised batch per step, and its loss.
 
-    Which puzzles a step learns depends on the seed and the step alone: a continued run sees what an uninterrupted one
-    does, and several processes divide what one would have.
+    The rows of a step depend on the seed and the step alone. So a continued run learns the same rows as an
+    uninterrupted one, and several processes divide the rows that one process would have.
 
     Args:
-        run: its settings say how many samples a step has (`supervised_batch_size`), and for how many steps.
+        run: settings, with `supervised_batch_size` (rows of a step) and `max_steps`.
         data: rows and tokenizer.
+
+    Attributes:
+        passes: forward passes of a step; the caller sets it.
     """
 
-    def __init__(self, run: StageContext[PolicySettings], data: StageData):
-        """See the class; nothing is made before `loss` is called."""
+    def __init__(self, run: PolicyRun, data: StageData):
         self.settings, self.samples, self.passes = run.settings, data.samples, 1
-        self.own = run.settings.supervised_batch_size // process_count()
+        self.rows_per_process = run.settings.supervised_batch_size // process_count()
         self.collator = InputMaskingDataCollator(data.tokenizer, mask_first_n_examples=MASKED_REPLIES)
         self.collator.packed_for = run.precision.engine
-        prompts = run.settings.samples_per_step // run.settings.num_generations
-        self.first_epoch = planned_rows(run, data, prompts) // len(data.samples)  # views that no prompt has
-        self._order: tuple[int, list[int]] = (-1, [])
-        self._batches: Iterator[list[dict[str, Any]]] | None = None
-        self._step, self._parts, self._learned = -1, [], 0
-        self._sum: Any = 0.0  # of the step's passes so far
+        prompts_per_step = run.settings.samples_per_step // run.settings.num_generations
+        # The prompts use the views of earlier epochs.
+        self.first_epoch = planned_rows(run, data, prompts_per_step) // len(data.samples)
+        self._order: tuple[int, list[int]] = (-1, [])  # an epoch, and its row numbers
+        self._steps: Iterator[list[dict[str, Any]]] | None = None
+        self._step, self._learned = -1, 0  # the current step, and its learned tokens in all processes
+        self._micro_batches: list[dict[str, Any]] = []
+        self._sum: Any = 0.0  # of the losses of the step so far
 
     def rows(self, step: int) -> list[int]:
-        """Row numbers of the samples of one step, of this process."""
-        begin = step * self.settings.supervised_batch_size + process_index() * self.own
-        return [self._row(number) for number in range(begin, begin + self.own)]
+        """Row numbers of this process in one step."""
+        begin = step * self.settings.supervised_batch_size + process_index() * self.rows_per_process
+        return [self._row(number) for number in range(begin, begin + self.rows_per_process)]
 
     def _row(self, number: int) -> int:
         epoch, place = divmod(number, len(self.samples))
@@ -69,73 +72,69 @@ class SupervisedMix:
         return self._order[1][place]
 
     def divide(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows as batches, one for each pass that has some."""
+        """Collate rows into one micro-batch per forward pass; fewer, if there are fewer rows."""
         parts = np.array_split(np.arange(len(rows)), self.passes)
-        return [self.collator([rows[at] for at in part]) for part in parts if len(part)]
+        return [self.collator([rows[index] for index in part]) for part in parts if len(part)]
 
-    def _from(self, step: int) -> Iterator[list[dict[str, Any]]]:
+    def _steps_from(self, step: int) -> Iterator[list[dict[str, Any]]]:
         import torch
 
         loader = torch.utils.data.DataLoader(
             self.samples,
-            batch_sampler=(self.rows(at) for at in range(step, self.settings.max_steps)),
+            batch_sampler=(self.rows(later) for later in range(step, self.settings.max_steps)),
             collate_fn=self.divide,
             num_workers=self.settings.dataloader_num_workers or 0,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=leaving_signals(),
-            generator=torch.Generator(),  # else it would take a number of those that the training draws from
+            generator=torch.Generator(),  # its own: the global one is for the training's draws
         )
         return iter(loader)
 
     def close(self) -> None:
         """End the processes that make batches, if there are any."""
-        self._batches = None
+        self._steps = None
 
-    def loss(self, model: Any, step: int, part: int, device: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """The loss of one pass: those of a step add up to the mean over its learned tokens, if processes take the mean.
+    def loss(
+        self, model: Any, step: int, micro_batch: int, device: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """The loss of one micro-batch, divided by the learned tokens of the step.
+
+        The losses of a step add up to the mean over its learned tokens, where processes average their gradients.
 
         Args:
-            model: with packing_tools.use_packed_attention; in training, as a trainer has it.
+            model, device: the model in training mode, with `use_packed_attention`; its device.
             step: optimizer steps before this one.
-            part: number of the pass in it, from 0; each in turn.
-            device: of the model.
+            micro_batch: its number in the step, from 0, in order.
 
         Returns:
-            What is to be added to the pass's own loss, and, to be logged, the mean over the step's learned tokens with
-            the last pass that has samples, None before it; None for passes that have none.
+            The loss to add to the policy's; and for the log, with the last micro-batch of the step, the step's mean
+            (else None). None for a forward pass without supervised rows.
         """
         from accelerate.utils import send_to_device
 
         if step != self._step:
-            if self._batches is None:
-                self._batches = self._from(step)
-            self._step, self._parts, self._sum = step, next(self._batches), 0.0
-            self._learned = sum(gather(sum(map(learned_tokens, self._parts))))
+            if self._steps is None:
+                self._steps = self._steps_from(step)
+            self._step, self._micro_batches, self._sum = step, next(self._steps), 0.0
+            self._learned = sum(gather(sum(map(learned_tokens, self._micro_batches))))
             if step + 1 >= self.settings.max_steps:
                 self.close()
-        if part >= len(self._parts):
+        if micro_batch >= len(self._micro_batches):
             return None
-        batch = send_to_device(self._parts[part], device, non_blocking=True)
-        # The model divides a sum by it; the mean over processes is then the step's.
+        batch = send_to_device(self._micro_batches[micro_batch], device, non_blocking=True)
         divisor = self._learned if process_count() == 1 else self._learned / process_count()
         loss = self.divided_sum(model, batch, divisor)
         self._sum = self._sum + loss.detach()
-        return loss, self._sum if part + 1 == len(self._parts) else None
+        return loss, self._sum if micro_batch + 1 == len(self._micro_batches) else None
 
     @staticmethod
     def divided_sum(model: Any, batch: dict[str, Any], divisor: float) -> torch.Tensor:
-        """The sum of a batch's loss over its learned tokens, divided by a number.
-
-        Args:
-            model: see `loss`.
-            batch: on its device.
-            divisor: for the mean, the number of learned tokens.
-        """
+        """The sum of a batch's loss over its learned tokens, divided by `divisor`; the batch is on the device."""
         return model(**batch, num_items_in_batch=divisor).loss
 
-    def rows_of_pass(self, size: int, of: int) -> int:
-        """Samples beside so many completions of a pass, of those of a step."""
-        return math.ceil(self.own * size / of)
+    def rows_of_pass(self, completions: int, completions_per_step: int) -> int:
+        """Supervised rows of a forward pass with so many completions, at most."""
+        return math.ceil(self.rows_per_process * completions / completions_per_step)
 
 
 def learned_tokens(batch: dict[str, Any]) -> int:
@@ -144,12 +143,10 @@ def learned_tokens(batch: dict[str, Any]) -> int:
 
 
 def ends_with_training(mix: SupervisedMix) -> Any:
-    """A callback that ends the processes of a mix with the training, also where that stops before its last step."""
+    """A callback that closes a mix when the training ends, early or not."""
     from transformers import TrainerCallback
 
     class EndsWithTraining(TrainerCallback):
-        """Closes the mix."""
-
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             mix.close()
 

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from arc.grpo import rewards as rewards_module
-from arc.grpo.rewards import COMPONENTS, component_weights, judge_components, judge_reply, repetition, reward_functions
+from arc.grpo.rewards import COMPONENTS, component_weights, judge_components, repetition, reward_functions
 from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.text import format_options
 from arc.runs.settings import find_problems
@@ -24,6 +24,12 @@ DATASET = ArcDataset(
     },
     solutions={"a": [np.array([[1, 2, 3], [4, 5, 6]], dtype=np.uint8)]},
 )
+
+
+def reward_of(key, reply, **rewards):
+    """What a reply earns in all: as trl adds up the reward functions."""
+    components = judge_components(DATASET, key, reply, reply_end="\n" + END)
+    return sum(w * c for w, c in zip(component_weights(**rewards), components, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -53,14 +59,13 @@ DATASET = ArcDataset(
     ],
 )
 def test_what_a_reply_earns(key, reply, reward, exact):
-    verdict = judge_reply(DATASET, key, reply, reply_end="\n" + END)
-    assert verdict.reward == pytest.approx(reward)
-    assert verdict.exact is exact
+    assert reward_of(key, reply) == pytest.approx(reward)
+    assert judge_components(DATASET, key, reply, reply_end="\n" + END).exact_match == exact
 
 
 def test_weights_are_settings():
-    assert judge_reply(DATASET, "a_0", "123\n456\n$", reply_end="\n$", reward_exact=5).reward == 5
-    assert judge_reply(DATASET, "a_0", "123\n455\n$", reply_end="\n$", reward_cells=0).reward == 0
+    assert reward_of("a_0", "123\n456\n$", reward_exact=5) == 5
+    assert reward_of("a_0", "123\n455\n$", reward_cells=0) == 0
 
 
 ALL = {"reward_exact": 1.0, "reward_cells": 0.3, "reward_shape": 0.2, "reward_format": 0.1}
@@ -80,7 +85,7 @@ ALL = {"reward_exact": 1.0, "reward_cells": 0.3, "reward_shape": 0.2, "reward_fo
 )
 def test_components_and_what_they_pay(reply, components, reward):
     assert judge_components(DATASET, "a_0", reply, reply_end="\n$") == pytest.approx(components)
-    assert judge_reply(DATASET, "a_0", reply, reply_end="\n$", **ALL).reward == pytest.approx(reward)
+    assert reward_of("a_0", reply, **ALL) == pytest.approx(reward)
 
 
 MALFORMED = [
@@ -102,7 +107,7 @@ MALFORMED = [
 def test_malformed_text_earns_nothing_whatever_the_weights(reply):
     for key in ("a_0", "a_0.tp", "a_0.rt.rt.perm1023456789"):
         assert judge_components(DATASET, key, reply, reply_end="\n" + END) == (0, 0, 0, 0)
-        assert judge_reply(DATASET, key, reply, reply_end="\n" + END, **ALL).reward == 0
+        assert reward_of(key, reply, **ALL) == 0
 
 
 @pytest.mark.parametrize("after", ["123\n456\n$", "junk", "\n", "$", "١"])
@@ -131,10 +136,10 @@ def test_no_wrong_reply_earns_what_the_exact_one_does():
     for exact, cells, shape, form in itertools.product((0.5, 1.0, 3.0), (0, 0.1), (0, 0.2), (0, 0.15)):
         rewards = {"reward_exact": exact, "reward_cells": cells, "reward_shape": shape, "reward_format": form}
         assert not Settings(base_model="x", **rewards).problems()
-        best = judge_reply(DATASET, "a_0", "123\n456\n$", reply_end="\n$", **rewards)
-        assert best == (pytest.approx(exact), True)
+        best = reward_of("a_0", "123\n456\n$", **rewards)
+        assert best == pytest.approx(exact)
         for reply in ("123\n455\n$", "000\n000\n$", "12\n45\n$", "x\n$"):
-            assert 0 <= judge_reply(DATASET, "a_0", reply, reply_end="\n$", **rewards).reward < best.reward
+            assert 0 <= reward_of("a_0", reply, **rewards) < best
         assert component_weights(**rewards)[0] > 0
 
 

@@ -1,4 +1,4 @@
-"""The scan before reinforcement learning: which prompts are set aside, and that a continued run has the same ones."""
+"""The scan before reinforcement learning: which prompts are left out, and that a continued run has the same ones."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ def test_as_many_prompts_are_scanned_as_the_steps_take():
     assert prompts_of_training(settings) == 10
 
 
-def test_always_and_never_solved_prompts_are_set_aside_and_counted():
+def test_always_and_never_solved_prompts_are_left_out_and_counted():
     scan = Scan(np.array([9, 4, 7, 1, 5]), np.array([0, 3, 8, 1, 0]), samples=8, seconds=2.0)
     assert scan.chosen.tolist() == [4, 1]
     assert scan.counts() == {"prompts": 5, "samples": 8, "never_solved": 2, "always_solved": 1, "learnable": 2}
@@ -89,7 +89,7 @@ def test_what_the_model_knows_decides(tmp_path, taught_policy, capsys):
     # Found again, not computed: by the same settings only.
     again = scan_prompts(None, run, data, longest)
     assert again.seconds == 0 and np.array_equal(again.solved, scan.solved)
-    assert "found in the file" in capsys.readouterr().out
+    assert "read from the file" in capsys.readouterr().out
     [file] = run.work.glob("scan-*.json")
     whole = file.read_text()
 
@@ -98,7 +98,7 @@ def test_what_the_model_knows_decides(tmp_path, taught_policy, capsys):
     file.write_text(json.dumps(content | {"prompts": content["prompts"][:20]}))
     rest = []
     real = scan_module.sampler(model, run, data, longest)
-    scan_module._scan_the_rest(scan.rows, solved := scan.solved[:20].tolist(), lambda r: rest.extend(r) or real(r), str)
+    scan_module.scan_remaining(scan.rows, solved := scan.solved[:20].tolist(), lambda r: rest.extend(r) or real(r), str)
     assert solved == scan.solved.tolist() and rest == scan.rows[20:].tolist()
     assert np.array_equal(scan_prompts(model, run, data, longest).solved, scan.solved)
     assert file.read_text() == whole
@@ -143,8 +143,8 @@ def test_a_models_own_generate_samples_the_same_distribution(tmp_path, taught_po
             model, "transformers", data.tokenizer, prompts, max_new_tokens=longest, samples=400, temperature=0.5,
             seed=seed, batch_size=100,
         )  # fmt: skip
-        assert [len(of_prompt) for of_prompt in found] == [400, 400]
-        drawn.append([tuple(reply.tolist()) for of_prompt in found for reply in of_prompt])
+        assert [len(group) for group in found] == [400, 400]
+        drawn.append([tuple(reply.tolist()) for group in found for reply in group])
     assert drawn[0] == drawn[1] != drawn[2]
     assert torch.equal(state, torch.random.get_rng_state())
     run.settings.scan_samples = 400
@@ -186,7 +186,7 @@ def test_the_script_trains_on_what_is_left_and_a_continued_run_does_not_scan_aga
         code, printed = call("train_grpo", *flags, *other)
         assert code == 2 and f"checkpoints of a run with other settings ({other[0][2:]})" in printed, printed
     code, printed = call("train_grpo", *flags)
-    assert code == 0 and "found in the file of an earlier run" in printed and "continuing from" in printed
+    assert code == 0 and "read from the file of an earlier run" in printed and "continuing from" in printed
     assert file.stat().st_mtime_ns == written
     assert (lora / "adapter_model.safetensors").read_bytes() == once
 

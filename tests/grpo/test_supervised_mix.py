@@ -15,7 +15,7 @@ from arc.grpo import supervised_mix as supervised_mix_module
 from arc.grpo import trainer
 from arc.grpo.prompts import PromptRows
 from arc.grpo.supervised_mix import SupervisedMix
-from arc.grpo.trainer import PolicyTrial
+from arc.grpo.trial import PolicyTrial
 from arc.models.collator import InputMaskingDataCollator
 from arc.models.loading import Precision
 from arc.models.lora import add_lora
@@ -213,7 +213,7 @@ def test_its_processes_end_with_the_training_wherever_that_stops(tmp_path, polic
     monkeypatch.setattr(trainer, "kept_in_checkpoints", lambda run: StopsAfterTwo())
     records, _, _ = trained(tmp_path, *policy, *STOPPED, *MIXED, "--dataloader_num_workers", 1, "--max_steps", 9)
     assert [record["supervised_loss"] > 0 for record in records] == [True, True]
-    assert made[0]._batches is None and not multiprocessing.active_children()
+    assert made[0]._steps is None and not multiprocessing.active_children()
 
 
 def test_a_run_that_is_stopped_ends_with_the_processes_that_make_its_batches(tmp_path, policy):

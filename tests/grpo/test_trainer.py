@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import train_grpo
-from arc.grpo import trainer as trainer_module
-from arc.grpo.trainer import PolicyTrial, check_sharing, samples_from_copy, shares_prompts
+from arc.grpo import sharing as sharing_module
+from arc.grpo.sharing import check_sharing, samples_from_copy, shares_prompts
+from arc.grpo.trial import PolicyTrial
 from arc.models.loading import Precision
 from arc.models.lora import add_lora
 from arc.models.packing import use_packed_attention
@@ -92,7 +93,6 @@ def test_completions_end_with_their_first_wrong_token(tmp_path, policy, monkeypa
     "more",
     [
         ("--reward_cells", 0.1),
-        ("--use_vllm", True),
         ("--fast_rollouts", True),
         ("--shared_prompts", False),
         ("--loss_type", "grpo"),
@@ -115,10 +115,7 @@ def test_who_samples_and_who_shares(monkeypatch, tmp_path):
     run.settings.shared_prompts, run.settings.fast_rollouts = True, False
     with pytest.raises(ValueError, match="not with --fast_rollouts false"):
         check_sharing(run)
-    run.settings.fast_rollouts, run.settings.use_vllm = None, True
-    with pytest.raises(ValueError, match="not beside --use_vllm"):
-        check_sharing(run)
-    run.settings.shared_prompts = None
+    run.settings.fast_rollouts = run.settings.shared_prompts = None
     assert not shares_prompts(model, run)
     run.settings = train_grpo.Settings(shared_prompts=True, fast_rollouts=True)
     check_sharing(run)
@@ -127,17 +124,15 @@ def test_who_samples_and_who_shares(monkeypatch, tmp_path):
     # A GPU: by the memory that the copy takes.
     run.settings = train_grpo.Settings()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(trainer_module, "can_pack", lambda model, dtype: True)
+    monkeypatch.setattr(sharing_module, "can_pack", lambda model, dtype: True)
     for times, expected in ((5.9, False), (6.1, True)):
-        memory = SimpleNamespace(total_memory=times * trainer_module.copy_bytes(model, run.settings))
+        memory = SimpleNamespace(total_memory=times * sharing_module.copy_bytes(model, run.settings))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, memory=memory: memory)
         assert samples_from_copy(model, run.settings, run.precision.engine) is expected
         assert shares_prompts(model, run) is expected  # Unsloth's own generate goes with its own trainer
-    run.settings.use_vllm = True
+    run.settings.fast_rollouts = False
     assert not samples_from_copy(model, run.settings, run.precision.engine) and not shares_prompts(model, run)
     run.precision = Precision("transformers", "bfloat16", False)
-    assert not shares_prompts(model, run)  # vLLM's memory would be missing in the plan
-    run.settings.use_vllm = False
     assert shares_prompts(model, run)
 
 
