@@ -64,7 +64,7 @@ SLOW_FILES = (
     "scripts/test_bad_input",
     "grpo/test_scan",
     "evaluation/test_report",
-    "generation/test_demo",
+    "generation/test_make_dataset",
     "merging/test_merging",
     "decoding/test_decoding",
 )

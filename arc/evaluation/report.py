@@ -1,7 +1,7 @@
-"""Pictures of a run, and the HTML report of an evaluation.
+"""The HTML report of an evaluation: one file that opens offline.
 
-The report is one file that opens offline: `report_template.html` (its style, script and frame), the figures as HTML,
-two PNGs of the plot (for light and dark screens), and the grids as JSON, which the script draws.
+`report_template.html` has the style, the script and the frame. This module adds the figures as HTML, the plot as two
+PNGs (for light and dark screens), and the grids as JSON, which the script draws.
 """
 
 from __future__ import annotations
@@ -16,14 +16,10 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import urlencode
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The report of an evaluation
-
-
-SCHEMA = 2  # of the results that `write_report` reads
+SCHEMA = 2  # of results.json
 TEMPLATE = Path(__file__).with_name("report_template.html")
 MEASURES = (
     ("exact_1", "Exact, one guess", "test inputs whose first guess is right in every cell"),
@@ -63,15 +59,15 @@ LABEL_LENGTH = 26  # longer names of models are shortened in the plot, and only 
 def write_report(results: dict[str, Any], path: str | Path) -> None:
     """Write an evaluation's results as one HTML file that opens offline.
 
-    Names of models and puzzles may hold anything: they are escaped. A Content-Security-Policy lets nothing run but the
-    template's own script, known by its hash, and nothing be loaded.
+    Names of models and puzzles may hold anything: they are escaped. A Content-Security-Policy lets only the template's
+    own script run, which it knows by its hash, and nothing be loaded.
 
     Args:
         results: as `evaluate_arc.py` saves them in results.json.
-        path: the file to write; one that is there is replaced at once, so that no half of a report is ever seen.
+        path: the file to write; an existing one is replaced in one step.
 
     Raises:
-        ValueError: results of another schema, without a part that the report needs, or with something that is no grid.
+        ValueError: the results have another schema, lack an entry, or hold something that is no grid.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -86,15 +82,19 @@ def write_report(results: dict[str, Any], path: str | Path) -> None:
     environment.filters |= {"percent": percent, "number": number, "sha256": _source_hash}
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     text = environment.get_template(TEMPLATE.name).render(_page(results))
-    path = Path(path)
-    part = path.with_name(f"{path.name}.incomplete")
     # Names of folders that are not UTF-8 come as lone surrogates, which no file can hold.
-    part.write_bytes(text.encode("utf-8", "replace"))
-    os.replace(part, path)
+    replace_file(Path(path), text.encode("utf-8", "replace"))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file that is complete under its name or not there."""
+    beside = path.with_name(f"{path.name}.incomplete")
+    beside.write_bytes(content)
+    os.replace(beside, path)
 
 
 def check_results(results: dict[str, Any]) -> None:
-    """Raise ValueError for results that the report cannot be drawn from."""
+    """Raise ValueError for results that the report cannot show."""
     if results.get("schema") != SCHEMA:
         raise ValueError(f"results of schema {results.get('schema')!r}, and the report reads {SCHEMA}: evaluate anew")
     missing = [name for name in ("settings", "versions", "data", "models", "puzzles", "table") if name not in results]
@@ -109,7 +109,7 @@ def check_results(results: dict[str, Any]) -> None:
 
 
 def percent(value: float | None, signed: bool = False) -> str:
-    """A share as percent, e.g. "25.0%", or as a difference, e.g. "+3.0"; a dash where there is none."""
+    """A share as percent, e.g. "25.0%", or as a difference, e.g. "+3.0"; a dash for None."""
     if not _is_figure(value):
         return "–"
     if signed:
@@ -118,17 +118,17 @@ def percent(value: float | None, signed: bool = False) -> str:
 
 
 def number(value: float | None) -> str:
-    """A count, or seconds, with at most three digits that matter; a dash where there is none."""
+    """A count, or seconds with three significant digits; a dash for None."""
     if not _is_figure(value):
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def pack_grid(grid: Iterable[Iterable[int]]) -> str:
-    """A grid as its number of columns and all cells in order: [[1, 2], [3, 4]] is "2 1234".
+    """A grid as text: its number of columns, and all cells in order: [[1, 2], [3, 4]] is "2 1234".
 
     Raises:
-        ValueError: rows of different lengths, none, or a cell that is not an integer 0..9.
+        ValueError: there are no rows, their lengths differ, or a cell is not an integer 0..9.
     """
     rows = [[int(cell) if cell in range(10) else -1 for cell in row] for row in grid]
     if not rows or not rows[0] or any(len(row) != len(rows[0]) or min(row) < 0 for row in rows):
@@ -142,7 +142,7 @@ def plot_models(table: Sequence[dict[str, Any]], out: Any, scheme: str = "light"
     Args:
         table: the results' table.
         out: a file's path, or a stream.
-        scheme: of colours, a key of `PLOT_COLOURS`; the background is left transparent.
+        scheme: key of `PLOT_COLOURS`; the background is transparent.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -181,7 +181,7 @@ def plot_models(table: Sequence[dict[str, Any]], out: Any, scheme: str = "light"
 
 
 def _page(results: dict[str, Any]) -> dict[str, Any]:
-    """What the template shows."""
+    """The template's variables."""
     table, models, puzzles, data = results["table"], list(results["models"]), results["puzzles"], results["data"]
     scored = any(entry.get("solution") is not None for entry in puzzles.values())
     plots = {}
@@ -226,7 +226,7 @@ def _page(results: dict[str, Any]) -> dict[str, Any]:
 
 def _script_puzzles(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The test inputs as the template's script draws them."""
-    changes: list[dict[str, str]] = []  # for each model, what became of a puzzle or test input
+    changes: list[dict[str, str]] = []  # for each model: test input -> gained or lost
     for row in results["table"]:
         changes.append(dict.fromkeys(row.get("lost") or (), "lost") | dict.fromkeys(row.get("gained") or (), "gained"))
     puzzles = []
@@ -243,8 +243,8 @@ def _script_puzzle(
 ) -> dict[str, Any]:
     """One test input as the template's script draws it.
 
-    It lists its different grids once, packed, and whatever shows one holds its position: models often make the same
-    guess, and right ones are the solution.
+    Each different grid is listed once, packed; everything else refers to its position in the list. Models often make
+    the same guess, and right guesses equal the solution.
     """
     grids: dict[str, int] = {}
 
@@ -284,7 +284,7 @@ def _script_puzzle(
 
 
 def _rules(rules: Sequence[dict[str, Any]], models: Sequence[str]) -> dict[str, Any]:
-    """The table of selection rules: rows of (label, each model's figures), and the share found by each."""
+    """The table of selection rules: rows of (label, each model's figures), and each model's share of "found"."""
     by_model = {row["model"]: row for row in rules}
     rows = [by_model.get(model, {}) for model in models]
     names = list(dict.fromkeys(name for row in rows for name, value in row.items() if isinstance(value, dict)))
@@ -294,7 +294,7 @@ def _rules(rules: Sequence[dict[str, Any]], models: Sequence[str]) -> dict[str, 
 
 
 def _links(names: Iterable[str], puzzles: dict[str, Any]) -> list[tuple[str, str | None]]:
-    """Names of puzzles or test inputs, each with the fragment of the address that shows it, if it is in the report."""
+    """Names of puzzles or test inputs, each with the URL fragment that shows it; None: it is not in the report."""
     known = set(puzzles) | {entry["puzzle"] for entry in puzzles.values()}
     return [(name, urlencode({"puzzle": name}, errors="replace") if name in known else None) for name in names]
 
@@ -308,18 +308,18 @@ def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _interval(row: dict[str, Any], name: str) -> tuple[float, float] | None:
-    """The interval of a figure, where there is one."""
+    """The interval of a figure; None: there is none."""
     bounds = row.get(f"{name}_interval")
     return tuple(bounds) if bounds is not None and all(map(_is_figure, bounds)) else None
 
 
-def _is_figure(value: Any) -> bool:
-    """Whether it is a number to show: not None, not NaN."""
+def _is_figure(value: Any) -> TypeGuard[float]:
+    """Whether a value is a number to show: neither None nor NaN."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _label(name: str) -> str:
-    """A name as the plot can draw it: printable, and not too long (its middle tells models apart the least)."""
+    """A name for the plot: printable, and shortened in the middle, where names differ least."""
     name = re.sub(r"\s", " ", "".join(c if c.isprintable() else " " for c in name))
     half = LABEL_LENGTH // 2
     return name if len(name) <= LABEL_LENGTH else f"{name[: half - 1]}…{name[-half:]}"

@@ -1,7 +1,4 @@
-"""Scores of an evaluation: what share is solved, how sure that is, and what a model gained on the one before it.
-
-Pure functions of grids and numbers; no model is needed here.
-"""
+"""Scores of an evaluation: shares of solved test inputs, their intervals, and changes from one model to the next."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import numpy as np
 
 GUESSES = 2  # of each test input, as in the competition
 RESAMPLES = 4000
-# Shares of the test inputs that are true, and means of numbers between 0 and 1.
+# Shares of the test inputs, and means of numbers between 0 and 1.
 SHARES = ("exact_1", "exact_2", "greedy", "decodable", "right_shape", "found")
 MEANS = ("score", "cell_accuracy", "prob_truth", "prob_greedy")
 
@@ -22,11 +19,11 @@ def wilson_interval(count: float, n: int, z: float = 1.959964) -> tuple[float, f
     """95% interval of a share of independent trials.
 
     Args:
-        count: how many are true.
-        n: trials.
+        count: number of successes.
+        n: number of trials.
         z: quantile of the normal distribution.
 
-    Source: Wilson 1927; unlike the normal approximation right near 0 and 1.
+    Source: Wilson 1927. Unlike the normal approximation it is right near 0 and 1.
     """
     if n == 0:
         return 0.0, 1.0
@@ -37,18 +34,17 @@ def wilson_interval(count: float, n: int, z: float = 1.959964) -> tuple[float, f
 
 
 def bootstrap_interval(values: Sequence[float], groups: Sequence[str] | None = None, seed: int = 0) -> list[float]:
-    """95% interval of a mean by resampling groups: test inputs of one puzzle are not independent.
+    """95% interval of a mean by resampling groups, because test inputs of one puzzle are not independent.
 
     Args:
         values: numbers, (n,).
-        groups: what each belongs to; None: each stands alone.
+        groups: the group of each value; None: each value is a group.
         seed: of the draws.
     """
-    values = np.asarray(values, dtype=float)
     if not len(values):
         return [0.0, 1.0]
     _, member = np.unique(np.asarray(range(len(values)) if groups is None else groups), return_inverse=True)
-    sums, counts = np.bincount(member, values), np.bincount(member)
+    sums, counts = np.bincount(member, np.asarray(values, dtype=float)), np.bincount(member)
     rng = np.random.default_rng(seed)
     means = []
     for _ in range(0, RESAMPLES, 100):  # all at once, thousands of puzzles would take a gigabyte
@@ -58,14 +54,15 @@ def bootstrap_interval(values: Sequence[float], groups: Sequence[str] | None = N
 
 
 def mean_interval(values: Sequence[float], groups: Sequence[str], least: float = 0.0) -> list[float]:
-    """95% interval of a mean, by `bootstrap_interval`; where values do not vary, by how often they can have varied.
+    """95% interval of a mean by `bootstrap_interval`, with a margin where all values are equal.
 
-    Resampling values that are all equal would find an interval without width, as if nothing could be otherwise.
+    Resampling equal values gives an interval of width 0. The margin is Wilson's bound for no success in as many trials
+    as there are groups.
 
     Args:
         values: numbers from `least` to 1, (n,).
-        groups: what each belongs to.
-        least: the least that a value can be.
+        groups: the group of each value.
+        least: smallest possible value.
     """
     low, high = bootstrap_interval(values, groups)
     if low == high:
@@ -75,21 +72,21 @@ def mean_interval(values: Sequence[float], groups: Sequence[str], least: float =
 
 
 def score_table(models: Sequence[str], puzzles: dict[str, dict[str, Any]], seconds: dict[str, float]) -> list[dict]:
-    """The table of an evaluation: for each model its scores over all test inputs that have a solution.
+    """The scores of each model over all test inputs that have a solution.
 
     Args:
         models: names, in the order of the columns.
-        puzzles: test input -> what `results.json` holds of it (see evaluation_tools.write_results).
+        puzzles: test input -> its entry in `results.json` (see `results.write_results`).
         seconds: of each model's evaluation.
 
     Returns:
-        For each model a dict: model, n (test inputs with a solution), puzzles (that these
-        belong to), each of SHARES and MEANS with NAME_interval (95%),
-        gained and lost (test inputs that two guesses solve now and not in the column before, and the other way round;
-        None for the first), change of exact_2 and change_interval, seconds. Without solutions all scores are None.
+        For each model a dict: model, n (test inputs with a solution), puzzles (number of their puzzles), each of SHARES
+        and MEANS with NAME_interval (95%), seconds, and a comparison with the model before: gained (test inputs that
+        this model solves with two guesses and the one before does not), lost (the reverse), change (of exact_2),
+        change_interval; None for the first model. Without solutions all scores are None.
     """
     known = {key: entry for key, entry in puzzles.items() if entry["solution"] is not None}
-    parts = [entry["puzzle"] for entry in known.values()]
+    puzzle_of = [entry["puzzle"] for entry in known.values()]
     table: list[dict[str, Any]] = []
     before: dict[str, bool] | None = None
     for model in models:
@@ -106,24 +103,24 @@ def score_table(models: Sequence[str], puzzles: dict[str, dict[str, Any]], secon
             "prob_truth": [answer["prob_truth"] for answer in answers.values()],
             "prob_greedy": [answer["prob_greedy"] for answer in answers.values()],
         }
-        row: dict[str, Any] = {"model": model, "n": len(known), "puzzles": len(set(parts))}
+        row: dict[str, Any] = {"model": model, "n": len(known), "puzzles": len(set(puzzle_of))}
         for name in SHARES:
             row |= _measured(name, values[name], _share_interval)
-        # The competition counts puzzles: of each the share of its test inputs that a guess solves.
+        # The competition's score: of each puzzle the share of its test inputs that a guess solves.
         shares: dict[str, list[bool]] = {}
-        for puzzle, is_solved in zip(parts, values["exact_2"], strict=True):
+        for puzzle, is_solved in zip(puzzle_of, values["exact_2"], strict=True):
             shares.setdefault(puzzle, []).append(is_solved)
-        # Wilson's interval, of shares that are between 0 and 1 too: wide enough, since such vary less than 0 and 1 do.
+        # Wilson's interval is for 0 and 1. It is wide enough here: shares between them vary less.
         row |= _measured("score", [float(np.mean(share)) for share in shares.values()], _share_interval)
         for name in ("cell_accuracy", "prob_truth", "prob_greedy"):
-            row |= _measured(name, values[name], lambda v: mean_interval(v, parts))
+            row |= _measured(name, values[name], lambda v: mean_interval(v, puzzle_of))
         row |= {"gained": None, "lost": None, "change": None, "change_interval": None}
         if before is not None and known:
             differences = [float(solved[key]) - float(before[key]) for key in known]
             row["gained"] = [key for key in known if solved[key] and not before[key]]
             row["lost"] = [key for key in known if before[key] and not solved[key]]
             row["change"] = float(np.mean(differences))
-            row["change_interval"] = mean_interval(differences, parts, least=-1.0)
+            row["change_interval"] = mean_interval(differences, puzzle_of, least=-1.0)
         row["seconds"] = round(seconds.get(model, 0.0), 1)
         table.append(row)
         before = solved
@@ -141,11 +138,11 @@ def _measured(name: str, values: Sequence[Any], interval: Any) -> dict[str, Any]
 
 
 def rule_table(models: Sequence[str], puzzles: dict[str, dict[str, Any]], rules: Sequence[str]) -> list[dict[str, Any]]:
-    """What each selection rule would have scored, and how often the solution was among the candidates at all.
+    """The score of each selection rule, and how often the solution was among the candidates.
 
     Args:
-        models, puzzles: see `score_table`; each answer's "rules" holds, for each rule, which of its guesses are right.
-        rules: their names.
+        models, puzzles: see `score_table`; an answer's "rules" says for each rule which of its guesses are right.
+        rules: names of rules.
 
     Returns:
         For each model a dict: model, n, found, and for each rule {"exact_1", "exact_2"}; None without solutions.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,12 +11,12 @@ import numpy as np
 
 @dataclass(eq=False)
 class Candidate:
-    """A grid that was found as the answer to a test input, in one view or several.
+    """A possible answer to a test input, which one view or several have given.
 
     Args:
-        grid: uint8 (height, width), as the puzzle itself shows it.
-        found: number of a view -> log probability of the replies of that view that mean this grid.
-        scored: log probability of the grid under each view, found there or not, (views,); None: not known.
+        grid: uint8 (height, width), in the orientation and colours of the puzzle.
+        found: number of a view -> log probability of that view's replies that decode to this grid.
+        scored: log probability of the grid under every view, (views,); None: not computed.
     """
 
     grid: np.ndarray
@@ -25,14 +25,14 @@ class Candidate:
 
 
 def gather_candidates(views: Sequence[Sequence[tuple[np.ndarray | None, float]]]) -> list[Candidate]:
-    """Merge what the views of one test input have found.
+    """Merge the replies of all views of one test input.
 
     Args:
-        views: for each view its replies, each a grid mapped back as `ArcDataset.decode` gives it (None: it is no grid,
-            and left out) and a log probability. Replies of a view are disjoint, so those of one grid add up.
+        views: for each view its replies: (grid as `ArcDataset.decode` maps it back, log probability). A grid of None is
+            left out. The replies of a view exclude each other, so the probabilities of one grid add up.
 
     Returns:
-        One candidate for each different grid, in the order in which they come first.
+        One candidate for each different grid, in the order of their first replies.
     """
     merged: dict[tuple[tuple[int, ...], bytes], Candidate] = {}
     for view, replies in enumerate(views):
@@ -49,24 +49,24 @@ def gather_candidates(views: Sequence[Sequence[tuple[np.ndarray | None, float]]]
 def select(candidates: Sequence[Candidate], rule: str = "product", count: int = 2) -> list[np.ndarray]:
     """The best grids by a rule.
 
-    - first_view: probability in view 0; what it has not found is no candidate. What a system without views would say.
-    - max: the highest probability in any view that found it.
-    - sum: the sum of the probabilities in the views that found it.
+    - first_view: the probability in view 0, whose grids alone are candidates: a system without augmentation.
+    - max: the highest probability in a view.
+    - sum: the sum of the probabilities in the views that gave it.
     - product: the product of the probabilities under all views (product of experts).
-    - majority: how many views have it as their most probable grid.
+    - majority: the number of views whose most probable grid it is.
 
-    Ties are broken by the sum, then by shape and cells, so that the order of views and candidates does not matter.
+    Ties are broken by the sum, then by shape and cells, so the order of views and candidates does not matter.
 
     Args:
-        candidates: of one test input, different grids, as `gather_candidates` gives them.
+        candidates: of one test input, as `gather_candidates` gives them.
         rule: a name from `RULES`.
-        count: how many grids.
+        count: largest number of grids.
 
     Returns:
         Up to `count` grids, the best first.
 
     Raises:
-        ValueError: no such rule, or "product" where a candidate has not been scored.
+        ValueError: there is no such rule, or the rule is "product" and a candidate has not been scored.
 
     Source: Franzen et al. 2025, arXiv 2505.07859, for the product; sum and max as in their code of 2024.
     """
@@ -80,17 +80,20 @@ def select(candidates: Sequence[Candidate], rule: str = "product", count: int = 
     ranks = sorted(range(len(candidates)), key=lambda i: _identity(candidates[i]))
     sums = [math.fsum(math.exp(log_prob) for log_prob in candidate.found.values()) for candidate in candidates]
     ranks.sort(key=lambda i: -sums[i])
-    scores = {
+    votes = dict.fromkeys(ranks, 0)
+    for view in sorted({view for candidate in candidates for view in candidate.found}):
+        # `ranks` is in the order of the tie-break, and the first of equals is taken.
+        def probability(i: int, view: int = view) -> float:
+            return candidates[i].found.get(view, -math.inf)
+
+        votes[max(ranks, key=probability)] += 1
+    scores: dict[str, Callable[[int], float]] = {
         "first_view": lambda i: candidates[i].found[0],
         "max": lambda i: max(candidates[i].found.values(), default=-math.inf),
         "sum": lambda i: sums[i],
         "product": lambda i: math.fsum(candidates[i].scored or []),
         "majority": lambda i: votes[i],
     }
-    votes = dict.fromkeys(ranks, 0)
-    for view in sorted({view for candidate in candidates for view in candidate.found}):
-        # `ranks` is in the order of the tie-break, and the first of equals is taken.
-        votes[max(ranks, key=lambda i, view=view: candidates[i].found.get(view, -math.inf))] += 1
     ranks.sort(key=lambda i: -scores[rule](i))
     return [candidates[i].grid for i in ranks[:count]]
 

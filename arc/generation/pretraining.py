@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arc.generation.families import FAMILIES, MAX_SIDE, MIN_SIDE, PROGRAM, draw_pairs, draw_program
+from arc.generation.families import FAMILIES
+from arc.generation.programs import PROGRAM, draw_program
+from arc.generation.rules import MIN_SIDE, draw_pairs, pick
 from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.encoding import SampleEncoder
+from arc.puzzles.files import MAX_SIDE
 from arc.puzzles.leaks import find_leaks
 from arc.puzzles.text import format_options
 
@@ -110,7 +113,7 @@ def draw_puzzles(
     """
     challenge = {}
     for number in range(count):
-        name, size = (choices[rng.integers(len(choices))] for choices in (families, sizes))
+        name, size = pick(rng, families), pick(rng, sizes)
         if programs and rng.random() < programs:
             name = PROGRAM
         pairs = _pairs(rng, name, size + 1, max_side)

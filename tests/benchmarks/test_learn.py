@@ -24,10 +24,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import base_finetune_final
 import learn
 from arc.evaluation.scores import wilson_interval
-from arc.generation import families as make_dataset
 from arc.puzzles import splits
 from arc.runs.settings import parse_settings
-from demo import make_base
+from demo import make_base, make_dataset
 
 TASKS = {"coin": (1, 2), "more": (3, 4), "last": (5, 5)}
 SPLIT = {"sizes": [2], "holdout_examples": 8, "holdout_tasks": 1}

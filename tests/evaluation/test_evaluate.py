@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import re
 import shutil
 import signal
 import sqlite3
@@ -25,7 +26,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from arc.evaluation import answers as answers_module
+from arc.evaluation import answers, models
+from arc.evaluation import replies as replies_module
+from arc.evaluation.progress import Progress
 from arc.models import loading, manifests
 from arc.models import lora as lora_module
 from arc.models import vocabulary as vocabulary_module
@@ -179,8 +182,8 @@ def names_in_cache(out):
 
 def test_a_second_run_loads_no_model_and_more_views_only_add(taught, challenges, tmp_path, monkeypatch):
     out, loads = tmp_path / "out", []
-    load = answers_module.load_evaluated
-    monkeypatch.setattr(answers_module, "load_evaluated", lambda *args: loads.append(1) or load(*args))
+    load = replies_module.load_evaluated
+    monkeypatch.setattr(replies_module, "load_evaluated", lambda *args: loads.append(1) or load(*args))
     flags = ["--models", taught, "--challenges", challenges, "--output_dir", out, *SMALL]
     evaluate(*flags, "--views", 2)
     first, entries = results_of(out), names_in_cache(out)
@@ -193,9 +196,9 @@ def test_a_second_run_loads_no_model_and_more_views_only_add(taught, challenges,
     searches = [name for name in entries if name.startswith("search")]
     assert len(searches) == 2 * 7
     asked = []
-    search = answers_module.search_replies
+    search = replies_module.search_replies
     monkeypatch.setattr(
-        answers_module,
+        replies_module,
         "search_replies",
         lambda m, e, t, prompts, **k: asked.extend(prompts) or search(m, e, t, prompts, **k),
     )
@@ -267,11 +270,11 @@ def test_models_side_by_side_and_an_adapter_as_its_merge(taught, challenges, tmp
     assert results["models"] == ["in 4 bits"]
     assert (tmp_path / "out" / "submission-in 4 bits.json").is_file()
     assert (tmp_path / "out" / "submission-some-lora.json.old-1").is_file()
-    found = answers_module.find_models([str(lora), str(taught)], load_in_4bit=None)
+    found = models.find_models([str(lora), str(taught)], load_in_4bit=None)
     assert [m.precision.load_in_4bit for m in found] == [False, False]
     manifest = manifests.read_manifest(lora)
     manifests.write_manifest(lora, {**manifest, "precision": {**manifest["precision"], "load_in_4bit": True}})
-    [found] = answers_module.find_models([str(lora)])
+    [found] = models.find_models([str(lora)])
     assert found.precision.load_in_4bit and found.precision.engine == "transformers"
 
 
@@ -451,7 +454,7 @@ def test_the_longest_reply_does_not_depend_on_its_colours():
     )
     encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
     assert len(encoder.encode_reply(np.zeros((30, 30), dtype=np.uint8))) == 30 * 15 + 31
-    assert answers_module._longest_reply(encoder) == 931
+    assert replies_module.longest_reply(encoder) == 931
 
 
 def changed_copy(taught, folder, change):
@@ -553,6 +556,35 @@ def test_a_cache_that_stays_locked_gets_one_error(taught, challenges, tmp_path, 
     assert "locked" in printed and str(tmp_path / "out" / "cache") in printed and "Traceback" not in printed
 
 
+def test_the_progress_counts_rows_of_all_models_and_ends_full(taught, challenges, tmp_path):
+    """A first guess of each of 7 test inputs, and 3 views of each, decoded and scored; nothing is scored twice."""
+    flags = ["--models", taught, taught, "--model_names", "a", "b", "--challenges", challenges, "--views", 3, *SMALL]
+    for more in ([], [], ["--max_seq_length", 130]):  # computed; from the cache; some puzzles do not fit
+        printed = evaluate(*flags, *more, "--output_dir", tmp_path / "out")
+        total = 2 * 7 * (1 + 2 * 3)
+        assert f"| {total}/{total} [" in printed
+        assert len(set(re.findall(r"(\d+)/98 \[", printed))) >= 2
+        assert not re.findall(r"/(?!98 )\d+ \[[^]]*row", printed), "one bar for all"
+
+
+def test_the_estimate_of_the_progress_is_about_rows_that_were_computed(monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    progress = Progress(100)
+    progress.bar._time = time.time
+    progress.bar.start_t = progress.bar.last_print_t = 0
+    with progress.paused():
+        clock[0] += 30  # the model is loaded
+    progress.skipped(80)
+    for _ in range(5):
+        clock[0] += 2
+        progress.finished()
+    progress.close()
+    assert progress.bar.n == 85
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "85/100 [00:10<00:30" in last and "2.00s/row" in last
+
+
 def test_views_that_do_not_fit_are_counted(taught, challenges, tmp_path):
     flags = ["--models", taught, "--challenges", challenges, "--views", 8, "--output_dir", tmp_path / "out"]
     for length in range(132, 150, 2):
@@ -580,7 +612,7 @@ def test_names_are_shown_as_they_are_and_short_enough_for_a_file(taught, challen
 
 
 def test_memory_runs_out_once_and_not_with_every_chunk(taught, challenges, tmp_path, monkeypatch):
-    load = answers_module.load_evaluated
+    load = replies_module.load_evaluated
 
     def limited(*args):
         model = load(*args)
@@ -594,8 +626,8 @@ def test_memory_runs_out_once_and_not_with_every_chunk(taught, challenges, tmp_p
 
     flags = ["--models", taught, "--challenges", challenges, *WIDE]
     evaluate(*flags, "--output_dir", tmp_path / "roomy")
-    monkeypatch.setattr(answers_module, "load_evaluated", limited)
-    monkeypatch.setattr(answers_module, "CHUNK", 1)
+    monkeypatch.setattr(replies_module, "load_evaluated", limited)
+    monkeypatch.setattr(answers, "CHUNK", 1)
     printed = evaluate(*flags, "--output_dir", tmp_path / "small")
     assert printed.count("out of memory") == 3  # 16 rows: 8, 4, 2; scores go one by one then
     one, other = results_of(tmp_path / "roomy"), results_of(tmp_path / "small")

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from arc.generation import families as make_dataset
 from arc.generation import pretraining
+from arc.generation.families import FAMILIES
 from arc.generation.pretraining import Chunks, Pretraining
 from arc.models import collator as collator_module
 from arc.models import prepared_base
@@ -133,9 +133,9 @@ def test_the_loss_falls_and_the_record_says_what_was_done(pretrained):
     assert done["loss_of_replies"] < 5  # of 512 tokens, at first: ln 512 = 6.2
     assert done["puzzles"] >= 100
     assert 0.8 * 40 * 1024 < done["tokens"] <= 40 * 1024
-    assert set(done["new_families"]) == set(make_dataset.FAMILIES) - {"flip", "count"}
+    assert set(done["new_families"]) == set(FAMILIES) - {"flip", "count"}
     assert record["settings"]["pretrain_families"] == ["flip", "count"]
-    assert record["solved_of_fresh_puzzles"].keys() == {"puzzles_of_each_family", *make_dataset.FAMILIES}
+    assert record["solved_of_fresh_puzzles"].keys() == {"puzzles_of_each_family", *FAMILIES}
     assert "flip 0%" in printed
     assert "rotate* 0%" in printed
 
@@ -212,8 +212,8 @@ def test_the_shapes(tmp_path):
 
 
 def test_new_families_are_families():
-    assert set(pretraining.NEW_FAMILIES) < set(make_dataset.FAMILIES)
-    assert len(Pretraining().pretrain_families) == len(make_dataset.FAMILIES) - len(pretraining.NEW_FAMILIES)
+    assert set(pretraining.NEW_FAMILIES) < set(FAMILIES)
+    assert len(Pretraining().pretrain_families) == len(FAMILIES) - len(pretraining.NEW_FAMILIES)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_the_demos_base_is_what_it_says_it_is():
     })  # fmt: skip
     assert settings.pretrain_avoid == "demo_dataset"
     new = set(record["pretraining"]["new_families"])
-    assert new == set(make_dataset.FAMILIES) - set(settings.pretrain_families) and len(new) >= 2
+    assert new == set(FAMILIES) - set(settings.pretrain_families) and len(new) >= 2
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     solved = pretraining.solved_by_family(model, tokenizer, settings, 30, families=("crop", "repeat", "border"))

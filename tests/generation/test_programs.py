@@ -6,10 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from arc.generation import concepts as concept_operations
-from arc.generation import programs as rule_programs
-from arc.generation.families import draw_pairs
-from arc.generation.programs import LENGTHS, OPERATIONS, SCENES, Unfit, inside_of, neighbours_of, parts_of, program
+from arc.generation import objects, operations, programs
+from arc.generation.objects import find_objects, inside_of, neighbours_of
+from arc.generation.operations import OPERATIONS
+from arc.generation.programs import LENGTHS, draw_rule
+from arc.generation.rules import Unfit, draw_pairs
+from arc.generation.scenes import SCENES
 
 
 def grid(text):
@@ -26,8 +28,9 @@ class Choosing:
         def choose(*_, **__):
             return left.pop(0)
 
-        for module in (rule_programs, concept_operations):
-            monkeypatch.setattr(module, "pick", lambda _, among: choose())
+        for module in (objects, *operations.FILES):
+            if hasattr(module, "pick"):
+                monkeypatch.setattr(module, "pick", lambda _, among: choose())
         self.integers = self.random = choose
         self.permutation = lambda n: np.arange(n)
         self.left = left
@@ -35,7 +38,7 @@ class Choosing:
 
 def drawn(count, max_side, seed=0):
     rng = np.random.default_rng(seed)
-    return [program(rng, max_side) for _ in range(count)], rng
+    return [draw_rule(rng, max_side) for _ in range(count)], rng
 
 
 @pytest.mark.parametrize("max_side", [3, 6, 10])
@@ -99,13 +102,13 @@ def without(steps, given, max_side):
 
 
 def test_no_operation_of_a_program_can_be_left_out(monkeypatch):
-    made, build = [], rule_programs._rule
+    made, build = [], programs._rule
 
     def remember(scene, steps, max_side):
         made.append(steps)
         return build(scene, steps, max_side)
 
-    monkeypatch.setattr(rule_programs, "_rule", remember)
+    monkeypatch.setattr(programs, "_rule", remember)
     rules, rng = drawn(150, 9)
     compared = 0
     for rule, steps in zip(rules, made, strict=True):
@@ -131,26 +134,26 @@ def test_operations_that_undo_or_hide_others_are_refused():
     def grown(cells):
         return np.vstack([cells, cells])
 
-    once = rule_programs._advance((grid("12 .."), []), turned, 5)
+    once = programs._advance((grid("12 .."), []), turned, 5)
     assert once[0].tolist() == grid("21 ..").tolist()
     for refused in (turned, filled, lambda cells: cells.copy()):  # undone; the same without the first; no change
         with pytest.raises(Unfit):
-            rule_programs._advance(once, refused, 5)
-    twice = rule_programs._advance(once, grown, 5)
+            programs._advance(once, refused, 5)
+    twice = programs._advance(once, grown, 5)
     assert [other.tolist() for other in twice[1]] == [grid(text).tolist() for text in ("12 ..", "21 ..", "12 .. 12 ..")]
     with pytest.raises(Unfit):
-        rule_programs._advance(twice, grown, 5)  # eight rows
+        programs._advance(twice, grown, 5)  # eight rows
 
 
 def test_objects_touch_by_sides_or_corners_and_by_colour_or_not():
     cells = grid("11.2 .12. ...3")
-    assert [(part.size, part.colour) for part in parts_of(cells, True, False)] == [(3, 1), (1, 2), (1, 2), (1, 3)]
-    assert [(part.size, part.colour) for part in parts_of(cells, True, True)] == [(3, 1), (2, 2), (1, 3)]
-    assert [part.size for part in parts_of(cells, False, False)] == [4, 1, 1]
-    [whole] = parts_of(cells, False, True)
+    assert [(part.size, part.colour) for part in find_objects(cells, True, False)] == [(3, 1), (1, 2), (1, 2), (1, 3)]
+    assert [(part.size, part.colour) for part in find_objects(cells, True, True)] == [(3, 1), (2, 2), (1, 3)]
+    assert [part.size for part in find_objects(cells, False, False)] == [4, 1, 1]
+    [whole] = find_objects(cells, False, True)
     assert whole.size == 6 and whole.box == (slice(0, 3), slice(0, 4))
     assert (whole.mask() == (cells != 0)).all()
-    assert parts_of(np.zeros((2, 2), dtype=int), True, True) == []
+    assert find_objects(np.zeros((2, 2), dtype=int), True, True) == []
 
 
 def test_what_is_inside_cannot_be_left_by_sides():

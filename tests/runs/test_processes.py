@@ -18,7 +18,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from arc.generation import families as make_dataset
 from arc.models.collator import InputMaskingDataCollator
 from arc.models.vocabulary import cut_tokenizer, load_tokenizer
 from arc.puzzles.dataset import ArcDataset
@@ -27,6 +26,7 @@ from arc.puzzles.text import format_options
 from arc.runs.checkpoints import complete_checkpoints
 from arc.runs.processes import agree, divide_batch, gather, is_main, process_count, share, wait_for_everyone
 from arc.training.rows import EpochSampler, FilledSamples
+from demo import make_dataset
 from tests.helpers import ROOT, call
 from tests.script_processes import Script
 from tests.scripts.test_stages import SMALL, artifact

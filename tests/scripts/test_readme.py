@@ -345,8 +345,7 @@ def make_folder(to):
 
 def make_inputs(folder):
     """What a reader brings: weights (tiny ones), re-arc's output, official puzzles, and the competition's files."""
-    from arc.generation import families as make_dataset
-    from demo import make_base
+    from demo import make_base, make_dataset
 
     make_base.main(["--out", str(folder / "small_base")])
     generated = folder / "generated"

@@ -21,7 +21,6 @@ from arc.training.batch_planning import (
     divisions_that_fit,
     divisors,
     faster_way,
-    let_run_ahead,
     plan_batches,
 )
 from arc.training.stage import BatchPlan

@@ -130,7 +130,7 @@ def test_what_no_puzzle_is_made_of_is_counted(settings, tmp_path, capsys):
 
 def test_an_evaluation_looks_for_leaks_in_the_extra_folders_too(settings, tmp_path):
     import evaluate_arc
-    from arc.evaluation.results import load_puzzles
+    from arc.evaluation.puzzles import load_puzzles
     from arc.runs.settings import find_problems
 
     rng = np.random.default_rng(7)

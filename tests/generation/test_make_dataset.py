@@ -1,199 +1,32 @@
-"""The demo's data and base model: reproducible, right by an independent computation, and careful with what is there."""
+"""demo/make_dataset.py: what it writes, that it does so again, and that it is careful with what is there."""
 
+import hashlib
 import json
-import os
-import string
-import subprocess
-import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from arc.generation import families as make_dataset
-from arc.generation.programs import OPERATIONS
+from arc.generation.changed_outputs import generate_changed
+from arc.generation.dataset_files import HEADER
+from arc.generation.families import FAMILIES, generate
+from arc.generation.operations import OPERATIONS
+from arc.generation.processes import CHUNK
+from arc.generation.programs import generate_programs
+from arc.generation.rearc import from_rearc
 from arc.puzzles import splits
 from arc.puzzles.dataset import ArcDataset, Holdout
 from base_finetune import Settings
-from demo import make_base
+from demo import make_dataset
+from tests.helpers import run
 
-ROOT = Path(__file__).resolve().parents[2]
 Rows = list[list[int]]
-
-
-def run(script: str, *flags: object, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "demo" / script), *map(str, flags)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONHASHSEED": hash_seed},
-        check=False,
-    )
+# SHA-256 of the files that earlier versions generated, one after the other.
+GOLDEN = {"families": "b12ab28e2b053f01", "programs": "3af1876c76ae4a77", "changed": "bca9895b804216a5"}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The verifier: every rule again, cell by cell on plain lists, from its parameters as rules.txt gives them.
-
-
-def solve_flip(g: Rows, axis: str) -> Rows:
-    return [row[::-1] for row in g] if axis == "left-right" else g[::-1]
-
-
-def solve_rotate(g: Rows, degrees: int) -> Rows:
-    for _ in range(degrees // 90):  # counter-clockwise: the last column becomes the first row
-        g = [[row[c] for row in g] for c in reversed(range(len(g[0])))]
-    return g
-
-
-def solve_transpose(g: Rows, diagonal: str) -> Rows:
-    h, w = len(g), len(g[0])
-    if diagonal == "main":
-        return [[g[r][c] for r in range(h)] for c in range(w)]
-    return [[g[h - 1 - r][w - 1 - c] for r in range(h)] for c in range(w)]
-
-
-def solve_recolour(g: Rows, map: list[int]) -> Rows:  # noqa: A002 - the parameter's name in the file
-    return [[map[v] for v in row] for row in g]
-
-
-def solve_swap_colours(g: Rows, colours: list[int]) -> Rows:
-    low, high = colours
-    return [[high if v == low else low if v == high else v for v in row] for row in g]
-
-
-def solve_keep_colour(g: Rows, colour: int) -> Rows:
-    return [[v if v == colour else 0 for v in row] for row in g]
-
-
-def solve_translate(g: Rows, down: int, right: int, wrap: bool) -> Rows:
-    h, w = len(g), len(g[0])
-    out = [[0] * w for _ in range(h)]
-    for r in range(h):
-        for c in range(w):
-            to_r, to_c = r + down, c + right
-            if wrap:
-                to_r, to_c = to_r % h, to_c % w
-            if 0 <= to_r < h and 0 <= to_c < w:
-                out[to_r][to_c] = g[r][c]
-    return out
-
-
-def turned(g: Rows, direction: str) -> Rows:
-    """Turn a grid so that `direction` points right; `turned_back` undoes it. By rotations, unlike the generator."""
-    return solve_rotate(g, {"right": 0, "down": 90, "left": 180, "up": 270}[direction])
-
-
-def turned_back(g: Rows, direction: str) -> Rows:
-    return solve_rotate(g, {"right": 0, "down": 270, "left": 180, "up": 90}[direction])
-
-
-def solve_gravity(g: Rows, direction: str) -> Rows:
-    lines = [[v for v in row if v] for row in turned(g, direction)]
-    width = len(turned(g, direction)[0])
-    return turned_back([[0] * (width - len(line)) + line for line in lines], direction)
-
-
-def solve_rays(g: Rows, direction: str) -> Rows:
-    lines = [list(row) for row in turned(g, direction)]
-    for row in lines:
-        for c in range(1, len(row)):
-            row[c] = row[c] or row[c - 1]
-    return turned_back(lines, direction)
-
-
-def solve_mirror_extend(g: Rows, direction: str) -> Rows:
-    if direction == "right":
-        return [row + row[::-1] for row in g]
-    if direction == "left":
-        return [row[::-1] + row for row in g]
-    return g + g[::-1] if direction == "down" else g[::-1] + g
-
-
-def solve_repeat(g: Rows, direction: str) -> Rows:
-    return [row + row for row in g] if direction == "right" else g + g
-
-
-def solve_scale(g: Rows, rows: int, columns: int) -> Rows:
-    return [[v for v in row for _ in range(columns)] for row in g for _ in range(rows)]
-
-
-def solve_symmetrise(g: Rows, direction: str) -> Rows:
-    lines = [list(row) for row in turned(g, direction)]
-    for row in lines:
-        for c in range(len(row) // 2):
-            row[len(row) - 1 - c] = row[c]
-    return turned_back(lines, direction)
-
-
-def solve_border(g: Rows, colour: int) -> Rows:
-    h, w = len(g), len(g[0])
-    return [[colour if r in (0, h - 1) or c in (0, w - 1) else g[r][c] for c in range(w)] for r in range(h)]
-
-
-def solve_crop(g: Rows, background: int) -> Rows:
-    def trimmed(lines: Rows) -> Rows:
-        while all(v == background for v in lines[0]):
-            lines = lines[1:]
-        while all(v == background for v in lines[-1]):
-            lines = lines[:-1]
-        return lines
-
-    return solve_transpose(trimmed(solve_transpose(trimmed(g), "main")), "main")
-
-
-def solve_count(g: Rows, colour: int) -> Rows:
-    return [[colour for row in g for v in row if v == colour]]
-
-
-def solve_combine(g: Rows, operation: str, line: int, colour: int) -> Rows:
-    half = len(g[0]) // 2
-    assert all(row[half] == line for row in g)
-    wanted = {"and": (2,), "or": (1, 2), "xor": (1,)}[operation]
-    return [[colour if (row[c] > 0) + (row[half + 1 + c] > 0) in wanted else 0 for c in range(half)] for row in g]
-
-
-def test_the_verifier_itself_on_a_grid_solved_by_hand():
-    grid = [[0, 1, 0], [2, 0, 3]]
-    assert solve_rotate(grid, 90) == [[0, 3], [1, 0], [0, 2]]
-    assert solve_transpose(grid, "other") == [[3, 0], [0, 1], [2, 0]]
-    assert solve_gravity(grid, "down") == [[0, 0, 0], [2, 1, 3]]
-    assert solve_gravity(grid, "up") == [[2, 1, 3], [0, 0, 0]]
-    assert solve_gravity(grid, "left") == [[1, 0, 0], [2, 3, 0]]
-    assert solve_rays(grid, "up") == [[2, 1, 3], [2, 0, 3]]
-    assert solve_rays(grid, "right") == [[0, 1, 1], [2, 2, 3]]
-    assert solve_symmetrise(grid, "right") == [[0, 1, 0], [2, 0, 2]]
-    assert solve_symmetrise(grid, "left") == [[0, 1, 0], [3, 0, 3]]
-    assert solve_translate(grid, 1, -1, wrap=False) == [[0, 0, 0], [1, 0, 0]]
-    assert solve_translate(grid, 1, -1, wrap=True) == [[0, 3, 2], [1, 0, 0]]
-    assert solve_crop([[7, 7, 7], [7, 1, 7], [7, 7, 7]], 7) == [[1]]
-    assert solve_scale([[1, 2]], 2, 1) == [[1, 2], [1, 2]]
-    assert solve_combine([[1, 5, 2], [0, 5, 4]], "xor", 5, 8) == [[0], [8]]
-
-
-@pytest.mark.parametrize("max_side", [3, 5, 12])
-@pytest.mark.parametrize("family", make_dataset.FAMILIES)
-def test_every_output_follows_from_its_rule(family, max_side):
-    solve = globals()[f"solve_{family.replace('-', '_')}"]
-    tasks = make_dataset.generate([family], tasks_per_family=10, examples=60, max_side=max_side, seed=1)
-    for name, (parameters, pairs) in tasks.items():
-        parameters = json.loads(json.dumps(parameters))  # as a reader of rules.txt gets them
-        assert len(pairs) == 60
-        assert len({json.dumps(pair["input"]) for pair in pairs}) == 60, f"{name} repeats an input"
-        for pair in pairs:
-            assert pair["output"] == solve(pair["input"], **parameters), (name, parameters, pair["input"])
-            assert pair["output"] != pair["input"], f"{name}: an example that shows nothing"
-            for grid in pair.values():
-                assert 1 <= len(grid) <= max_side
-                assert 1 <= len(grid[0]) <= max_side
-                assert {len(row) for row in grid} == {len(grid[0])}
-                assert all(type(v) is int and 0 <= v <= 9 for row in grid for v in row)
-    rules = [json.dumps(parameters, sort_keys=True) for parameters, _ in tasks.values()]
-    assert len(set(rules)) == len(rules), "two tasks of one rule"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,30 +36,49 @@ def test_every_output_follows_from_its_rule(family, max_side):
 def test_the_dataset_depends_on_the_settings_alone(tmp_path):
     flags = ["--examples", 20, "--seed", 7]
     for name, hash_seed in (("a", "1"), ("b", "2")):
-        done = run("make_dataset.py", "--out", tmp_path / name, *flags, hash_seed=hash_seed)
-        assert done.returncode == 0, done.stderr
+        run("demo/make_dataset.py", "--out", tmp_path / name, *flags, fresh=True, PYTHONHASHSEED=hash_seed)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     names = {path.stem.rpartition("-")[0] for path in (tmp_path / "a").glob("*.json")}
-    assert names == set(make_dataset.FAMILIES)
+    assert names == set(FAMILIES)
     assert len(names) >= 10
-    assert run("make_dataset.py", "--out", tmp_path / "c", "--examples", 20, "--seed", 8).returncode == 0
+    run("demo/make_dataset.py", "--out", tmp_path / "c", "--examples", 20, "--seed", 8)
     assert contents(tmp_path / "a") != contents(tmp_path / "c")
 
 
+def test_what_is_generated_stays_the_same_to_the_byte(tmp_path):
+    """Whoever generated a dataset with an earlier version gets the same one again."""
+    (tmp_path / "families").mkdir()
+    commands = {
+        "families": ["--examples", "5"],
+        "programs": ["--programs", "100", "--workers", "1"],
+        "changed": [
+            "--changed_from", str(tmp_path / "families"), "--sizes", "2", "--share", "1", "--workers", "1",
+            "--holdout_examples", "4",
+        ],
+    }  # fmt: skip
+    for name, flags in commands.items():
+        assert make_dataset.main(["--out", str(tmp_path / name), *flags]) == 0
+        files = sorted(contents(tmp_path / name).items())
+        if name == "changed":
+            files = files[:-1]  # rules.txt names the dataset's hash, which is none of the generator's business
+        digest = hashlib.sha256(b"".join(content for _, content in files)).hexdigest()
+        assert digest[:16] == GOLDEN[name], name
+
+
 def test_a_task_stays_what_it_is_when_more_is_asked_for():
-    few = make_dataset.generate(["gravity", "recolour"], tasks_per_family=1, examples=10, max_side=5, seed=3)
-    many = make_dataset.generate(["crop", "recolour", "gravity"], tasks_per_family=3, examples=25, max_side=5, seed=3)
+    few = generate(["gravity", "recolour"], tasks_per_family=1, examples=10, max_side=5, seed=3)
+    many = generate(["crop", "recolour", "gravity"], tasks_per_family=3, examples=25, max_side=5, seed=3)
     for name, (parameters, pairs) in few.items():
         assert many[name][0] == parameters
         assert many[name][1][:10] == pairs
 
 
 def test_a_family_gives_no_more_tasks_than_it_has_rules(tmp_path):
-    done = run(
-        "make_dataset.py", "--out", tmp_path / "d", "--families", "flip", "--tasks_per_family", 5, "--examples", 9
+    printed = run(
+        "demo/make_dataset.py", "--out", tmp_path / "d", "--families", "flip", "--tasks_per_family", 5, "--examples", 9
     )
     assert sorted(path.name for path in (tmp_path / "d").iterdir()) == ["flip-0.json", "flip-1.json", "rules.txt"]
-    assert "flip has only 2 different rules" in done.stdout
+    assert "flip has only 2 different rules" in printed
 
 
 def test_its_own_folder_is_kept_or_replaced(tmp_path):
@@ -256,7 +108,7 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path, capsys, what):
         (out / "thesis.txt").write_text("mine")
     elif what == "forged":
         out.mkdir()
-        (out / "rules.txt").write_text(f"{make_dataset.HEADER}\n../data {'0' * 64} {{}}\n")
+        (out / "rules.txt").write_text(f"{HEADER}\n../data {'0' * 64} {{}}\n")
     else:
         assert make_dataset.main([*flags, "9"]) == 0
         if what == "one file added":
@@ -347,7 +199,7 @@ def test_pairs_are_taken_from_rearc(rearc, tmp_path, capsys):
 
 
 def test_all_sides_and_few_pairs_on_demand(rearc, tmp_path):
-    tasks, left_out = make_dataset.from_rearc(rearc, max_side=30, min_pairs=1)
+    tasks, left_out = from_rearc(rearc, max_side=30, min_pairs=1)
     assert [len(pairs) for _, pairs in tasks.values()] == [8, 11, 10]
     assert not left_out
     assert tasks["b_b"][0] == {"pairs": 11, "of": 13}
@@ -442,7 +294,7 @@ def test_programs_are_drawn_alike_by_any_number_of_processes(tmp_path):
 
 
 def test_each_program_is_another_one_and_makes_one_puzzle():
-    tasks = make_dataset.generate_programs(80, examples=7, max_side=8, seed=3, workers=1)
+    tasks = generate_programs(80, examples=7, max_side=8, seed=3, workers=1)
     assert 76 <= len(tasks) <= 80 and {name.rpartition("-")[0] for name in tasks} == {"program"}
     assert len({json.dumps(parameters) for parameters, _ in tasks.values()}) == len(tasks)
     for parameters, pairs in tasks.values():
@@ -452,7 +304,7 @@ def test_each_program_is_another_one_and_makes_one_puzzle():
             assert pair["input"] != pair["output"]
             for grid in pair.values():
                 assert 1 <= len(grid) <= 8 and 1 <= len(grid[0]) <= 8
-    more = make_dataset.generate_programs(90, examples=7, max_side=8, seed=3, workers=1)
+    more = generate_programs(90, examples=7, max_side=8, seed=3, workers=1)
     assert {name: more[name] for name in tasks} == tasks, "a task stays what it is when more is asked for"
 
 
@@ -536,7 +388,7 @@ def test_changes_depend_on_the_puzzle_alone(course, tmp_path):
         assert make_dataset.main([*flags, "--out", str(tmp_path / name), *more]) == 0
         made[name] = contents(tmp_path / name)
         del made[name]["rules.txt"]
-    assert made["all"] == made["two"] and len(made["all"]) > make_dataset.PROGRAMS_A_CALL, "two processes draw"
+    assert made["all"] == made["two"] and len(made["all"]) > CHUNK, "two processes draw"
     assert made["half"] != made["seed"]
     assert made["half"].items() < made["all"].items(), "a larger share adds some"
     assert 0.35 < len(made["half"]) / len(made["all"]) < 0.65
@@ -554,9 +406,7 @@ def test_official_puzzles_are_changed_with_what_solutions_they_have(tmp_path):
         pairs = [{side: rng.integers(0, 10, (3, 4)).tolist() for side in ("input", "output")} for _ in range(5)]
         tests = pairs[3:] if number % 2 else [{"input": pair["input"]} for pair in pairs[3:]]
         (tmp_path / "official" / f"p{number}.json").write_text(json.dumps({"train": pairs[:3], "test": tests}))
-    tasks, counts = make_dataset.generate_changed(
-        tmp_path / "official", share=1, max_side=9, seed=2, workers=1, holdout_examples=2
-    )
+    tasks, counts = generate_changed(tmp_path / "official", share=1, max_side=9, seed=2, workers=1, holdout_examples=2)
     assert counts["train"] == 10 and len(tasks) + counts["unfit"] == 10 and len(tasks) >= 6
     for name, (parameters, puzzle) in tasks.items():
         before = json.loads((tmp_path / "official" / f"{name.removeprefix('changed-')}.json").read_text())
@@ -591,148 +441,3 @@ def test_bad_settings_of_changed_outputs(course, tmp_path, monkeypatch, capsys, 
     error = capsys.readouterr().err
     assert expected in error and error.count("\n") == 1
     assert not Path("d").exists() and contents(course) == before
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The base model
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("demo") / "base"
-    done = run("make_base.py", "--out", out, hash_seed="1")
-    assert done.returncode == 0, done.stderr
-    return out
-
-
-@pytest.fixture(scope="module")
-def tokenizer(base):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(base)
-
-
-def test_the_base_loads_and_is_like_llama(base, tokenizer):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base)
-    assert model.dtype == torch.bfloat16
-    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    assert model.get_input_embeddings().weight.shape == (512, 64)
-    assert model.config.num_attention_heads == 4
-    assert model.config.num_key_value_heads == 2
-    assert model.config.rope_parameters["rope_type"] == "llama3"
-    assert model.config.pad_token_id is None
-    named = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"])
-    assert model.config.eos_token_id == model.generation_config.eos_token_id == named
-    ids = torch.tensor([tokenizer("I12\n34")["input_ids"]])
-    assert model(ids).logits.isfinite().all()
-    assert model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] <= ids.shape[1] + 3
-
-
-def test_special_tokens(tokenizer):
-    assert tokenizer.bos_token == "<|begin_of_text|>"
-    assert tokenizer.eos_token == "<|eot_id|>"
-    assert tokenizer.pad_token is None
-    assert len(tokenizer) == 512
-    assert tokenizer.convert_ids_to_tokens(list(range(496, 512))) == make_base.SPECIAL_TOKENS
-    for token in make_base.SPECIAL_TOKENS:
-        assert tokenizer(token, add_special_tokens=False)["input_ids"] == [tokenizer.convert_tokens_to_ids(token)]
-    assert {"<|finetune_right_pad_id|>", "<|start_header_id|>", "<|end_header_id|>"} < set(make_base.SPECIAL_TOKENS)
-
-
-def test_the_tokenizer_adds_bos_and_gives_the_text_back(tokenizer):
-    text = "I120\n003\n+/-=O5\n<|eot_id|>Ünïcode, Turn  the grid!\r\n\n"
-    ids = tokenizer(text)["input_ids"]
-    assert ids[0] == tokenizer.bos_token_id
-    assert tokenizer.decode(ids[1:]) == text
-    assert tokenizer("")["input_ids"] == [tokenizer.bos_token_id]
-
-
-def test_digits_merge_in_groups_of_up_to_three(tokenizer):
-    vocabulary = tokenizer.get_vocab()
-    lengths = Counter(len(token) for token in vocabulary if token.isascii() and token.isdigit())
-    assert lengths[1] == 10
-    assert lengths[2] >= 50
-    assert lengths[3] >= 10
-    assert set(lengths) == {1, 2, 3}
-    assert tokenizer.tokenize("0000000") == ["000", "000", "0"]
-    # The marks of the text format do not survive as tokens of their own, as with the real vocabulary.
-    assert len(tokenizer.tokenize("+/-=")) < 4
-
-
-@pytest.mark.parametrize("character", [*string.ascii_letters, *string.digits, *"!?.:,;*+/-=", "\n"])
-def test_a_character_alone_is_one_token_of_its_own(tokenizer, character):
-    (token,) = tokenizer(character, add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode([token]) == character
-
-
-def test_the_base_is_reproducible(base, tmp_path):
-    done = run("make_base.py", "--out", tmp_path / "again", hash_seed="2")
-    assert done.returncode == 0, done.stderr
-    assert contents(base) == contents(tmp_path / "again")
-
-
-def test_the_rotary_base_is_chosen_and_kept(base, tmp_path, capsys):
-    out = tmp_path / "b"
-    assert make_base.main(["--out", str(out), "--rope_theta", "10000"]) == 0
-    configs = [json.loads((folder / "config.json").read_text()) for folder in (base, out)]
-    assert [config["rope_parameters"].pop("rope_theta") for config in configs] == [500000.0, 10000.0]
-    assert configs[0] == configs[1]
-    assert make_base.main(["--out", str(out)]) == 2  # there with another one
-    record = out / "make_base.json"
-    made = json.loads(record.read_text())
-    del made["settings"]["rope_theta"]  # a record from before there was a choice: it was Llama 3's
-    record.write_text(json.dumps(made))
-    capsys.readouterr()
-    assert make_base.main(["--out", str(out)]) == 0 and "there already" in capsys.readouterr().out
-    assert make_base.main(["--out", str(out), "--rope_theta", "10000"]) == 2
-
-
-def test_the_base_is_not_made_twice_or_overwritten(base, tmp_path, capsys):
-    before = contents(base)
-    assert make_base.main(["--out", str(base)]) == 0
-    assert "there already" in capsys.readouterr().out
-    assert make_base.main(["--out", str(base), "--seed", "5"]) == 2
-    assert "other settings" in capsys.readouterr().err
-    assert contents(base) == before
-    (tmp_path / "mine.txt").write_text("mine")
-    assert make_base.main(["--out", str(tmp_path)]) == 2
-    assert "did not write" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--vocab", "200"], "--vocab is 200: expected 272"),
-        (["--vocab", "100000"], "the training text gives no more"),
-        (["--hidden", "60"], "--hidden is 60: expected a multiple of twice --heads, 8"),
-        (["--layers", "0"], "--layers"),
-        (["--seed", "-1"], "--seed"),
-        (["--rope_theta", "1"], "--rope_theta is 1: expected a number above 1"),
-    ],
-)
-def test_bad_settings_of_the_base(tmp_path, capsys, flags, expected):
-    assert make_base.main(["--out", str(tmp_path / "b"), *flags]) == 2
-    error = capsys.readouterr().err
-    assert expected in error
-    assert error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("script", ["make_dataset.py", "make_base.py"])
-def test_help_needs_no_heavy_library(script):
-    code = (
-        "import runpy, sys\n"
-        f"sys.argv = [{script!r}, '--help']\n"
-        "try:\n"
-        f"    runpy.run_path({str(ROOT / 'demo' / script)!r}, run_name='__main__')\n"
-        "except SystemExit as end:\n"
-        "    assert end.code == 0\n"
-        "assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "--out" in done.stdout
