@@ -21,7 +21,6 @@ from arc.models.lora import (
 from arc.models.manifests import read_manifest, write_manifest
 from arc.models.prepared_base import check_base, prepare_base
 from arc.models.vocabulary import KEPT_CHARACTERS, cut_tokenizer, load_tokenizer
-from arc.training.mask_report import print_mask_report
 
 __all__ = [
     "EMBEDDING_MODULES",
@@ -39,7 +38,6 @@ __all__ = [
     "merge_adapter",
     "merge_and_check",
     "prepare_base",
-    "print_mask_report",
     "read_manifest",
     "resolve_precision",
     "save_adapter",

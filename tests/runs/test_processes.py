@@ -346,7 +346,7 @@ STOPPED = """
 import sys, time
 sys.path.insert(0, ROOT)
 from arc.runs.processes import start, wait_for_everyone
-from arc.runs.checkpoints import StopSignals
+from arc.runs.signals import StopSignals
 start()
 with StopSignals() as signals:
     wait_for_everyone()  # or the signal could come before the other process looks for it
