@@ -53,19 +53,13 @@ def grpo_trainer(
     shared, mix = shares_prompts(model, run), None
     if shared:
         use_packed_attention(model, engine)
-        if settings.supervised_weight:
-            mix = SupervisedMix(run, data)
-        trial = PolicyTrial(model, run, data, max_completion_length, from_copy, mix)
-        run.plan = plan_batches(trial, steps=settings.max_steps, kept=run.kept_plan())
-        run.plan = replace(run.plan, seconds_per_step=None)  # it was timed without the sampling
-        if mix is not None:
-            mix.passes = run.plan.passes
-        print(run.plan.describe(settings.max_steps, "completions"))
+        mix = SupervisedMix(run, data) if settings.supervised_weight else None
+        plan_step(PolicyTrial(model, run, data, max_completion_length, from_copy, mix), run, mix)
     elif settings.compile_layers:
         compile_layers(model)
     config_class, trl_trainer = grpo_classes(engine, shared)
     arguments = grpo_arguments(config_class, run, reward_weights, max_completion_length)
-    optimizer = None  # made by trl
+    optimizer = None  # trl makes one
     if set(settings.target_modules) & set(EMBEDDING_MODULES) or settings.optim == MUON:
         optimizer = optimizer_with_embedding_rate(model, arguments, settings.optim)
     if shared:
@@ -88,6 +82,16 @@ def grpo_trainer(
         train_in_float32(trainer.model)
     trainer.computed = {"fast_rollouts": from_copy, "shared_prompts": shared}
     return trainer
+
+
+def plan_step(trial: PolicyTrial, run: PolicyRun, mix: SupervisedMix | None) -> None:
+    """Plan how a step is divided, print it and store it as `run.plan`, and in the mix."""
+    steps = run.settings.max_steps
+    plan = plan_batches(trial, steps=steps, kept=run.kept_plan())
+    run.plan = replace(plan, seconds_per_step=None)  # it was timed without the sampling
+    if mix is not None:
+        mix.passes = plan.passes
+    print(run.plan.describe(steps, "completions"))
 
 
 def grpo_classes(engine: str, shared: bool) -> tuple[Any, Any]:
