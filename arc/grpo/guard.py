@@ -25,6 +25,7 @@ from arc.decoding.greedy import GreedyAnswer, greedy_answers
 from arc.decoding.log_probabilities import log_probabilities
 from arc.grpo.rewards import repetition
 from arc.grpo.settings import PolicySettings
+from arc.models.manifests import apply_umask
 from arc.runs.checkpoints import complete_checkpoints
 from arc.runs.files import flush
 from arc.training.data import StageData
@@ -383,6 +384,7 @@ def write_weights(weights: dict[str, Any], path: Path) -> None:
 
     beside = path.with_suffix(".tmp")
     save_file(weights, str(beside))
+    apply_umask(beside)
     flush(beside)
     beside.replace(path)
     flush(path.parent)

@@ -39,6 +39,8 @@ PACKAGES = (
 )
 # Files that make a model; what else lies in a folder (logs, pictures, notes, other formats) is about it.
 MODEL_SUFFIXES = (".safetensors", ".json", ".model", ".jinja")
+# Settings of earlier versions, with the value that trains as this version does.
+REMOVED_SETTINGS: dict[str, Any] = {"lora_bias": "none", "task_augmentation": 0.0, "use_vllm": False}
 # adapter_config.json names the base by its path, which differs from place to place; the weights show the rest of it.
 ABOUT_THE_MODEL = (MANIFEST, "probe.safetensors", "make_base.json", "adapter_config.json")
 
@@ -383,7 +385,7 @@ def changed_settings(
     before = course_settings(recorded.get("settings", {}))
     if recorded.get("settings"):  # a setting that an earlier version did not have had what is the default now
         before = default_course(type(settings)) | before
-    now = course_settings(json.loads(json.dumps(asdict(settings))))
+    now = REMOVED_SETTINGS | course_settings(json.loads(json.dumps(asdict(settings))))
     pairs = {name: (before[name], now[name]) for name in now if name in before}
     if recorded.get("precision"):
         pairs |= {name: (recorded["precision"][name], value) for name, value in precision.items()}

@@ -35,7 +35,6 @@ CHOICES = {
     "merge_base": ("quantised", "original"),
     "tp": ("all", "true", "false"),
     "rt": ("all", "true", "false"),
-    "lora_bias": ("none", "all", "lora_only"),
 }
 
 
@@ -111,7 +110,6 @@ class RunSettings(DataSettings):
     lora_r: int = setting(512, "rank; embed_tokens and lm_head are trained in full whatever the rank")
     lora_alpha: float = setting(24.0, "the update is scaled by alpha / sqrt(r)")
     lora_dropout: float = setting(0.0, "dropout in front of the LoRA matrices")
-    lora_bias: str = setting("none", "none, all or lora_only")
     use_rslora: bool = setting(True, "rank-stabilised scaling; false: alpha / r")
     target_modules: list[str] = setting(LINEAR_MODULES + EMBEDDING_MODULES, "layers that LoRA is added to")
     random_state: int = setting(42, "seed of LoRA's initial values")

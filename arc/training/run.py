@@ -371,7 +371,6 @@ def lora_options(settings: RunSettings) -> dict[str, Any]:
         "r": settings.lora_r,
         "lora_alpha": settings.lora_alpha,
         "lora_dropout": settings.lora_dropout,
-        "bias": settings.lora_bias,
         "use_rslora": settings.use_rslora,
         "random_state": settings.random_state,
         "max_seq_length": settings.max_seq_length,

@@ -254,6 +254,13 @@ def test_settings_that_decide_the_weights_are_compared_and_others_are_not():
     assert compare(recorded, settings, {"load_in_4bit": True}, None) == []
 
 
+def test_settings_that_are_gone_count_only_where_they_changed_the_training():
+    settings = base_finetune.Settings()
+    for value, changed in (("none", []), ("all", ["lora_bias (was all, is none)"])):
+        recorded = json.loads(json.dumps(dataclasses.asdict(settings))) | {"lora_bias": value}
+        assert artifacts.changed_settings({"settings": recorded}, settings, {}, None) == changed
+
+
 def test_every_setting_is_either_of_the_course_or_not():
     import train_grpo
     from arc.runs.settings import NOT_THE_COURSE, SupervisedSettings

@@ -26,7 +26,6 @@ PUBLISHED = {
     "lora_r": 512,
     "lora_alpha": 24,
     "lora_dropout": 0,
-    "lora_bias": "none",
     "use_rslora": True,
     "random_state": 42,
     "target_modules": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj embed_tokens lm_head".split(),
