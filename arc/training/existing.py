@@ -10,6 +10,7 @@ from typing import Any
 from arc.models.manifests import absolute_reference, read_manifest
 from arc.puzzles.splits import load_split
 from arc.runs.artifacts import (
+    REMOVED_SETTINGS,
     changed_settings,
     existing,
     find_damage,
@@ -152,7 +153,7 @@ def check_course(run: StageContext[RunSettings], data: StageData) -> None:
     try:
         # An earlier version without a setting did what is the default now.
         before = default_course(type(run.settings)) | json.loads(path.read_text(encoding="utf-8"))
-        course = _course(run, data)
+        course = REMOVED_SETTINGS | _course(run, data)
         changed = sorted(name for name in course if name in before and before[name] != course[name])
     except (ValueError, TypeError):
         changed = [f"{path} cannot be read"]
