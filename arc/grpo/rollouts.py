@@ -1,7 +1,7 @@
 """Completions for reinforcement learning: sampled from a plain copy of the model, or along the solutions, in one pass.
 
 A model in training is slow to sample from: its 4-bit layers are dequantised and its adapters multiplied anew for every
-token. `RolloutModel` adds them up once a step into plain 16-bit layers, which sampling_tools.DeviceSampler decodes.
+token. `RolloutModel` adds them up once a step into plain 16-bit layers, which device_sampling.DeviceSampler decodes.
 
 Where only the exact grid earns a reward, a completion is decided by its first wrong token: nothing after it can change
 the reward, so nothing after it has to be sampled, or learned from: a sum over tokens has the same expected gradient
@@ -182,13 +182,13 @@ def sample_until_wrong(
     the solution's, so that one forward pass knows all that its tokens are drawn from.
 
     Args:
-        model: a model with packing_tools.use_packed_attention.
+        model: a model with packing.use_packed_attention.
         engine: "transformers" or "unsloth".
         prompts: token ids, int64 (tokens,) each.
         solutions: the reply to each, the end token included.
         seed: of the random numbers, from 0.
         numbers: one from 0 for each sample of each prompt, (prompts, samples); each sample's random numbers depend on
-            the seed and its number alone, as in sampling_tools.DeviceSampler.sample.
+            the seed and its number alone, as in device_sampling.DeviceSampler.sample.
         temperature: logits are divided by it.
         batch_size: prompts computed at once.
 
@@ -210,7 +210,7 @@ def sample_until_wrong(
             for own, solution in zip(numbers[part], solutions[part], strict=True)
         ]
         draws = torch.from_numpy(np.ascontiguousarray(np.concatenate(draws))).to(logits.device)
-        # As search_tools.draw_tokens, with one distribution for all samples.
+        # As sampling.draw_tokens, with one distribution for all samples.
         reached = torch.softmax(logits.double() / temperature, -1).cumsum(-1)
         tokens = torch.searchsorted(reached, draws * reached[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
         begin, tokens = 0, tokens.cpu().numpy()
@@ -230,7 +230,7 @@ def make_stopped_rollouts(
     """What trl's GRPOTrainer calls for completions where they end with their first wrong token.
 
     Args:
-        model: the peft model in training, with packing_tools.use_packed_attention.
+        model: the peft model in training, with packing.use_packed_attention.
         engine: "transformers" or "unsloth".
         temperature: of the sampling.
         seed: of the random numbers; they depend on the step and the completion's number besides, see `make_rollouts`.

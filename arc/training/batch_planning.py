@@ -48,7 +48,7 @@ class BatchPlan:
         micro_batch_size: samples of a forward pass, of each process.
         passes: forward passes of a step, of each process.
         gradient_checkpointing: activations are recomputed in the backward pass.
-        padding_free: the samples of a pass stand in one row, see packing_tools.
+        padding_free: the samples of a pass stand in one row, see arc/models/packing.py.
         compile_layers: each layer is compiled.
         peak_bytes: GPU memory of the longest pass with what training will add to it; None: not tried.
         seconds_per_step: of all passes and the optimizer; None: not timed.
