@@ -163,10 +163,7 @@ def uncompiled_layers(model: Any) -> Iterator[None]:
 
 
 def keep_4bit_layout(model: Any) -> Undo:
-    """Keep 4-bit weights as they are stored.
-
-    On CPUs with AVX512-BF16 the first forward pass of bitsandbytes repacks them, and later gradients are wrong.
-    """
+    """Keep 4-bit weights as stored: on CPUs with AVX512-BF16 the first pass repacks them, and gradients are wrong."""
     name = "support_avx512bf16_for_cpu"
     return undo_all(replace_attribute(m, name, False) for m in model.modules() if hasattr(m, name))
 
@@ -178,9 +175,8 @@ def let_run_ahead(optimizer: Any) -> Undo:
     moves between memories, and optimizers of other libraries are left as they are.
     """
     module = sys.modules.get("bitsandbytes.optim.optimizer")
-    if module is None or not isinstance(optimizer, module.Optimizer8bit) or optimizer.is_paged:
-        return undo_all([])
-    if "step" in vars(optimizer):  # done already
+    applies = module is not None and isinstance(optimizer, module.Optimizer8bit) and not optimizer.is_paged
+    if not applies or "step" in vars(optimizer):  # or it is done already
         return undo_all([])
     step = optimizer.step
 

@@ -19,7 +19,7 @@ def config_token_ids(config: Any) -> list[int]:
 def prepare_base(base_model: str | Path, out: str | Path, full_vocab: bool = False) -> dict[str, Any]:
     """Write the base that training starts from: 16-bit weights, a pad token, the vocabulary cut to what ARC needs.
 
-    The kept tokens keep their embeddings, so their logits are those of the original model.
+    Tokens keep their embeddings, so their logits are those of the original model.
 
     Args:
         base_model: folder or hub name of an unquantised model.
@@ -27,7 +27,7 @@ def prepare_base(base_model: str | Path, out: str | Path, full_vocab: bool = Fal
         full_vocab: keep the whole vocabulary.
 
     Returns:
-        What was done, for the manifest: the base's name, vocabulary sizes before and after.
+        For the manifest: the base's name, the sizes of the vocabulary before and after.
 
     Raises:
         ValueError: the base is quantised already, or its vocabulary cannot be cut.
@@ -44,15 +44,15 @@ def prepare_base(base_model: str | Path, out: str | Path, full_vocab: bool = Fal
     if model.dtype == torch.float32:
         model = model.to(torch.bfloat16)
     before = len(tokenizer)
-    # A base may name only a few of its special tokens in the tokenizer and more in its configurations.
+    # A base may name some of its special tokens only in its configurations.
     named = config_token_ids(model.config) + config_token_ids(model.generation_config)
     if not full_vocab:
-        tokenizer, kept = cut_tokenizer(tokenizer, named)
-        cut_embeddings(model, kept)
+        tokenizer, old_ids = cut_tokenizer(tokenizer, named)
+        cut_embeddings(model, old_ids)
     for config in (model.config, model.generation_config):
         config.pad_token_id = tokenizer.pad_token_id
         config.bos_token_id = tokenizer.bos_token_id
-    # Greedy and sampled decoding stop at the end of a reply; sampling settings of a chat model do not belong here.
+    # Without the chat model's settings for sampling.
     model.generation_config.temperature = model.generation_config.top_p = model.generation_config.top_k = None
     model.generation_config.do_sample = False
     model.save_pretrained(str(out))
@@ -61,16 +61,16 @@ def prepare_base(base_model: str | Path, out: str | Path, full_vocab: bool = Fal
     return {"base_model": str(base_model), "vocabulary_before": before, "vocabulary": len(tokenizer)}
 
 
-def cut_embeddings(model: Any, kept: Sequence[int]) -> None:
-    """Keep the embedding rows `kept` (new id i = old id kept[i]) and renumber the configurations, in place."""
+def cut_embeddings(model: Any, old_ids: Sequence[int]) -> None:
+    """Keep the embedding rows `old_ids`, in this order, and renumber the ids of the configurations, in place."""
     import torch
 
-    new_id = {old: new for new, old in enumerate(kept)}
-    rows = torch.as_tensor(list(kept))
+    new_id = {old: new for new, old in enumerate(old_ids)}
+    rows = torch.as_tensor(list(old_ids))
     with torch.no_grad():
         inputs = model.get_input_embeddings().weight[rows].clone()
         outputs = model.get_output_embeddings().weight[rows].clone()
-        model.resize_token_embeddings(len(kept))
+        model.resize_token_embeddings(len(old_ids))
         model.get_input_embeddings().weight.copy_(inputs)
         model.get_output_embeddings().weight.copy_(outputs)
     for config in (model.config, model.generation_config):
@@ -80,11 +80,11 @@ def cut_embeddings(model: Any, kept: Sequence[int]) -> None:
 
 
 def check_base(base_model: str | Path) -> Any:
-    """Return the configuration of a base model, or say what is wrong with it.
+    """The configuration of a base model.
 
     Raises:
-        ValueError: it is quantised already: cutting, LoRA and merging need the 16-bit weights.
-        FileNotFoundError: it is not there, or is gated.
+        ValueError: no model, or a quantised one: cutting, LoRA and merging need the 16-bit weights.
+        FileNotFoundError: no such model, or no access to it.
     """
     from transformers import AutoConfig
 

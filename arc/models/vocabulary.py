@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# The characters that the text format needs, and the few more that upstream keeps (Source: ARChitects' run_finetuning).
+# The characters of the text format, and a few more as upstream (Source: ARChitects' run_finetuning).
 KEPT_CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "!?.:,;*+/-=" + "\n"
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|reserved_special_token_0|>", "<unk>")
 
@@ -21,8 +21,8 @@ def load_tokenizer(path: str | Path, pad_token: str | None = None) -> Any:
         pad_token: the pad token; default: the tokenizer's own, else the first of `PAD_TOKENS` that it knows.
 
     Raises:
-        ValueError: not a fast tokenizer, or nothing in it could pad. (Training pads with a token whose label is masked;
-            with pad = EOS, many trainers would mask the end of replies as well.)
+        ValueError: not a fast tokenizer, or without a token that could pad. (With pad = EOS, many trainers would mask
+            the end of replies together with the padding.)
     """
     from transformers import AutoTokenizer
 
@@ -55,7 +55,7 @@ def cut_tokenizer(tokenizer: Any, keep_ids: Sequence[int] = ()) -> tuple[Any, li
         keep_ids: further ids to keep, such as the end tokens that the model's configuration names.
 
     Returns:
-        The new tokenizer, and the kept old ids in ascending order: new id i stands for old id kept[i].
+        The new tokenizer, and the old ids that stay, ascending: new id i stands for old id old_ids[i].
 
     Raises:
         ValueError: not BPE, or a needed character is not a token of its own.
@@ -78,15 +78,15 @@ def cut_tokenizer(tokenizer: Any, keep_ids: Sequence[int] = ()) -> tuple[Any, li
         raise ValueError(f"the vocabulary has no token of its own for {missing}; keep it whole with --full_vocab true")
     special = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *keep_ids]
     special += _post_processor_ids(tables.get("post_processor"))
-    kept = sorted({*ids.values(), *(i for i in special if i is not None)})
-    new_id = {old: new for new, old in enumerate(kept)}
+    old_ids = sorted({*ids.values(), *(i for i in special if i is not None)})
+    new_id = {old: new for new, old in enumerate(old_ids)}
 
     tables["model"]["vocab"] = {token: new_id[i] for token, i in vocabulary.items() if i in new_id}
     tables["model"]["merges"] = []
     tables["model"]["unk_token"] = None
     tables["added_tokens"] = [{**t, "id": new_id[t["id"]]} for t in tables["added_tokens"] if t["id"] in new_id]
     _post_processor_ids(tables.get("post_processor"), new_id)
-    if not _is_byte_level(tables):
+    if "ByteLevel" not in json.dumps([tables.get("pre_tokenizer"), tables.get("decoder")]):
         # SentencePiece types prepend "▁" to the text: without its merges that would be an extra token.
         tables["normalizer"] = tables["pre_tokenizer"] = None
     cut = PreTrainedTokenizerFast(
@@ -103,7 +103,7 @@ def cut_tokenizer(tokenizer: Any, keep_ids: Sequence[int] = ()) -> tuple[Any, li
         raise ValueError(
             "the cut vocabulary does not give one token per character; keep it whole with --full_vocab true"
         )
-    return cut, kept
+    return cut, old_ids
 
 
 def _character_id(character: str, vocabulary: dict[str, int]) -> int | None:
@@ -112,26 +112,20 @@ def _character_id(character: str, vocabulary: dict[str, int]) -> int | None:
     return next((vocabulary[name] for name in names if name in vocabulary), None)
 
 
-def _is_byte_level(tables: dict[str, Any]) -> bool:
-    return "ByteLevel" in json.dumps([tables.get("pre_tokenizer"), tables.get("decoder")])
-
-
 def _post_processor_ids(node: Any, new_id: dict[int, int] | None = None) -> list[int]:
-    # Template processors name the ids that they add: collect them, and renumber them when new_id is given.
-    found: list[int] = []
+    # The ids that template processors add; they are renumbered in place if new_id is given.
+    ids: list[int] = []
     if isinstance(node, dict):
         for token in (node.get("special_tokens") or {}).values():
-            found += token["ids"]
+            ids += token["ids"]
             if new_id is not None:
                 token["ids"] = [new_id[i] for i in token["ids"]]
         for name in ("sep", "cls"):  # BertProcessing and RobertaProcessing: [token, id]
             if isinstance(node.get(name), list) and len(node[name]) == 2:
-                found.append(node[name][1])
+                ids.append(node[name][1])
                 if new_id is not None:
                     node[name][1] = new_id[node[name][1]]
-        for value in node.values():
-            found += _post_processor_ids(value, new_id)
-    elif isinstance(node, list):
-        for value in node:
-            found += _post_processor_ids(value, new_id)
-    return found
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    for child in children:
+        ids += _post_processor_ids(child, new_id)
+    return ids

@@ -116,7 +116,7 @@ def test_the_merge_is_the_model_that_was_trained(tmp_path, bases, tied, targets,
     assert check["weights"] == sum(p.numel() for p in saved.parameters())
     shared = saved.get_input_embeddings().weight.data_ptr() == saved.get_output_embeddings().weight.data_ptr()
     assert shared is tied
-    assert {path.suffix for path in out.iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in out.iterdir()} == {".json", ".md", ".safetensors"}
 
     # Plain transformers loads the merge, plain peft the adapter onto the folder that it names, in 32 bits; loaded as in
     # training, the adapter gives the trained model itself.

@@ -262,7 +262,7 @@ def test_only_passes_of_a_training(kernels, monkeypatch):
     backward(model, IDS[0])
     assert given(kernels) == {SINGLE}
     monkeypatch.undo()
-    sys.modules[KERNELS] = kernels
+    monkeypatch.setitem(sys.modules, KERNELS, kernels)
     backward(model, IDS[0])
     assert given(kernels) == {SHARED}
     for parameter in model.parameters():

@@ -76,7 +76,7 @@ def check_chain(output):
         assert stage == "Final-RL" or not torch.equal(adapted, start)
         assert len(AutoTokenizer.from_pretrained(merged)) == len(AutoTokenizer.from_pretrained(lora)) == start.shape[-1]
         assert {p.suffix for p in lora.iterdir()} <= {".json", ".jsonl", ".safetensors", ".png", ".md"}
-        assert {p.suffix for p in merged.iterdir()} <= {".json", ".safetensors"}
+        assert {p.suffix for p in merged.iterdir()} <= {".json", ".md", ".safetensors"}
 
 
 def test_three_stages_make_seven_folders_that_plain_libraries_load(chained):
