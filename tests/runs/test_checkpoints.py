@@ -327,7 +327,7 @@ def test_sigterm_stops_with_a_checkpoint_and_the_run_goes_on_to_the_same_end(tmp
 
 WAITING = """
 import signal, time
-from arc.runs.checkpoints import StopSignals
+from arc.runs.signals import StopSignals
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with StopSignals():
     print("ready", flush=True)
@@ -843,7 +843,7 @@ def test_what_is_free_is_read_for_a_folder_that_is_not_there_yet(tmp_path):
 def test_processes_that_make_batches_end_with_one_that_fails():
     program = """
 import multiprocessing, torch
-from arc.runs.checkpoints import leaving_signals
+from arc.runs.workers import leaving_signals
 batches = iter(torch.utils.data.DataLoader(range(99), num_workers=8, worker_init_fn=leaving_signals()))
 next(batches)
 print(*(child.pid for child in multiprocessing.active_children()))
