@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -21,7 +20,7 @@ from urllib.parse import urlencode
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The report of an evaluation
-
+from arc.puzzles.files import write_atomically
 
 SCHEMA = 2  # of the results that `write_report` reads
 TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -86,11 +85,8 @@ def write_report(results: dict[str, Any], path: str | Path) -> None:
     environment.filters |= {"percent": percent, "number": number, "sha256": _source_hash}
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     text = environment.get_template(TEMPLATE.name).render(_page(results))
-    path = Path(path)
-    part = path.with_name(f"{path.name}.incomplete")
     # Names of folders that are not UTF-8 come as lone surrogates, which no file can hold.
-    part.write_bytes(text.encode("utf-8", "replace"))
-    os.replace(part, path)
+    write_atomically(path, text.encode("utf-8", "replace"))
 
 
 def check_results(results: dict[str, Any]) -> None:

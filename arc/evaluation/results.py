@@ -22,6 +22,7 @@ from arc.evaluation.result_cache import UntrustedCacheError, cache_errors, open_
 from arc.evaluation.selection import RULES, select
 from arc.puzzles import text as text_module
 from arc.puzzles.dataset import ArcDataset
+from arc.puzzles.files import write_atomically
 from arc.puzzles.leaks import find_leaks
 from arc.puzzles.splits import load_dataset, load_split, split_dataset
 from arc.runs.artifacts import move_aside, versions
@@ -314,17 +315,11 @@ def write_results(results: dict[str, Any], dataset: ArcDataset, folder: str | Pa
             puzzle, number = dataset.get_base_key_and_reply_num(key)
             guesses[puzzle][number] = [{"output": grid} for grid in entry[name]["guesses"]]
         written.append(folder / f"submission-{name}.json")
-        _replace(written[-1], json.dumps(dataset.get_submission(guesses)))
+        write_atomically(written[-1], json.dumps(dataset.get_submission(guesses)))
     written += [folder / "results.json", folder / "report.html"]
-    _replace(written[-2], json.dumps(results, separators=(",", ":"), allow_nan=False) + "\n")
+    write_atomically(written[-2], json.dumps(results, separators=(",", ":"), allow_nan=False) + "\n")
     write_report(results, written[-1])
     return written
-
-
-def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".incomplete")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
 
 
 def _is_another(path: Path, results: dict[str, Any]) -> bool:

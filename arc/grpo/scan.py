@@ -27,10 +27,10 @@ from arc.decoding.rows import Work, halve_on_out_of_memory
 from arc.decoding.sampling import sample_replies
 from arc.grpo.rewards import judge_components
 from arc.grpo.settings import PolicySettings
+from arc.puzzles.files import write_atomically
 from arc.puzzles.keys import seeded_rng
 from arc.puzzles.text import can_become_grid
 from arc.runs.artifacts import fingerprint
-from arc.runs.files import flush
 from arc.training.data import StageData
 from arc.training.stage import StageContext
 
@@ -311,7 +311,4 @@ def write_scan(path: Path, made_for: dict[str, Any], rows: np.ndarray, solved: S
     """Write what was found so far, at once: a reader never sees half of it."""
     prompts = [{"row": int(row), "solved": int(count)} for row, count in zip(rows, solved, strict=False)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps({"made_for": made_for, "prompts": prompts}) + "\n", encoding="utf-8")
-    flush(beside)
-    beside.replace(path)
+    write_atomically(path, json.dumps({"made_for": made_for, "prompts": prompts}) + "\n")
