@@ -958,10 +958,10 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write at once: a run that is killed leaves the old file or the new one."""
+    from arc.puzzles.files import write_atomically
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.incomplete")
-    beside.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

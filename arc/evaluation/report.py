@@ -11,13 +11,14 @@ import hashlib
 import io
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 from urllib.parse import urlencode
+
+from arc.puzzles.files import write_atomically
 
 SCHEMA = 2  # of results.json
 TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -83,14 +84,7 @@ def write_report(results: dict[str, Any], path: str | Path) -> None:
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     text = environment.get_template(TEMPLATE.name).render(_page(results))
     # Names of folders that are not UTF-8 come as lone surrogates, which no file can hold.
-    replace_file(Path(path), text.encode("utf-8", "replace"))
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file that is complete under its name or not there."""
-    beside = path.with_name(f"{path.name}.incomplete")
-    beside.write_bytes(content)
-    os.replace(beside, path)
+    write_atomically(path, text.encode("utf-8", "replace"))
 
 
 def check_results(results: dict[str, Any]) -> None:

@@ -18,11 +18,12 @@ from arc.evaluation.answers import Answer, answer_puzzles, count_rows
 from arc.evaluation.progress import Progress, solved_of
 from arc.evaluation.puzzles import Puzzles
 from arc.evaluation.replies import Replies
-from arc.evaluation.report import SCHEMA, replace_file, write_report
+from arc.evaluation.report import SCHEMA, write_report
 from arc.evaluation.result_cache import UntrustedCacheError, cache_errors, open_cache
 from arc.evaluation.selection import RULES, select
 from arc.puzzles import text as text_module
 from arc.puzzles.dataset import ArcDataset
+from arc.puzzles.files import write_atomically
 from arc.runs.artifacts import move_aside, versions
 from arc.runs.processes import gather, is_main, leave, share, wait_for_everyone
 from arc.runs.settings import user_errors
@@ -224,9 +225,9 @@ def write_results(results: dict[str, Any], dataset: ArcDataset, folder: str | Pa
             puzzle, number = dataset.get_base_key_and_reply_num(key)
             guesses[puzzle][number] = [{"output": grid} for grid in entry[name]["guesses"]]
         written.append(folder / f"submission-{name}.json")
-        replace_file(written[-1], json.dumps(dataset.get_submission(guesses)).encode())
+        write_atomically(written[-1], json.dumps(dataset.get_submission(guesses)))
     written += [folder / "results.json", folder / "report.html"]
-    replace_file(written[-2], (json.dumps(results, separators=(",", ":"), allow_nan=False) + "\n").encode())
+    write_atomically(written[-2], json.dumps(results, separators=(",", ":"), allow_nan=False) + "\n")
     write_report(results, written[-1])
     return written
 

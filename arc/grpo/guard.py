@@ -25,9 +25,8 @@ from arc.decoding.greedy import GreedyAnswer, greedy_answers
 from arc.decoding.log_probabilities import log_probabilities
 from arc.grpo.rewards import repetition
 from arc.grpo.settings import PolicyRun
-from arc.models.manifests import apply_umask
+from arc.puzzles.files import write_atomically
 from arc.runs.checkpoints import complete_checkpoints
-from arc.runs.files import flush
 from arc.training.data import StageData
 
 STATE = "policy_guard"  # in trainer_state.json
@@ -346,12 +345,7 @@ def write_weights(weights: dict[str, Any], path: Path) -> None:
     """Write weights as safetensors. A file of that name is always complete."""
     from safetensors.torch import save_file
 
-    beside = path.with_suffix(".tmp")
-    save_file(weights, str(beside))
-    apply_umask(beside)
-    flush(beside)
-    beside.replace(path)
-    flush(path.parent)
+    write_atomically(path, lambda beside: save_file(weights, str(beside)))
 
 
 def read_weights(path: Path) -> dict[str, Any]:

@@ -28,10 +28,10 @@ from arc.decoding.sampling import sample_replies
 from arc.grpo.rewards import judge_components
 from arc.grpo.rollouts import RolloutModel
 from arc.grpo.settings import PolicyRun, PolicySettings
+from arc.puzzles.files import write_atomically
 from arc.puzzles.keys import seeded_rng
 from arc.puzzles.text import can_become_grid
 from arc.runs.artifacts import fingerprint
-from arc.runs.files import flush
 from arc.runs.processes import is_main, wait_for_everyone
 from arc.training.data import StageData
 
@@ -295,7 +295,4 @@ def write_scan(path: Path, made_for: dict[str, Any], rows: np.ndarray, solved: S
     """Write the result so far. A reader sees the old file or the new one, never a part."""
     prompts = [{"row": int(row), "solved": int(count)} for row, count in zip(rows, solved, strict=False)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps({"made_for": made_for, "prompts": prompts}) + "\n", encoding="utf-8")
-    flush(beside)
-    beside.replace(path)
+    write_atomically(path, json.dumps({"made_for": made_for, "prompts": prompts}) + "\n")

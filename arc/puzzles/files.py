@@ -16,11 +16,10 @@ import json
 import os
 import reprlib
 import stat
-import tempfile
 import time
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -506,15 +505,12 @@ def _write_cache(file: Path, signature: bytes, **arrays: np.ndarray) -> None:
     """Keep parsed grids; silently not where that is impossible: a cache is a convenience."""
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as stream:
+
+        def save(path: Path) -> None:
+            with path.open("wb") as stream:  # numpy adds a suffix to a name, not to a file
                 np.savez(stream, signature=np.frombuffer(signature, dtype=np.uint8), **arrays)
-            os.replace(name, file)  # at once: another process sees the old file or the new one
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+
+        write_atomically(file, save, several_writers=True)
 
 
 def read_tasks(files: Sequence[Path]) -> tuple[GridStore, list[TaskFile]]:
@@ -560,3 +556,50 @@ def read_tasks(files: Sequence[Path]) -> tuple[GridStore, list[TaskFile]]:
         tasks.append(TaskFile(first, pairs, tests, solved > 0))
         first += 2 * pairs + max(tests, 0) + solved
     return GridStore.of_sizes(cells, heights, widths), tasks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_atomically(
+    path: str | os.PathLike[str], content: str | bytes | Callable[[Path], None], *, several_writers: bool = False
+) -> None:
+    """Write a file at once: a reader, or a run after a crash, sees the old file or the whole new one.
+
+    The content goes into `NAME.tmp` beside the file, reaches the disk, and takes the name. The umask decides its mode.
+
+    Args:
+        path: of the file, in an existing folder.
+        content: text (written as UTF-8), bytes, or a function that writes to the path that it is given.
+        several_writers: processes may write the file at the same time: each uses another temporary name.
+    """
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp" if several_writers else f"{path.name}.tmp")
+    try:
+        if callable(content):
+            beside.touch()
+            mode = stat.S_IMODE(beside.stat().st_mode)
+            content(beside)
+            beside.chmod(mode)  # safetensors makes files that only their owner can read
+        else:
+            beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        flush(beside)
+        beside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems cannot flush folders
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)

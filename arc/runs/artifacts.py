@@ -21,7 +21,7 @@ from typing import Any
 
 from arc.models.manifests import MANIFEST, absolute_reference, read_manifest, write_manifest
 from arc.models.prepared_base import check_base
-from arc.runs.files import flush
+from arc.puzzles.files import flush
 from arc.runs.settings import RunSettings, course_settings, default_course
 
 INCOMPLETE = ".incomplete"

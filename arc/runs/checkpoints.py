@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from arc.models.manifests import apply_umask
-from arc.runs.files import flush
+from arc.puzzles.files import flush, write_atomically
 
 MARKER = "complete.json"  # in a checkpoint: the size in bytes of each of its files
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -33,11 +33,7 @@ def mark_complete(folder: Path) -> None:
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     for path in (*files, *(path for path in folder.rglob("*") if path.is_dir()), folder):
         flush(path)
-    beside = folder / f"{MARKER}.tmp"
-    beside.write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
-    flush(beside)
-    beside.replace(folder / MARKER)
-    flush(folder)
+    write_atomically(folder / MARKER, json.dumps(sizes, indent=1) + "\n")
     flush(folder.parent)
 
 

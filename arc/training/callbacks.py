@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from arc.puzzles.files import write_atomically
 from arc.runs.processes import is_main
 from arc.runs.settings import RunSettings
 from arc.training.curves import read_metrics
@@ -58,9 +59,7 @@ class Metrics(TrainerCallback):
             records = [r for r in read_metrics(self.path) if r["step"] <= state.global_step and state.global_step]
             number = len(list(self.path.parent.glob("metrics-*.jsonl")))
             shutil.copy(self.path, self.path.with_name(f"metrics-{number}.jsonl"))
-            beside = self.path.with_name("metrics.tmp")  # a run that is killed here loses no line
-            beside.write_text("".join(map(_json_line, records)), encoding="utf-8")
-            beside.replace(self.path)
+            write_atomically(self.path, "".join(map(_json_line, records)))  # a run that is killed here loses no line
         self.last_log = (time.perf_counter(), state.num_input_tokens_seen)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:

@@ -6,9 +6,9 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from arc.puzzles.files import write_atomically
 from arc.runs.artifacts import changed_removed, fingerprint
 from arc.runs.checkpoints import complete_checkpoints
-from arc.runs.files import flush
 from arc.runs.settings import RunSettings, course_settings, default_course
 from arc.training.data import StageData
 from arc.training.stage import StageContext
@@ -44,10 +44,7 @@ def check_course(run: StageContext[RunSettings], data: StageData) -> None:
 
 def write_course(run: StageContext[RunSettings], data: StageData) -> None:
     """Write the file beside the checkpoints."""
-    beside = (run.work / COURSE).with_suffix(".tmp")
-    beside.write_text(json.dumps(_course(run, data), indent=2) + "\n", encoding="utf-8")
-    flush(beside)
-    beside.replace(run.work / COURSE)
+    write_atomically(run.work / COURSE, json.dumps(_course(run, data), indent=2) + "\n")
 
 
 def _course(run: StageContext[RunSettings], data: StageData) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import base_finetune
 from arc.models.manifests import read_manifest, write_manifest
+from arc.puzzles.files import write_atomically
 from arc.runs import artifacts
 from arc.runs.artifacts import find_damage, find_outdated, fingerprint, made_from, new_folder
 from arc.runs.lock import OutputLock
@@ -73,6 +74,32 @@ def test_an_unchanged_file_is_not_read_and_a_copied_one_is(tmp_path, monkeypatch
     assert sorted(read) == ["config.json", "model.safetensors"]  # what is about the model may change
     (folder / "metrics.jsonl").write_text("looked at and edited")
     assert find_damage(folder) is None
+
+
+def test_a_file_is_written_whole_or_not_at_all_and_with_the_mode_of_the_umask(tmp_path):
+    path = tmp_path / "numbers.safetensors"
+    weights = {"w": np.zeros(4, dtype=np.float32)}
+    before = os.umask(0o027)
+    try:
+        write_atomically(path, lambda beside: save_file(weights, beside))
+        write_atomically(tmp_path / "text", "ü")
+        write_atomically(tmp_path / "bytes", b"\xff", several_writers=True)
+    finally:
+        os.umask(before)
+    assert load_file(path)["w"].tolist() == [0] * 4
+    assert ((tmp_path / "text").read_bytes(), (tmp_path / "bytes").read_bytes()) == (b"\xc3\xbc", b"\xff")
+    assert {p.name: p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == dict.fromkeys(
+        ("numbers.safetensors", "text", "bytes"), 0o640
+    )
+
+    def fail(beside):
+        beside.write_text("half")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        write_atomically(tmp_path / "text", fail)
+    assert (tmp_path / "text").read_text(encoding="utf-8") == "ü"
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def flip_byte(path):

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from arc.runs import guard as guard_module
+from arc.runs import guard_callback
 from arc.runs import signals as signals_module
 from arc.runs.checkpoints import MARKER, complete_checkpoints, delete_older, mark_complete, refuse_pickles
 from arc.runs.guard import generation_steps, guard
@@ -62,8 +62,9 @@ def tiny_trainer(folder, callbacks=(), model=None, rows=None, **arguments):
     }  # fmt: skip
     data = [{"input_ids": row, "labels": row} for row in tokens]
     return Trainer(
-        model=model, args=TrainingArguments(**{**options, **arguments}), train_dataset=data, callbacks=list(callbacks)
-    )
+        model=model, args=TrainingArguments(**{**options, **arguments}), train_dataset=data, eval_dataset=data,
+        callbacks=list(callbacks),
+    )  # fmt: skip
 
 
 class AtStep(TrainerCallback):
@@ -121,7 +122,7 @@ def test_saving_by_time_changes_nothing_and_every_checkpoint_continues_to_the_sa
 @pytest.mark.parametrize("strategy", ["steps", "no"])
 def test_a_save_is_due_when_the_time_has_passed_and_at_the_last_step(tmp_path, monkeypatch, strategy):
     clock = [0.0]
-    monkeypatch.setattr(guard_module, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(guard_callback, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
 
     class Clock(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -167,7 +168,7 @@ def test_older_checkpoints_go_only_when_the_new_one_is_complete(tmp_path, monkey
         seen.append(([path.name for path in complete_checkpoints(tmp_path, quiet=True)], folder.name))
         mark_complete(folder)
 
-    monkeypatch.setattr(guard_module, "mark_complete", mark_and_look)
+    monkeypatch.setattr(guard_callback, "mark_complete", mark_and_look)
     (tmp_path / "checkpoint-1").mkdir()  # left by a run that was killed
     (tmp_path / "checkpoint-1" / "optimizer.pt").write_text("half")
     (tmp_path / "checkpoint-notes").mkdir()
@@ -210,6 +211,53 @@ def test_generation_steps_of_a_grpo_config(tmp_path, per_generation, iterations,
     forward_passes = arguments.steps_per_generation * iterations
     assert expected * accumulation % forward_passes == 0  # a generation begins where a step ends
     assert generation_steps(TrainingArguments(output_dir=str(tmp_path), gradient_accumulation_steps=2)) == 1
+
+
+class Ends(TrainerCallback):
+    """Ends the training at an event of a step, as any callback may."""
+
+    def __init__(self, event, step):
+        def end(args, state, control, **kwargs):
+            if state.global_step == step:
+                control.should_training_stop = True
+
+        setattr(self, event, end)
+
+
+@pytest.mark.parametrize(
+    ("event", "step", "options"),
+    [
+        ("on_step_end", 3, {}),
+        ("on_log", 5, {}),
+        ("on_evaluate", 3, {"eval_strategy": "steps", "eval_steps": 3}),
+        ("on_save", 4, {"save_steps": 2}),
+        ("on_epoch_end", 4, {"rows": 16}),
+    ],
+)
+def test_a_training_that_a_callback_ended_is_recorded_as_ended(tmp_path, event, step, options):
+    trainer = tiny_trainer(tmp_path, [Ends(event, step)], **options)
+    guard(trainer, signals=StopSignals(), save_seconds=None, steps_between_saves_multiple=2)
+    trainer.train()
+    assert trainer.state.global_step == step
+    newest, *older = complete_checkpoints(tmp_path)
+    assert newest.name == f"checkpoint-{step}"
+    ended = [json.loads((path / "trainer_state.json").read_text())["stateful_callbacks"] for path in (newest, *older)]
+    assert ["run guard" in callbacks for callbacks in ended] == [True] + [False] * len(older)
+    assert ended[0]["run guard"]["reason"] == f"a callback ended the training at step {step}"
+
+
+def test_a_training_that_ran_to_its_end_or_stopped_on_a_signal_is_not_recorded_as_ended(tmp_path):
+    with StopSignals() as signals:
+        trainer = tiny_trainer(tmp_path / "signal", [AtStep(3, lambda: signal.raise_signal(signal.SIGTERM))])
+        guard(trainer, signals=signals, save_seconds=3600.0)
+        trainer.train()
+    trainer = tiny_trainer(tmp_path / "whole")
+    guard(trainer, signals=StopSignals(), save_seconds=3600.0)
+    trainer.train()
+    for folder, step in (("signal", 3), ("whole", 10)):
+        [checkpoint] = complete_checkpoints(tmp_path / folder)
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        assert state["global_step"] == step and "run guard" not in state["stateful_callbacks"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
 from arc.models.manifests import read_manifest, write_manifest
 from arc.runs import lock as lock_module
 from arc.runs.lock import OutputLock
+from arc.training.run import StageRun
 from tests.helpers import call
 from tests.scripts.test_stages import GRPO, SFT, artifact, contents
 
@@ -338,3 +340,31 @@ def test_too_little_room_is_said_before_training_with_figures(done):
     assert "training needs at least" in printed and "main memory" in printed and "a lower --lora_r" in printed, printed
     assert "writing needs at least" in printed and "on the disk of" in printed, printed
     assert contents(output) == before
+
+
+def test_a_training_that_any_callback_ended_is_finished_for_the_next_start(done, monkeypatch):
+    output, again = done
+    for name in ("Base-lora", "Base-merged", "Base-checkpoints"):
+        shutil.rmtree(artifact(output, name))
+
+    class AtStep3(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = control.should_training_stop or state.global_step == 3
+
+    def killed(run, *args, **more):
+        run.lock.release()  # as the end of a process does
+        raise SystemExit(9)
+
+    train = StageRun.train
+    with monkeypatch.context() as patched:
+        patched.setattr(StageRun, "train", lambda run, trainer: (trainer.add_callback(AtStep3()), train(run, trainer)))
+        patched.setattr(StageRun, "save", killed)  # before the adapter is written
+        code, printed = again("base_finetune", "--max_steps", 8)
+    assert code == 9 and "trained 3 steps to step 3" in printed, printed
+    code, printed = again("base_finetune", "--max_steps", 8)
+    assert code == 0 and "continuing from" in printed and "\ntrained " not in printed, printed
+    state = json.loads((artifact(output, "Base-checkpoints") / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+    trained = load_file(artifact(output, "Base-checkpoints") / "checkpoint-3" / "adapter_model.safetensors")
+    saved = load_file(artifact(output, "Base-lora") / "adapter_model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in trained.items())
