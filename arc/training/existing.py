@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arc.models.manifests import absolute_reference, read_manifest
+from arc.puzzles.files import write_atomically
 from arc.puzzles.splits import load_split
 from arc.runs.artifacts import (
     REMOVED_SETTINGS,
@@ -20,7 +21,6 @@ from arc.runs.artifacts import (
     stale_base,
 )
 from arc.runs.checkpoints import complete_checkpoints
-from arc.runs.files import flush
 from arc.runs.settings import RunSettings, course_settings, default_course
 from arc.training.data import StageData
 from arc.training.stage import StageContext
@@ -168,10 +168,7 @@ def check_course(run: StageContext[RunSettings], data: StageData) -> None:
 
 def write_course(run: StageContext[RunSettings], data: StageData) -> None:
     """Write the file beside the checkpoints."""
-    beside = (run.work / COURSE).with_suffix(".tmp")
-    beside.write_text(json.dumps(_course(run, data), indent=2) + "\n", encoding="utf-8")
-    flush(beside)
-    beside.replace(run.work / COURSE)
+    write_atomically(run.work / COURSE, json.dumps(_course(run, data), indent=2) + "\n")
 
 
 def _course(run: StageContext[RunSettings], data: StageData) -> dict[str, Any]:
