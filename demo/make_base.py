@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command's flags; those of the pretraining are named as the fields of `Pretraining` are."""
+    """The command's flags. Those of the pretraining have the names of `Pretraining`'s fields."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -335,22 +335,19 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--pretrain_{name}", default=value, help=text, **options)
 
     add("steps", "steps of a pretraining; 0: random weights (0)")
-    add("seconds", "stop by then, the rate falling to 0 in time; compiling does not count; 0: no limit (0)")
+    add("seconds", "stop after this many seconds, compiling excluded; the rate reaches 0 by then; 0: no limit (0)")
     add("families", f"families of rules (all but {', '.join(NEW_FAMILIES)}; there are {', '.join(FAMILIES)})")
-    add(
-        "programs",
-        "share of the puzzles whose rule is put together at random instead, see arc/generation (0)",
-    )
+    add("programs", "share of the puzzles whose rule is a random program instead, see arc/generation/programs.py (0)")
     add("sizes", "demonstrations of a puzzle, drawn from these (3)")
     add("max_side", "largest side of a grid (5)")
     add("batch", "tokens of a step, padding included (32768)")
     add("rate", "highest learning rate of AdamW (0.002)")
-    add("input_weight", "weight of what is no reply in the loss; 0: replies only, 1: all alike (0.1)")
+    add("input_weight", "weight in the loss of tokens outside replies; 0: replies only, 1: all tokens equally (0.1)")
     add("compile", "compile the layers: a minute that pays in long runs on CUDA")
-    parser.add_argument("--pretrain_avoid", metavar="DIR", help="a dataset no puzzle of which may be trained on")
-    parser.add_argument("--pretrain_workers", type=int, default=0, help="processes that make puzzles; 4 feed a GPU (0)")
+    parser.add_argument("--pretrain_avoid", metavar="DIR", help="a dataset whose puzzles must not be trained on")
+    parser.add_argument("--pretrain_workers", type=int, default=0, help="processes that draw puzzles; 4 feed a GPU (0)")
     parser.add_argument("--measure", type=int, default=0, help="puzzles of each family to solve at the end (0)")
-    parser.add_argument("--measure_steps", type=int, default=0, help="and after so many steps each; 0: not before (0)")
+    parser.add_argument("--measure_steps", type=int, default=0, help="also measure each time after this many (0: no)")
     return parser.parse_args(argv)
 
 

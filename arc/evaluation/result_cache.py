@@ -17,15 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import diskcache
-from diskcache.core import (
-    DBNAME,
-    DEFAULT_SETTINGS,
-    EVICTION_POLICY,
-    METADATA,
-    MODE_BINARY,
-    MODE_RAW,
-    UNKNOWN,
-)
+from diskcache.core import DBNAME, DEFAULT_SETTINGS, EVICTION_POLICY, METADATA, MODE_BINARY, MODE_RAW, UNKNOWN
 
 # Names that diskcache gives to the files of large values.
 VALUE_FILE = re.compile(r"[0-9a-f]{2}[/\\][0-9a-f]{2}[/\\][0-9a-f]{28}\.val")
@@ -57,11 +49,7 @@ class TrustedDisk(diskcache.JSONDisk):
     """Stores keys and values as JSON, like diskcache's JSONDisk, and refuses to read anything else."""
 
     def get(self, key: Any, raw: int) -> Any:
-        """Decode a stored key.
-
-        Raises:
-            UntrustedCacheError: it is pickled, or no JSON.
-        """
+        """Decode a stored key; UntrustedCacheError if it is pickled or no JSON."""
         if not raw:
             raise UntrustedCacheError(self._directory, "a pickled key")
         try:
@@ -70,22 +58,13 @@ class TrustedDisk(diskcache.JSONDisk):
             raise UntrustedCacheError(self._directory, f"a key that is no JSON ({error})") from None
 
     def store(self, value: Any, read: bool, key: Any = UNKNOWN) -> tuple[int, int, str | None, Any]:
-        """Encode a value for the database.
-
-        Raises:
-            TypeError: it is no JSON, or a file (`read`).
-        """
+        """Encode a value for the database; TypeError if it is no JSON, or a file (`read`)."""
         if read:
             raise TypeError("the result cache holds JSON values, not files")
         return super().store(value, read, key=key)
 
     def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
-        """Decode a stored value.
-
-        Raises:
-            UntrustedCacheError: it is pickled, no JSON, or in a file that is not the cache's.
-            OSError: its file is missing.
-        """
+        """Decode a stored value; UntrustedCacheError if it is pickled, no JSON, or in a foreign file."""
         if mode not in (MODE_RAW, MODE_BINARY) or read:
             raise UntrustedCacheError(self._directory, "a value that is pickled or otherwise no JSON")
         if mode == MODE_BINARY:
@@ -96,11 +75,7 @@ class TrustedDisk(diskcache.JSONDisk):
             raise UntrustedCacheError(self._directory, f"a value that is no JSON ({error})") from None
 
     def remove(self, file_path: str) -> None:
-        """Delete the file of a value.
-
-        Raises:
-            UntrustedCacheError: it is not the cache's file; nothing is deleted.
-        """
+        """Delete the file of a value; UntrustedCacheError, and nothing is deleted, if it is not the cache's."""
         self._check_file(file_path)
         super().remove(file_path)
 
