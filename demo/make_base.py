@@ -3,14 +3,14 @@
     python demo/make_base.py --out demo_base
     python demo/make_base.py --out demo/base --size demo --pretrain_steps 8000 --measure 100
 
-Reads nothing and fetches nothing. Writes OUT/ as transformers would: the configurations, model.safetensors (bfloat16;
-random weights unless --pretrain_steps is given), the tokenizer's files; and make_base.json, which records how it was
-made. Pretraining draws endless puzzles with rules and examples of their own (arc/generation) and leaves some families
-of rules out, so that a fine-tuning has something to teach; on CUDA it takes minutes, on a CPU it is for tests.
+Reads nothing and downloads nothing. Writes a model folder OUT/: the configurations, model.safetensors (bfloat16; random
+weights unless --pretrain_steps is given), the tokenizer's files, and make_base.json, which records the settings.
+Pretraining draws endless puzzles, each with a new rule (arc/generation). It leaves some families of rules out, so that
+a fine-tuning has something to teach. It takes minutes on CUDA; on a CPU it is for tests.
 
-What is like the real one, because the pipeline has to cope with it: one matrix for embedding and head (tied), grouped
-query attention, the rope scaling; a byte-level BPE tokenizer with Llama 3's pre-tokenizer, so that digits merge in
-groups of up to three; its special tokens; BOS added by the post-processor; <|eot_id|> as the end of a reply; no pad
+It is like the real model where the pipeline has to cope with it: one matrix for embedding and head (tied); grouped
+query attention; the rope scaling; a byte-level BPE tokenizer with Llama 3's pre-tokenizer, so that digits merge in
+groups of up to three; its special tokens; a post-processor that adds BOS; <|eot_id|> as the end of a reply; no pad
 token.
 """
 
@@ -61,9 +61,9 @@ WORDS = (
 
 
 def training_text(seed: int, lines: int = 4000) -> Iterator[str]:
-    """Text that the merges are learned from: pairs in the pipeline's own notation, and a few sentences.
+    """Text for learning the merges: pairs in the pipeline's text format, and a few sentences.
 
-    The notation's marks merge as they do in the real vocabulary, so code that looks for them as tokens fails here too.
+    The format's marks merge as they do in the real vocabulary, so code that looks for them as tokens fails here too.
     """
     rng = np.random.default_rng(seed)
 
@@ -83,7 +83,7 @@ def build_tokenizer(vocab: int, seed: int) -> "PreTrainedTokenizerFast":
     """Train a byte-level BPE tokenizer of `vocab` tokens, the special ones included.
 
     Raises:
-        ValueError: `vocab` is too small for the bytes and the special tokens, or too large for the training text.
+        ValueError: `vocab` is too small for bytes and special tokens, or too large for the training text.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -134,13 +134,13 @@ def build_model(
     """A Llama with random weights for the tokenizer, in bfloat16.
 
     Args:
-        tokenizer: gives the size of the vocabulary and the special tokens' ids.
+        tokenizer: decides the size of the vocabulary and the special tokens' ids.
         hidden: width.
         layers: depth.
-        heads: query heads; two of them share a key and value head where their number is even.
+        heads: query heads; if their number is even, two share a key and value head.
         intermediate: width inside the feed-forward part.
         seed: of the weights; torch's own generator is left as it was.
-        rope_theta: base of the rotary embeddings' wavelengths, from 2 pi to 2 pi times this tokens.
+        rope_theta: base of the rotary embeddings, whose wavelengths are 2 pi to 2 pi * rope_theta tokens.
         spread: standard deviation of the weights.
     """
     import torch
@@ -172,7 +172,7 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    # The chat model's sampling: the pipeline has to put it aside, so the stand-in for it has it too.
+    # The chat model's sampling settings: the pipeline has to ignore them, so this model has them too.
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, do_sample=True, temperature=0.6, top_p=0.9
     )
@@ -183,10 +183,10 @@ def check_settings(
     vocab: int, hidden: int, layers: int, heads: int, intermediate: int, seed: int, rope_theta: float,
     pretraining: Pretraining,
 ) -> None:  # fmt: skip
-    """Refuse a shape that no Llama can have, and a pretraining that cannot be.
+    """Check the shape of the model and the settings of the pretraining.
 
     Raises:
-        ValueError: with all that is wrong.
+        ValueError: lists all problems.
     """
     least = BYTES + len(SPECIAL_TOKENS)
     problems = []
@@ -211,10 +211,10 @@ def check_settings(
 
 
 def is_there(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether `out` is a base of just these settings already.
+    """Whether `out` is already a base with these settings.
 
     Raises:
-        FileExistsError: it is something else; nothing is overwritten.
+        FileExistsError: it is something else, which is not overwritten.
     """
     if not out.exists():
         return False
@@ -227,7 +227,7 @@ def is_there(out: Path, settings: dict[str, Any]) -> bool:
         made_with = json.loads(record.read_text(encoding="utf-8"))["settings"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise FileExistsError(f"{out} holds files that this program did not write: choose another --out") from None
-    before = {"rope_theta": ROPE_THETA}  # what records have not from before there was a choice
+    before = {"rope_theta": ROPE_THETA}  # values of settings that older records lack
     if made_with.get("pretrain_steps"):
         before |= {"pretrain_programs": 0.0}
     if {**before, **made_with} != settings:
@@ -266,8 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         logging.disable_progress_bar()  # a bar for a few megabytes
         tokenizer = build_tokenizer(args.vocab, args.seed)
-        # Llama's own 0.02 is for widths of thousands. With it a model of width 64 had not found out after 4,000 steps
-        # that cells can be copied (loss 1.6); with this one it began to after 400.
+        # Llama's own 0.02 is for widths of thousands. With it a model of width 64 had not learned to copy cells after
+        # 4,000 steps (loss 1.6); with this one it began to after 400.
         spread = shape["hidden"] ** -0.5 if pretraining.pretrain_steps else 0.02
         model = build_model(tokenizer, **shape, seed=args.seed, rope_theta=args.rope_theta, spread=spread)
         record: dict[str, Any] = {"made_by": "demo/make_base.py"}
@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model.bfloat16()
             print_measured(solved, pretraining)
             record["solved_of_fresh_puzzles"] = {"puzzles_of_each_family": args.measure, **solved}
-        # Written beside and renamed, so that an interrupted run leaves no half of a model under the name.
+        # Write beside and rename: an interrupted run leaves no incomplete model under the name.
         beside = out.with_name(f"{out.name}.{os.getpid()}.incomplete")
         beside.mkdir(parents=True)
         try:
@@ -300,13 +300,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    what = "pretrained" if pretraining.pretrain_steps else "random"
-    print(f"{args.out}: a Llama of {model.num_parameters():,} {what} parameters, {len(tokenizer)} tokens")
+    weights = "pretrained" if pretraining.pretrain_steps else "random"
+    print(f"{args.out}: a Llama of {model.num_parameters():,} {weights} parameters, {len(tokenizer)} tokens")
     return 0
 
 
 def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command's flags; those of the pretraining are named as the fields of `Pretraining` are."""
+    """The command's flags. Those of the pretraining have the names of `Pretraining`'s fields."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -335,22 +335,19 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--pretrain_{name}", default=value, help=text, **options)
 
     add("steps", "steps of a pretraining; 0: random weights (0)")
-    add("seconds", "stop by then, the rate falling to 0 in time; compiling does not count; 0: no limit (0)")
+    add("seconds", "stop after this many seconds, compiling excluded; the rate reaches 0 by then; 0: no limit (0)")
     add("families", f"families of rules (all but {', '.join(NEW_FAMILIES)}; there are {', '.join(FAMILIES)})")
-    add(
-        "programs",
-        "share of the puzzles whose rule is put together at random instead, see arc/generation (0)",
-    )
+    add("programs", "share of the puzzles whose rule is a random program instead, see arc/generation/programs.py (0)")
     add("sizes", "demonstrations of a puzzle, drawn from these (3)")
     add("max_side", "largest side of a grid (5)")
     add("batch", "tokens of a step, padding included (32768)")
     add("rate", "highest learning rate of AdamW (0.002)")
-    add("input_weight", "weight of what is no reply in the loss; 0: replies only, 1: all alike (0.1)")
+    add("input_weight", "weight in the loss of tokens outside replies; 0: replies only, 1: all tokens equally (0.1)")
     add("compile", "compile the layers: a minute that pays in long runs on CUDA")
-    parser.add_argument("--pretrain_avoid", metavar="DIR", help="a dataset no puzzle of which may be trained on")
-    parser.add_argument("--pretrain_workers", type=int, default=0, help="processes that make puzzles; 4 feed a GPU (0)")
+    parser.add_argument("--pretrain_avoid", metavar="DIR", help="a dataset whose puzzles must not be trained on")
+    parser.add_argument("--pretrain_workers", type=int, default=0, help="processes that draw puzzles; 4 feed a GPU (0)")
     parser.add_argument("--measure", type=int, default=0, help="puzzles of each family to solve at the end (0)")
-    parser.add_argument("--measure_steps", type=int, default=0, help="and after so many steps each; 0: not before (0)")
+    parser.add_argument("--measure_steps", type=int, default=0, help="also measure each time after this many (0: no)")
     return parser.parse_args(argv)
 
 

@@ -27,6 +27,7 @@ from arc.puzzles.files import MAX_SIDE
 from arc.puzzles.text import can_become_grid, format_options
 from arc.runs.settings import user_errors
 
+Rows = Sequence[np.ndarray]  # token ids, (tokens,) each
 Save = Callable[[int, Any], None]  # (number of a prompt, its replies as JSON): called as soon as they are computed
 
 
@@ -92,7 +93,7 @@ class Replies:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def greedy(self, prompts: Sequence[np.ndarray], guesses: Sequence[np.ndarray]) -> list[Reply]:
+    def greedy(self, prompts: Rows, guesses: Rows) -> list[Reply]:
         """The greedy reply to each prompt. It is cut short once it can no longer become a grid."""
 
         def compute(missing: list[int], save: Save) -> None:
@@ -101,26 +102,21 @@ class Replies:
         names = [self._name("greedy", prompt, self.max_new_tokens) for prompt in prompts]
         return [replies[0] for replies in self._load_or_compute(names, compute, least=1)]
 
-    def sampled(
-        self, prompts: Sequence[np.ndarray], guesses: Sequence[np.ndarray], samples: int, temperature: float
-    ) -> list[list[Reply]]:
+    def sampled(self, prompts: Rows, guesses: Rows, samples: int, temperature: float) -> list[list[Reply]]:
         """Random samples of replies to each prompt, without repetitions."""
         seed = self.settings.seed
 
         def compute(missing: list[int], save: Save) -> None:
             # Seeds that depend on the prompts: which prompts are computed together makes no difference.
             seeds = [int(token_hash(prompts[i])[:8], 16) for i in missing]
-            self._sample(
-                missing, prompts, guesses, save, samples=samples, temperature=temperature, seed=seed, seeds=seeds
-            )
+            options = {"samples": samples, "temperature": temperature, "seed": seed, "seeds": seeds}
+            self._sample(missing, prompts, guesses, save, **options)
 
         names = [self._name("sample", p, self.max_new_tokens, samples, temperature, seed) for p in prompts]
         drawn = self._load_or_compute(names, compute)
         return [list({reply.tokens.tobytes(): reply for reply in replies}.values()) for replies in drawn]
 
-    def searched(
-        self, prompts: Sequence[np.ndarray], guesses: Sequence[np.ndarray], min_prob: float
-    ) -> list[list[Reply]]:
+    def searched(self, prompts: Rows, guesses: Rows, min_prob: float) -> list[list[Reply]]:
         """All replies to each prompt with at least this probability; good guesses make the search faster."""
 
         def compute(missing: list[int], save: Save) -> None:
@@ -129,14 +125,7 @@ class Replies:
         names = [self._name("search", prompt, self.max_new_tokens, min_prob) for prompt in prompts]
         return self._load_or_compute(names, compute)
 
-    def _sample(
-        self,
-        missing: list[int],
-        prompts: Sequence[np.ndarray],
-        guesses: Sequence[np.ndarray],
-        save: Save,
-        **options: Any,
-    ) -> None:
+    def _sample(self, missing: list[int], prompts: Rows, guesses: Rows, save: Save, **options: Any) -> None:
         def hopeless(tokens: list[int]) -> bool:
             text = self.tokenizer.decode(tokens, skip_special_tokens=False)
             return not can_become_grid(text, self.encoder.format["lines_sep"])
@@ -144,13 +133,7 @@ class Replies:
         self._decode(sample_replies, missing, prompts, guesses, save, hopeless=hopeless, **options)
 
     def _decode(
-        self,
-        decode: Callable[..., Any],
-        missing: list[int],
-        prompts: Sequence[np.ndarray],
-        guesses: Sequence[np.ndarray],
-        save: Save,
-        **options: Any,
+        self, decode: Callable[..., Any], missing: list[int], prompts: Rows, guesses: Rows, save: Save, **options: Any
     ) -> None:
         work = Work()
         decode(
@@ -162,7 +145,7 @@ class Replies:
         # Keep the batch size that fitted: each time memory runs out, the work of a batch is lost.
         self._batch_size = work.batch_size or self._batch_size
 
-    def scored(self, prompts: Sequence[np.ndarray], replies: Sequence[Sequence[np.ndarray]]) -> list[list[float]]:
+    def scored(self, prompts: Rows, replies: Sequence[Rows]) -> list[list[float]]:
         """Log probabilities of given replies to each prompt."""
         names = [self._name("scores", prompt) for prompt in prompts]
         marks = [[token_hash(reply) for reply in group] for group in replies]

@@ -25,23 +25,17 @@ TEMPLATE = Path(__file__).with_name("report_template.html")
 MEASURES = (
     ("exact_1", "Exact, one guess", "test inputs whose first guess is right in every cell"),
     ("exact_2", "Exact, two guesses", "test inputs of which one of two guesses is"),
-    (
-        "score",
-        "Puzzles",
-        "the competition's score: of each puzzle, the share of its test inputs that two guesses solve",
-    ),
+    ("score", "Puzzles",
+     "the competition's score: of each puzzle, the share of its test inputs that two guesses solve"),
     ("greedy", "Greedy", "test inputs whose greedy reply to the first view is right"),
     ("found", "Found", "test inputs with the right grid among the candidates: what a perfect rule would choose"),
     ("decodable", "Decodable", "test inputs whose greedy reply is a grid"),
     ("right_shape", "Right shape", "test inputs whose first guess has the rows and columns of the truth"),
     ("cell_accuracy", "Right cells", "of the first guess, mean over test inputs; none for a wrong shape"),
     ("prob_truth", "Probability of the truth", "as a reply to the first view, mean over test inputs"),
-    (
-        "prob_greedy",
-        "Probability of the greedy reply",
-        "mean over test inputs; of a model that knows what it knows about the share of right ones, Greedy",
-    ),
-)
+    ("prob_greedy", "Probability of the greedy reply",
+     "mean over test inputs; of a model that knows what it knows about the share of right ones, Greedy"),
+)  # fmt: skip
 RULES = {
     "first_view": "first view",
     "max": "highest probability",
@@ -74,12 +68,9 @@ def write_report(results: dict[str, Any], path: str | Path) -> None:
 
     check_results(results)
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
+        loader=FileSystemLoader(TEMPLATE.parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
-    )
+    )  # fmt: skip
     environment.filters |= {"percent": percent, "number": number, "sha256": _source_hash}
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     text = environment.get_template(TEMPLATE.name).render(_page(results))

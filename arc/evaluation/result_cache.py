@@ -1,7 +1,7 @@
-"""A cache of results on the disk that holds JSON and nothing else, so that reading one is safe whoever wrote it.
+"""A cache on the disk that holds JSON only, so that reading one is safe whoever wrote it.
 
-diskcache 5.6.3 unpickles what a cache's database tells it to, also through its JSONDisk (CVE-2025-69872), and reads and
-deletes whatever files the database names. This module opens a cache so that it does neither.
+diskcache 5.6.3 unpickles values if the cache's database says so, even with its JSONDisk (CVE-2025-69872), and reads and
+deletes any file that the database names. A cache opened by this module does neither.
 """
 
 from __future__ import annotations
@@ -17,39 +17,28 @@ from pathlib import Path
 from typing import Any
 
 import diskcache
-from diskcache.core import (
-    DBNAME,
-    DEFAULT_SETTINGS,
-    EVICTION_POLICY,
-    METADATA,
-    MODE_BINARY,
-    MODE_RAW,
-    UNKNOWN,
-)
+from diskcache.core import DBNAME, DEFAULT_SETTINGS, EVICTION_POLICY, METADATA, MODE_BINARY, MODE_RAW, UNKNOWN
 
-# Names that diskcache gives to the files of large values; whatever else a database names is not its own.
+# Names that diskcache gives to the files of large values.
 VALUE_FILE = re.compile(r"[0-9a-f]{2}[/\\][0-9a-f]{2}[/\\][0-9a-f]{28}\.val")
 SETTINGS = {
     **DEFAULT_SETTINGS,
     "disk_compress_level": 1,
-    # Results are kept until they are deleted: they are small, and what one of them cost to make is not.
+    # Nothing is evicted: results are small, and computing them again is slow.
     "eviction_policy": "none",
     "cull_limit": 0,
 }
+# Words in sqlite's messages.
 SQLITE_TROUBLE = {
-    "full": errno.ENOSPC,
-    "readonly": errno.EACCES,
-    "unable to open": errno.EACCES,
-    "locked": errno.EAGAIN,
-}  # words in its messages
+    "full": errno.ENOSPC, "readonly": errno.EACCES, "unable to open": errno.EACCES, "locked": errno.EAGAIN
+}  # fmt: skip
 WORDS = {"wal", *EVICTION_POLICY}  # values of settings that are no numbers
 
 
 class UntrustedCacheError(ValueError):
-    """A cache folder holds what this program does not write: it was made by another one, tampered with, or damaged."""
+    """A cache folder was written by another program, tampered with, or damaged."""
 
     def __init__(self, folder: str | Path, found: str):
-        """Say which folder, what was found in it, and what to do."""
         super().__init__(
             f"the cache {folder} holds {found}, which this program does not write and does not read (it could run "
             "commands): delete the folder or move it away; results are then computed anew"
@@ -57,14 +46,10 @@ class UntrustedCacheError(ValueError):
 
 
 class TrustedDisk(diskcache.JSONDisk):
-    """Keys and values as JSON, as diskcache's JSONDisk stores them; anything else that is found is refused."""
+    """Stores keys and values as JSON, like diskcache's JSONDisk, and refuses to read anything else."""
 
     def get(self, key: Any, raw: int) -> Any:
-        """A stored key as the object that it is.
-
-        Raises:
-            UntrustedCacheError: it is pickled, or no JSON.
-        """
+        """Decode a stored key; UntrustedCacheError if it is pickled or no JSON."""
         if not raw:
             raise UntrustedCacheError(self._directory, "a pickled key")
         try:
@@ -73,22 +58,13 @@ class TrustedDisk(diskcache.JSONDisk):
             raise UntrustedCacheError(self._directory, f"a key that is no JSON ({error})") from None
 
     def store(self, value: Any, read: bool, key: Any = UNKNOWN) -> tuple[int, int, str | None, Any]:
-        """A value as the database's fields.
-
-        Raises:
-            TypeError: it is no JSON, or a file (`read`).
-        """
+        """Encode a value for the database; TypeError if it is no JSON, or a file (`read`)."""
         if read:
             raise TypeError("the result cache holds JSON values, not files")
         return super().store(value, read, key=key)
 
     def fetch(self, mode: int, filename: str | None, value: Any, read: bool) -> Any:
-        """A stored value as the object that it is.
-
-        Raises:
-            UntrustedCacheError: it is pickled, no JSON, or in a file outside of the cache's own.
-            OSError: its file is not there.
-        """
+        """Decode a stored value; UntrustedCacheError if it is pickled, no JSON, or in a foreign file."""
         if mode not in (MODE_RAW, MODE_BINARY) or read:
             raise UntrustedCacheError(self._directory, "a value that is pickled or otherwise no JSON")
         if mode == MODE_BINARY:
@@ -99,11 +75,7 @@ class TrustedDisk(diskcache.JSONDisk):
             raise UntrustedCacheError(self._directory, f"a value that is no JSON ({error})") from None
 
     def remove(self, file_path: str) -> None:
-        """Delete the file of a value.
-
-        Raises:
-            UntrustedCacheError: it is no file of the cache's own; nothing is deleted.
-        """
+        """Delete the file of a value; UntrustedCacheError, and nothing is deleted, if it is not the cache's."""
         self._check_file(file_path)
         super().remove(file_path)
 
@@ -115,18 +87,18 @@ class TrustedDisk(diskcache.JSONDisk):
 
 
 def open_cache(folder: str | Path) -> diskcache.Cache:
-    """Open a cache of JSON keys and values, or make one.
+    """Open or create a cache of JSON keys and values.
 
-    Nothing is dropped from it to make room. Several processes may use it at once; one that is killed while it writes
-    leaves the cache whole, without that entry. `incr` and `decr` do not work, as with any JSONDisk.
+    Nothing is evicted. Several processes may use it at once. A process that is killed while it writes loses that entry
+    only. `incr` and `decr` do not work, as with any JSONDisk.
 
     Args:
         folder: of the cache.
 
     Raises:
-        UntrustedCacheError: the folder holds another kind of cache, or one that was tampered with or damaged. Reading a
-            row, later, raises it too (what sqlite raises then: see `cache_errors`).
-        ValueError: the folder's name holds the name of an environment variable, as in "$HOME".
+        UntrustedCacheError: the folder holds another kind of cache, or one that was tampered with or damaged. Reading
+            an entry later can raise it too. For sqlite's errors see `cache_errors`.
+        ValueError: the folder's name contains an environment variable, as in "$HOME".
     """
     folder = Path(folder).absolute()  # so that diskcache does not expand a ~
     if os.path.expandvars(folder) != str(folder):
@@ -140,12 +112,12 @@ def open_cache(folder: str | Path) -> diskcache.Cache:
 
 @contextlib.contextmanager
 def cache_errors(folder: str | Path) -> Iterator[None]:
-    """Say of which cache it is what sqlite and diskcache raise, and what kind of trouble.
+    """Turn errors of sqlite and diskcache into ones that name the cache and the trouble.
 
     Raises:
         UntrustedCacheError: the database is damaged.
-        OSError: it cannot be used: ENOSPC where the disk is full, EACCES where it may not be written or opened, EAGAIN
-            where another process has kept it locked.
+        OSError: ENOSPC: the disk is full; EACCES: the cache cannot be opened or written; EAGAIN: another process keeps
+            it locked.
     """
     try:
         yield
@@ -160,19 +132,19 @@ def cache_errors(folder: str | Path) -> Iterator[None]:
 
 
 def _unreadable(folder: Path, error: sqlite3.DatabaseError) -> Exception:
-    # A lock or a full disk is trouble of the machine, not of the cache.
+    # A lock or a full disk is the machine's trouble, not the cache's.
     if isinstance(error, sqlite3.OperationalError) and "no such" not in str(error):
         return error
     return UntrustedCacheError(folder, f"a database that cannot be read ({error})")
 
 
 def check_generation_settings(folder: Path) -> None:
-    """Look at the settings that a database holds, before diskcache obeys them.
+    """Check the settings in a database before diskcache applies them.
 
-    diskcache puts names and values into PRAGMA statements and sets attributes of its own objects by them.
+    diskcache puts their names and values into PRAGMA statements and into attributes of its objects.
 
     Raises:
-        UntrustedCacheError: there are others than diskcache writes.
+        UntrustedCacheError: there are settings that diskcache does not write.
     """
     database = folder / DBNAME
     if not database.exists():

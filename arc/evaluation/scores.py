@@ -92,17 +92,13 @@ def score_table(models: Sequence[str], puzzles: dict[str, dict[str, Any]], secon
     for model in models:
         answers = {key: entry[model] for key, entry in known.items()}
         solved = {key: any(answer["correct"]) for key, answer in answers.items()}
-        values = {
-            "exact_1": [bool(answer["correct"][:1] == [True]) for answer in answers.values()],
+        values: dict[str, list[Any]] = {
+            "exact_1": [answer["correct"][:1] == [True] for answer in answers.values()],
             "exact_2": list(solved.values()),
             "greedy": [bool(answer["greedy_correct"]) for answer in answers.values()],
-            "decodable": [answer["decodable"] for answer in answers.values()],
-            "right_shape": [answer["right_shape"] for answer in answers.values()],
-            "found": [answer["found"] for answer in answers.values()],
-            "cell_accuracy": [answer["cell_accuracy"] for answer in answers.values()],
-            "prob_truth": [answer["prob_truth"] for answer in answers.values()],
-            "prob_greedy": [answer["prob_greedy"] for answer in answers.values()],
         }
+        for name in ("decodable", "right_shape", "found", "cell_accuracy", "prob_truth", "prob_greedy"):
+            values[name] = [answer[name] for answer in answers.values()]
         row: dict[str, Any] = {"model": model, "n": len(known), "puzzles": len(set(puzzle_of))}
         for name in SHARES:
             row |= _measured(name, values[name], _share_interval)

@@ -33,8 +33,8 @@ def change_outputs(rng: Random, outputs: Sequence[Grid], max_side: int) -> tuple
         max_side: largest side of a changed output.
 
     Returns:
-        The operation with its parameters, and the changed outputs, of which one at most is what it was, and which are
-        not all alike; None if none of CHANGES_TRIED operations does that.
+        The operation with its parameters, and the changed outputs: at most one is unchanged, and they are not all
+        equal. None if no operation of CHANGES_TRIED does that.
     """
     names = list(OPERATIONS)
     colours = sorted({*np.concatenate([grid.ravel() for grid in outputs]).tolist()} - {BLACK}) or [1]
@@ -65,23 +65,23 @@ def _changed_puzzle(
 def generate_changed(
     folder: Path, share: float, max_side: int, seed: int, workers: int | None = None, **split: Any
 ) -> tuple[dict[str, tuple[dict[str, Any], dict[str, Any]]], dict[str, Any]]:
-    """Change the outputs of puzzles that a stage trains on, each puzzle's by an operation of its own.
+    """Change the outputs of puzzles that a stage trains on, by one random operation for each puzzle.
 
     Args:
         folder: a dataset as the stages load it.
-        share: of the puzzles; a larger one adds some and leaves the others as they are.
+        share: share of the puzzles. A larger one adds puzzles and leaves the others as they are.
         max_side: largest side of a changed output.
-        seed: of which puzzles, and of what is drawn for each.
-        workers: processes that draw, which makes no difference to what is drawn; None: one for each core.
-        split: settings of SPLIT, where they are not the stages' defaults; what they hold out is not used.
+        seed: of which puzzles are chosen, and of all draws.
+        workers: processes that draw; None: one a core. The puzzles do not depend on it.
+        split: settings of SPLIT that differ from the stages' defaults. Held-out puzzles are not used.
 
     Returns:
-        By task name, `changed-PUZZLE`: the operation with its parameters, and the puzzle {"train", "test"}. And what it
-        was made from: "split" (all its settings), "dataset" (a hash of all puzzles), and numbers of puzzles: "train",
-        "looked_at", and of these "unfit" (no operation fits) and "heldout" (they have an input of a held-out puzzle).
+        By task name, `changed-PUZZLE`: the operation with its parameters, and the puzzle {"train", "test"}. And the
+        source: "split" (all its settings), "dataset" (a hash of all puzzles), and numbers of puzzles: "train",
+        "looked_at", and of these "unfit" (no operation fits) and "heldout" (with an input of a held-out puzzle).
 
     Raises:
-        FileNotFoundError, ValueError: settings out of range, bad files, more held out than there is, or no task left.
+        FileNotFoundError, ValueError: settings out of range, bad files, too much held out, or no puzzle is left.
     """
     problems = [
         (not 0 < share <= 1, f"--share is {share}: expected a share above 0, up to 1"),
@@ -118,7 +118,7 @@ def generate_changed(
     }
     train = held.train
     drawn = [puzzle for puzzle in train.challenge if seeded_rng(seed, CHANGED, puzzle, "share").random() < share]
-    # Small inputs come in several tasks: of those that are held out no other answer is to be learned either.
+    # Small inputs occur in several tasks. A held-out input must not be trained on with another answer.
     usable = [p for p in drawn if not any((grid.shape, grid.tobytes()) in hidden for grid in inputs(train, p))]
     outputs = [[*(pair["output"] for pair in train.challenge[p]["train"]), *train.solutions.get(p, ())] for p in usable]
     change = functools.partial(_changed_puzzle, max_side=max_side, seed=seed)
@@ -134,7 +134,7 @@ def generate_changed(
             row["output"] = grid.tolist()
         count = len(train.challenge[puzzle]["train"])
         tasks[f"{CHANGED}-{puzzle}"] = parameters, {"train": rows[:count], "test": rows[count:]}
-    made_from = {
+    source = {
         "split": {name: getattr(settings, name) for name in SPLIT}, "dataset": data.content_hash(),
         "train": len(train.challenge), "looked_at": len(drawn), "unfit": len(usable) - len(tasks),
         "heldout": len(drawn) - len(usable),
@@ -142,6 +142,6 @@ def generate_changed(
     if not tasks:
         raise ValueError(
             f"--changed_from: {folder}: no puzzle to write of {len(drawn)} looked at: no operation fits "
-            f"{made_from['unfit']}, and {made_from['heldout']} have an input of a held-out puzzle"
+            f"{source['unfit']}, and {source['heldout']} have an input of a held-out puzzle"
         )
-    return tasks, made_from
+    return tasks, source

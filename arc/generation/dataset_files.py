@@ -19,7 +19,7 @@ def render(
     listing: str = RULES_FILE,
     header: Sequence[str] = (HEADER, "# file, sha256, parameters of the rule"),
 ) -> dict[str, bytes]:
-    """The files of a dataset by name; the last one, `listing`, lists the others with parameters and checksum."""
+    """The files of a dataset by name. The last one, `listing`, lists the others with checksum and parameters."""
     files = {f"{name}.json": json.dumps(pairs, separators=(",", ":")).encode() for name, (_, pairs) in tasks.items()}
     lines = [
         f"{file} {hashlib.sha256(content).hexdigest()} {json.dumps(parameters)}"
@@ -30,7 +30,7 @@ def render(
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether a folder holds exactly what an earlier run wrote: nothing added, nothing edited."""
+    """Whether a folder holds exactly the files of an earlier run: none added, none edited."""
     rules = folder / RULES_FILE
     if not rules.is_file():
         return False
@@ -45,25 +45,25 @@ def is_ours(folder: Path) -> bool:
 
 
 def write_folder(files: dict[str, bytes], out: Path, replace: bool = True) -> bool:
-    """Write the files as folder `out`, which appears complete or not at all.
+    """Write the files as a folder that appears complete or not at all.
 
     Args:
-        files: by name.
-        out: a folder of other settings is replaced, if this program wrote all of it.
-        replace: False: it is not.
+        files: contents by name.
+        out: the folder. An earlier one is replaced if this program wrote all its files.
+        replace: False: never replace files.
 
     Returns:
-        False if they were there already.
+        False if `out` holds these files already.
 
     Raises:
-        FileExistsError: `out` is a file, or holds something that is not to be replaced.
+        FileExistsError: `out` is a file, or holds files that must not be replaced.
     """
     out = out.resolve()  # a link to a folder is replaced where it points
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: expected a folder; choose another --out")
     present = out.is_dir() and any(out.iterdir())
     if present:
-        # Names first: of what may be any folder, nothing else is read.
+        # Compare names first: this may be any folder, so read no file unless all names agree.
         if {path.name for path in out.iterdir()} == set(files) and all(
             (out / name).is_file() and (out / name).read_bytes() == content for name, content in files.items()
         ):

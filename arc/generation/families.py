@@ -26,12 +26,12 @@ def family(function: Callable[[Random, int], Rule]) -> Callable[[Random, int], R
 
 
 def noise(rng: Random, rows: tuple[int, int], columns: tuple[int, int]) -> Grid:
-    """A grid of any colours; `rows` and `columns` are bounds of its sides, both included."""
+    """A grid of random colours; `rows` and `columns` are the lowest and highest number of each."""
     return rng.integers(0, 10, size=(rng.integers(*rows, endpoint=True), rng.integers(*columns, endpoint=True)))
 
 
 def sparse(rng: Random, rows: tuple[int, int], columns: tuple[int, int], share: float = 0.4) -> Grid:
-    """A black grid (0) with coloured cells (1..9): about `share` of them, at least one."""
+    """A black grid (0) in which about a `share` of the cells, at least one, is coloured (1..9)."""
     grid = noise(rng, rows, columns) % 9 + 1
     grid[rng.random(grid.shape) >= share] = 0
     if not grid.any():
@@ -43,7 +43,7 @@ DIRECTIONS = ("right", "left", "down", "up")
 
 
 def pointing_right(grid: Grid, direction: str) -> Grid:
-    """A view of the grid in which `direction` points to the right; the same call on that view undoes it."""
+    """The grid turned so that `direction` points right. The same call on the result undoes it."""
     if direction in ("down", "up"):
         grid = grid.T
     if direction == "left":
@@ -292,11 +292,11 @@ def combine(rng: Random, max_side: int) -> Rule:
 def generate(
     families: Sequence[str], tasks_per_family: int, examples: int, max_side: int, seed: int
 ) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Draw the tasks of the families; no two tasks of a family share their parameters.
+    """Draw tasks of families. No two tasks of a family have the same parameters.
 
     Args:
         families: names in FAMILIES.
-        tasks_per_family: tasks of each; a family with fewer different rules gives as many as it has.
+        tasks_per_family: tasks of each family; one with fewer different rules gives as many as it has.
         examples: pairs of each task.
         max_side: largest side of any grid.
         seed: of everything that is drawn.

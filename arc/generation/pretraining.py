@@ -1,10 +1,9 @@
 """Pretraining of the demo's base on endless generated puzzles: data, training loop and measurement.
 
-`make_base.py --pretrain_steps N` is the command. Every puzzle has a rule of its own, drawn anew from its family, and
-examples of its own, in the pipeline's notation, turned and coloured at random; so a loss that falls means that rules
-are read from the demonstrations. A family that is left out stays new.
-
-Puzzles depend on (seed, number of the chunk) alone, not on how many processes make them.
+`make_base.py --pretrain_steps N` is the command. Every puzzle has a new rule and new examples, in random colours and
+orientations. So the loss only falls if the model reads the rule from the demonstrations. A family that is left out
+stays new to the model. Puzzles depend on (seed, number of the chunk) alone, not on the number of
+processes that draw them.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,16 +29,16 @@ from arc.puzzles.text import format_options
 if TYPE_CHECKING:
     import torch
 
-# Families that the default pretraining leaves out, so that the stages have something to teach: each is near to others
-# that it has (keep a colour: recolour; symmetrise: mirror-extend; border: crop), as a new puzzle is near to old ones.
+# Families that the default pretraining leaves out, so that the stages have something to teach. Each is similar to one
+# that it has: keep-colour to recolour, symmetrise to mirror-extend, border to crop.
 NEW_FAMILIES = ("keep-colour", "symmetrise", "border")
 WIDTH_STEP = 32  # rows of a batch are padded to a multiple of it: few shapes, little padding
-CHUNK_BATCHES = 32  # a chunk's puzzles are sorted by length; of many, nearly all batches are full
-ROW_TOKENS = 200  # about the mean of a row, which decides how many puzzles make a chunk and nothing else
-PRETRAINING, MEASURING = 1, 2  # streams of random numbers: no puzzle is measured on that was drawn for training
-COMPILED_BY = 20  # steps in which the code of all layers and shapes is compiled: they do not count in the seconds
+CHUNK_BATCHES = 32  # a chunk's puzzles are sorted by length; in a large chunk nearly all batches are full
+ROW_TOKENS = 200  # about the mean length of a row; decides only the number of puzzles in a chunk
+PRETRAINING, MEASURING = 1, 2  # streams of random numbers: training and measurement draw different puzzles
+COMPILED_BY = 20  # steps in which the layers are compiled for all shapes; their time does not count
 WARMUP = 0.03  # share of the steps (or seconds) in which the rate rises
-PADDING, OTHER, REPLY = 0, 1, 2  # what a token of a batch is: of a reply (its end included), or of anything else
+PADDING, OTHER, REPLY = 0, 1, 2  # what a token belongs to; a reply's end belongs to the reply
 PAD_TOKEN = "<|finetune_right_pad_id|>"
 
 
@@ -98,18 +97,18 @@ def draw_puzzles(
     max_side: int,
     programs: float = 0.0,
 ) -> ArcDataset:
-    """Puzzles with a rule and examples of their own each.
+    """Draw puzzles, each with a new rule and new examples.
 
     Args:
         rng: of all draws.
-        families: names in FAMILIES; each puzzle's is drawn.
-        count: how many.
-        sizes: numbers of demonstrations, drawn too.
+        families: names in FAMILIES, of which each puzzle's family is drawn.
+        count: number of puzzles.
+        sizes: numbers of demonstrations, of which each puzzle's is drawn.
         max_side: largest side of a grid.
-        programs: share of the puzzles whose rule is of no family, but a program of arc/generation/programs.py.
+        programs: share of the puzzles whose rule is a program instead (arc/generation/programs.py).
 
     Returns:
-        Puzzles `FAMILY-NUMBER` or `program-NUMBER` of one test each, as they are drawn; views turn and colour them.
+        Puzzles `FAMILY-NUMBER` or `program-NUMBER` with one test each, without augmentation.
     """
     challenge = {}
     for number in range(count):
@@ -133,16 +132,14 @@ class Chunks:
 
     Rows of about one length share a batch. Its width is a multiple of WIDTH_STEP and its rows are as many as
     `pretrain_batch` tokens hold, so that there are few different shapes.
+
+    Args:
+        settings: what is drawn, and how large a batch is.
+        encoder: of the cut vocabulary.
+        kept: the id in the whole vocabulary of each token of the cut one.
     """
 
     def __init__(self, settings: Pretraining, encoder: SampleEncoder, kept: Sequence[int]):
-        """See the class.
-
-        Args:
-            settings: what is drawn, and how large a batch is.
-            encoder: of the cut vocabulary.
-            kept: the whole vocabulary's id of each token of the cut one.
-        """
         self.settings, self.encoder, self.kept = settings, encoder, np.asarray(kept, dtype=np.int32)
         self.avoid = None
         if settings.pretrain_avoid is not None:
@@ -152,15 +149,15 @@ class Chunks:
             self.puzzles = -(-self.puzzles // 4)
 
     def __len__(self) -> int:
-        """Chunks: as many as would do if each had but one batch."""
+        """Number of chunks: enough even if each held one batch."""
         return self.settings.pretrain_steps
 
     def __getitem__(self, chunk: int) -> dict[str, Any]:
         """One chunk.
 
         Returns:
-            `batches`: int32 token ids (rows, tokens), uint8 PADDING, OTHER or REPLY of the same shape, and how many
-            tokens are no padding; `puzzles` and `avoided`: how many are in them, and were left out.
+            `batches`: int32 token ids (rows, tokens); uint8 PADDING, OTHER or REPLY of the same shape; the number of
+            tokens that are no padding. `puzzles` and `avoided`: numbers of puzzles in the batches, and left out.
         """
         settings = self.settings
         rng = np.random.default_rng([settings.seed, PRETRAINING, chunk])
@@ -187,18 +184,18 @@ class Chunks:
             end, size = int(np.searchsorted(widths, width, side="right")), max(1, settings.pretrain_batch // width)
             last = end == len(rows)
             while end - begin >= size or (last and begin < end):  # what fills no batch is padded to the next width
-                part = rows[begin : min(begin + size, end)]
+                batch = rows[begin : min(begin + size, end)]
                 ids = np.zeros((size, width), dtype=np.int32)
                 roles = np.full((size, width), PADDING, dtype=np.uint8)
-                for place, row in enumerate(part):
+                for place, row in enumerate(batch):
                     length = len(row["input_ids"])
                     ids[place, :length] = self.kept[row["input_ids"]]
                     roles[place, :length] = OTHER
                     for first, after in row["reply_spans"]:
                         roles[place, first:after] = REPLY
-                used = sum(len(row["input_ids"]) for row in part)
+                used = sum(len(row["input_ids"]) for row in batch)
                 batches.append((ids, roles, used))  # no tensors: a process would need a file for each
-                begin += len(part)
+                begin += len(batch)
         return batches
 
 
@@ -230,24 +227,24 @@ def rate_at(progress: float, peak: float) -> float:
 def pretrain(
     model: Any, tokenizer: Any, settings: Pretraining, workers: int = 0, measure: int = 0, measure_steps: int = 0
 ) -> dict[str, Any]:
-    """Train the model's weights in float32 (on CUDA with arithmetic in bfloat16), in place.
+    """Train the model's weights in place, in float32 (on CUDA with arithmetic in bfloat16).
 
-    The rows of the single characters inside the whole vocabulary are trained, so the model is the same after the
-    pipeline has cut the vocabulary. The same settings give the same weights on a CPU, unless seconds are limited.
+    Only tokens of single characters occur, so the model stays the same when the pipeline cuts the vocabulary. On a CPU
+    the same settings give the same weights, unless seconds are limited.
 
     Args:
         model: a causal language model; stays on the device that it was trained on.
         tokenizer: the whole vocabulary.
         settings: see make_base.py.
-        workers: processes that make puzzles ahead; 0: none.
-        measure: puzzles of each family that are measured on every `measure_steps` steps.
+        workers: processes that draw puzzles ahead; 0: none.
+        measure: puzzles of each family to measure on, every `measure_steps` steps.
         measure_steps: 0: never.
 
     Returns:
-        What was done, for the record.
+        What was done, for make_base.json.
 
     Raises:
-        ValueError: the loss became no number.
+        ValueError: the loss became NaN or infinite.
     """
     import torch
     from torch.utils.data import DataLoader
@@ -258,8 +255,7 @@ def pretrain(
     loader = DataLoader(
         chunks, batch_size=1, collate_fn=_only, num_workers=workers, prefetch_factor=2 if workers else None
     )
-    device = torch.device("cuda" if cuda else "cpu")
-    model.to(device=device, dtype=torch.float32).train()
+    model.to(device="cuda" if cuda else "cpu", dtype=torch.float32).train()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -269,91 +265,114 @@ def pretrain(
     if settings.pretrain_compile:
         for layer in model.model.layers:  # one layer's code serves all of them, and any number of rows and tokens
             layer.compile(dynamic=True)
-    step = tokens = puzzles = avoided = 0
-    losses: list[torch.Tensor] = []  # since the last line; fetched together, so that the host runs ahead
-    loss = math.nan
-    begin = printed = time.monotonic()
-    paused = 0.0  # by measurements, and by compiling
+    log = _Log()
     compiling = COMPILED_BY if settings.pretrain_compile else 0
-    printed_tokens = 0
-
-    def sent(values: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(values)
-        # From other memory the host would wait for the last step.
-        return tensor.pin_memory().to(device, non_blocking=True) if cuda else tensor
-
-    def report() -> None:
-        nonlocal losses, loss, printed, printed_tokens
-        loss = _mean(losses, step)
-        now = time.monotonic()
-        print(
-            f"step {step:6,}  loss of replies {loss:.4f}  rate {optimizer.param_groups[0]['lr']:.2e}  "
-            f"{now - begin - paused:5.0f} s  {(tokens - printed_tokens) / (now - printed):9,.0f} tokens/s",
-            flush=True,
-        )
-        losses, printed, printed_tokens = [], now, tokens
-
-    for chunk in loader:
-        puzzles, avoided = puzzles + chunk["puzzles"], avoided + chunk["avoided"]
-        for ids, roles, used in chunk["batches"]:
-            if compiling and step == compiling:
-                if cuda:
-                    torch.cuda.synchronize()
-                compiling, paused = 0, time.monotonic() - begin
-            seconds = 0.0 if compiling else time.monotonic() - begin - paused
-            progress = step / settings.pretrain_steps
-            if settings.pretrain_seconds:
-                progress = max(progress, seconds / settings.pretrain_seconds)
-            if progress >= 1:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = rate_at(progress + 0.5 / settings.pretrain_steps, settings.pretrain_rate)
-            tokens += used
-            ids, roles = sent(ids).long(), sent(roles)
-            with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
-                logits = model(input_ids=ids, use_cache=False).logits
-            # Position t predicts token t + 1; the last one predicts nothing, which costs less than cutting it off.
-            targets, roles = (each.roll(-1, dims=1).flatten() for each in (ids, roles))
-            roles[ids.shape[1] - 1 :: ids.shape[1]] = PADDING
-            weights = (roles == REPLY) + settings.pretrain_input_weight * (roles == OTHER)
-            each = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
-            ((each * weights).sum() / weights.sum()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            replies = roles == REPLY
-            losses.append(((each * replies).sum() / replies.sum()).detach())
-            step += 1
-            if time.monotonic() - printed > 10 or len(losses) == 1000:
-                report()
-            if measure_steps and step % measure_steps == 0 and step < settings.pretrain_steps:
-                started = time.monotonic()
-                print_measured(solved_by_family(model, tokenizer, settings, measure), settings)
-                model.train()
-                paused += time.monotonic() - started
-                printed += time.monotonic() - started
-        else:
-            continue
-        break
-    if losses:
-        report()
+    for ids, roles, used in log.batches(loader):
+        if compiling and log.step == compiling:
+            if cuda:
+                torch.cuda.synchronize()
+            compiling, log.paused = 0, time.monotonic() - log.begin
+        progress = log.step / settings.pretrain_steps
+        if settings.pretrain_seconds:
+            progress = max(progress, (0.0 if compiling else log.seconds) / settings.pretrain_seconds)
+        if progress >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(progress + 0.5 / settings.pretrain_steps, settings.pretrain_rate)
+        log.tokens += used
+        loss, reply_loss = _losses(model, ids, roles, settings.pretrain_input_weight)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log.losses.append(reply_loss)
+        log.step += 1
+        if time.monotonic() - log.printed > 10 or len(log.losses) == 1000:
+            log.print(optimizer.param_groups[0]["lr"])
+        if measure_steps and log.step % measure_steps == 0 and log.step < settings.pretrain_steps:
+            started = time.monotonic()
+            print_measured(solved_by_family(model, tokenizer, settings, measure), settings)
+            model.train()
+            log.paused += time.monotonic() - started
+            log.printed += time.monotonic() - started
+    if log.losses:
+        log.print(optimizer.param_groups[0]["lr"])
     return {
         "new_families": [name for name in FAMILIES if name not in settings.pretrain_families],
-        "steps": step,
-        "tokens": tokens,
-        "puzzles": puzzles,
-        "avoided": avoided,
-        "seconds": round(time.monotonic() - begin - paused, 3),
-        "loss_of_replies": round(loss, 4),
+        "steps": log.step,
+        "tokens": log.tokens,
+        "puzzles": log.puzzles,
+        "avoided": log.avoided,
+        "seconds": round(log.seconds, 3),
+        "loss_of_replies": round(log.loss, 4),
         "device": torch.cuda.get_device_name() if cuda else "CPU",
     }
 
 
-def _mean(losses: list[torch.Tensor], step: int) -> float:
-    loss = sum(losses).item() / len(losses)
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss is {loss} near step {step}: lower --pretrain_rate")
-    return loss
+def _losses(
+    model: Any, batch_ids: np.ndarray, batch_roles: np.ndarray, input_weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # The loss to minimise, and the mean loss of the replies' tokens.
+    import torch
+
+    cuda = model.device.type == "cuda"
+
+    def send(values: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(values)
+        # Without pinned memory the host would wait for the last step.
+        return tensor.pin_memory().to(model.device, non_blocking=True) if cuda else tensor
+
+    ids, roles = send(batch_ids).long(), send(batch_roles)
+    with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+        logits = model(input_ids=ids, use_cache=False).logits
+    # Position t predicts token t + 1. The last one predicts nothing; leaving it in costs less than cutting it off.
+    targets, roles = (tensor.roll(-1, dims=1).flatten() for tensor in (ids, roles))
+    roles[ids.shape[1] - 1 :: ids.shape[1]] = PADDING
+    replies = roles == REPLY
+    weights = replies + input_weight * (roles == OTHER)
+    token_losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none")
+    loss = (token_losses * weights).sum() / weights.sum()
+    return loss, ((token_losses * replies).sum() / replies.sum()).detach()
+
+
+class _Log:
+    """What a pretraining has done so far, and the lines that say so."""
+
+    def __init__(self) -> None:
+        self.step = self.tokens = self.puzzles = self.avoided = 0
+        self.losses: list[torch.Tensor] = []  # since the last line; fetched together, so that the host runs ahead
+        self.loss = math.nan
+        self.begin = self.printed = time.monotonic()
+        self.paused = 0.0  # seconds of measurements and of compiling
+        self.printed_tokens = 0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training."""
+        return time.monotonic() - self.begin - self.paused
+
+    def batches(self, chunks: Iterable[dict[str, Any]]) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+        """The batches of all chunks, whose puzzles are counted."""
+        for chunk in chunks:
+            self.puzzles, self.avoided = self.puzzles + chunk["puzzles"], self.avoided + chunk["avoided"]
+            yield from chunk["batches"]
+
+    def print(self, rate: float) -> None:
+        """Print a line.
+
+        Raises:
+            ValueError: the loss is NaN or infinite.
+        """
+        self.loss = sum(self.losses[1:], self.losses[0]).item() / len(self.losses)
+        if not math.isfinite(self.loss):
+            raise ValueError(f"the loss is {self.loss} near step {self.step}: lower --pretrain_rate")
+        now = time.monotonic()
+        print(
+            f"step {self.step:6,}  loss of replies {self.loss:.4f}  rate {rate:.2e}  {self.seconds:5.0f} s  "
+            f"{(self.tokens - self.printed_tokens) / (now - self.printed):9,.0f} tokens/s",
+            flush=True,
+        )
+        self.losses, self.printed, self.printed_tokens = [], now, self.tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -363,7 +382,7 @@ def _mean(losses: list[torch.Tensor], step: int) -> float:
 def solved_by_family(
     model: Any, tokenizer: Any, settings: Pretraining, count: int, families: Sequence[str] | None = None
 ) -> dict[str, float]:
-    """Exact match of greedy replies to fresh puzzles, by family.
+    """Exact match of greedy replies to new puzzles, by family.
 
     Args:
         model: of the whole vocabulary; switched to evaluation.
@@ -398,19 +417,19 @@ def solved_by_family(
             keys = views.keys(np.zeros(count, dtype=int), np.arange(count))
             prompts = encoder.encode(ds, keys, reply=False)
             prompts = [{"key": row["key"], "input_ids": np.asarray(kept)[row["input_ids"]]} for row in prompts]
-            found = exact_match(model, "transformers", padded, ds, prompts, batch_size=128)
-            solved[name] = found["eval_exact_match"]
+            scores = exact_match(model, "transformers", padded, ds, prompts, batch_size=128)
+            solved[name] = scores["eval_exact_match"]
     return solved
 
 
 def print_measured(solved: dict[str, float], settings: Pretraining) -> None:
-    """Print what `solved_by_family` found, families that are new to the model marked."""
+    """Print the shares of `solved_by_family`; families that are new to the model are marked."""
     known = {*(settings.pretrain_families if settings.pretrain_programs < 1 else [])}
     known |= {PROGRAM} if settings.pretrain_programs else set()
     new = [name for name in solved if name not in known]
     line = "  ".join(f"{name}{'*' if name in new else ''} {share:.0%}" for name, share in solved.items())
-    parts = []
-    for what, names in (("trained on", [name for name in solved if name not in new]), ("new (*)", new)):
+    summary = []
+    for title, names in (("trained on", [name for name in solved if name not in new]), ("new (*)", new)):
         if names:
-            parts.append(f"{what} {np.mean([solved[name] for name in names]):.1%}")
-    print(f"  solved: {', '.join(parts)}\n  {line}", flush=True)
+            summary.append(f"{title} {np.mean([solved[name] for name in names]):.1%}")
+    print(f"  solved: {', '.join(summary)}\n  {line}", flush=True)

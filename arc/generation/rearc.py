@@ -21,11 +21,11 @@ def from_rearc(
     Args:
         folder: holds metadata.json and tasks/.
         max_side: largest side of any grid.
-        min_pairs: tasks of fewer pairs are left out.
+        min_pairs: tasks with fewer pairs are left out.
 
     Returns:
-        By task name: how many pairs of how many, and the pairs, each input once. And the tasks that are left out, with
-        the number of pairs that they would have.
+        By task name: the number of pairs taken and of all, and the pairs, each input once. And the tasks that are left
+        out, each with its number of small pairs.
 
     Raises:
         FileNotFoundError, ValueError: settings out of range, bad files (named by file, pair and row), or no task left.
