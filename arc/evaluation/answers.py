@@ -32,7 +32,7 @@ from arc.models.prepared_base import check_base
 from arc.models.vocabulary import load_tokenizer
 from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.encoding import SampleEncoder
-from arc.puzzles.files import MAX_SIDE
+from arc.puzzles.grids import MAX_SIDE
 from arc.puzzles.text import can_become_grid, format_options
 from arc.puzzles.views import view_keys
 from arc.runs.artifacts import find_damage, fingerprint

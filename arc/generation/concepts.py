@@ -29,7 +29,7 @@ from arc.generation.programs import (
     parts_of,
     slide,
 )
-from arc.puzzles.task_augmentation import dihedral
+from arc.puzzles.keys import dihedral
 
 LEGIBLE = 10  # cells from which bent lines begin: of more nobody could tell them apart
 

@@ -42,7 +42,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arc.puzzles.files import MAX_SIDE, list_rearc, read_tasks
+from arc.puzzles.files import list_rearc, read_tasks
+from arc.puzzles.grids import MAX_SIDE
 
 Grid = np.ndarray  # (rows, columns), integers 0..9
 Random = np.random.Generator

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from arc.generation.families import Grid, Random, Rule, pick
-from arc.puzzles.task_augmentation import dihedral
+from arc.puzzles.keys import dihedral
 
 Solve = Callable[[Grid], Grid]
 Draw = Callable[[Random], Grid]

@@ -164,7 +164,6 @@ def scan_identity(
             *(views.seed, views.tp, views.rt, views.perm, views.keep_background, views.shfl_ex),
             *([] if views.perm_share == 1 else [views.perm_share]),  # as in scans from before there was a choice
         ],
-        **({"task_augmentation": settings.task_augmentation} if settings.task_augmentation else {}),
         "rows": hashlib.sha256(rows.tobytes()).hexdigest(),
         "max_seq_length": settings.max_seq_length,
         "max_completion_length": max_completion_length,

@@ -28,6 +28,9 @@ NOT_THE_COURSE = (
     "report_to", "dataloader_num_workers",
 )  # fmt: skip
 
+# Settings of earlier versions, each with the value that is today's behaviour: another value is another training.
+REMOVED = {"task_augmentation": 0.0}
+
 # Settings with few values; written in any case, kept in lower case.
 CHOICES = {
     "engine": ("auto", "unsloth", "transformers"),
@@ -103,9 +106,6 @@ class RunSettings(DataSettings):
     perm_share: float = setting(1.0, "share of the samples whose colours are permuted; the others keep their own")
     keep_background: bool = setting(False, "colour permutations leave 0 alone")
     shfl_ex: bool = setting(True, "a new order of the demonstrations for each sample and epoch")
-    task_augmentation: float = setting(
-        0.0, "puzzles of new tasks made of each puzzle: its outputs, not its inputs, turned, mirrored or recoloured"
-    )
     max_seq_length: int = setting(1536, "longest row in tokens; demonstrations are dropped to fit")
     # LoRA
     lora_r: int = setting(512, "rank; embed_tokens and lm_head are trained in full whatever the rank")
@@ -185,7 +185,7 @@ def course_settings(values: dict[str, Any]) -> dict[str, Any]:
     deciding = ("eval_steps", "eval_puzzles") if values.get("collapse_guard") else ()
     course = {name: value for name, value in values.items() if name not in NOT_THE_COURSE or name in deciding}
     parts = [course.pop(name, 1) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
-    return course | {"samples_per_step": parts[0] * parts[1]}
+    return REMOVED | course | {"samples_per_step": parts[0] * parts[1]}
 
 
 def default_course(cls: type) -> dict[str, Any]:
@@ -386,7 +386,6 @@ def _run_checks(settings: RunSettings) -> dict[str, tuple[bool, str]]:
     check("weight_decay", math.isfinite(settings.weight_decay) and settings.weight_decay >= 0, "a number from 0")
     check("adam_beta2", 0 <= settings.adam_beta2 < 1, "a share from 0 to below 1")
     check("warmup_ratio", 0 <= settings.warmup_ratio < 1, "a share from 0 to below 1")
-    check("task_augmentation", 0 <= settings.task_augmentation <= 100, "a number from 0 to 100")
     check("perm_share", 0 <= settings.perm_share <= 1, "a share from 0 to 1")
     check("lora_dropout", 0 <= settings.lora_dropout < 1, "a share from 0 to below 1")
     unknown = [m for m in settings.target_modules if m not in LINEAR_MODULES + EMBEDDING_MODULES]

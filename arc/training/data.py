@@ -10,7 +10,6 @@ from arc.models.vocabulary import cut_tokenizer, load_tokenizer
 from arc.puzzles.dataset import ArcDataset, Holdout
 from arc.puzzles.encoding import SampleEncoder, TrainingSamples
 from arc.puzzles.splits import load_split, tasks_in_turn, with_solutions
-from arc.puzzles.task_augmentation import augment_tasks
 from arc.puzzles.text import format_options
 from arc.runs.settings import RunSettings
 
@@ -35,8 +34,8 @@ class StageData:
 
     @property
     def puzzles(self) -> ArcDataset:
-        """What is trained on: those that fit, of `split.train` and of those made of them (task_augmentation)."""
-        return self.samples.views.ds
+        """The puzzles of `split.train` that fit the longest row: what the stage trains on."""
+        return self.samples.puzzles
 
     def prompts(self, count: int, max_tokens: int) -> list[dict[str, Any]]:
         """Up to `count` held-out rows that end where the reply begins, as the encoder gives them."""
@@ -89,10 +88,8 @@ def load_data(run: StageRun, solved_only: bool = False) -> StageData:
         if not len(split.train.keys):
             raise ValueError(f"{settings.dataset_dir}: no puzzle to train on has the outputs of its tests")
     encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
-    puzzles = augment_tasks(split.train, settings.task_augmentation, settings.seed)
-    if more := len(puzzles.keys) - len(split.train.keys):
-        print(f"task_augmentation: {more:,} puzzles of new tasks, made of {len(split.train.keys):,}")
-    samples = TrainingSamples(puzzles, encoder, settings.max_seq_length, seed=settings.seed, **augmentation(settings))
+    options = augmentation(settings)
+    samples = TrainingSamples(split.train, encoder, settings.max_seq_length, seed=settings.seed, **options)
     if samples.dropped:
         print(
             f"left out: {len(samples.dropped):,} puzzles that do not fit --max_seq_length {settings.max_seq_length} "

@@ -1,7 +1,6 @@
 """The scan before reinforcement learning: which prompts are set aside, and that a continued run has the same ones."""
 
 import json
-import re
 import shutil
 
 import numpy as np
@@ -16,7 +15,6 @@ from arc.grpo.scan import Scan, generate_samples, prompts_of_training, rows_to_s
 from arc.models.loading import load_model
 from arc.models.lora import add_lora
 from arc.puzzles.dataset import ArcDataset
-from arc.puzzles.task_augmentation import MARK
 from arc.runs.settings import parse_settings
 from arc.training.data import load_data
 from arc.training.run import StageRun, lora_options
@@ -210,17 +208,3 @@ def test_settings_that_cannot_be_are_refused(tmp_path, taught_policy, flags):
     code, printed = call("train_grpo", *SMALL, *taught_policy, "--output_dir", tmp_path / "output", *flags)
     assert code == 2 and f"{flags[0]} is {flags[1]}: expected a whole number from" in printed
     assert not (tmp_path / "output").exists()
-
-
-def test_prompts_of_new_tasks_are_scanned_sampled_and_rewarded(tmp_path, taught_policy):
-    flags = (*SMALL, *taught_policy, "--output_dir", tmp_path, "--task_augmentation", 1, "--max_steps", 1)
-    code, printed = call("train_grpo", *flags)
-    assert code == 0, printed[-3000:]
-    assert re.search(r"task_augmentation: [1-9]\d* puzzles of new tasks, made of \d+\n", printed)
-    scans = list(tmp_path.glob("*/scan-*.json"))
-    made_for = json.loads(scans[0].read_text())["made_for"]
-    assert len(scans) == 1 and made_for["task_augmentation"] == 1
-    _, _, data, _ = begun(tmp_path / "other", taught_policy, "--task_augmentation", 1)
-    keys = {row["key"] for row in data.samples.__getitems__(list(range(len(data.samples))))}
-    assert {MARK in key for key in keys} == {True, False}
-    assert not any(MARK in key for key in data.split.train.keys + data.heldout.keys)

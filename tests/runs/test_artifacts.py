@@ -17,6 +17,7 @@ from arc.models.manifests import read_manifest, write_manifest
 from arc.runs import artifacts
 from arc.runs.artifacts import find_damage, find_outdated, fingerprint, made_from, new_folder
 from arc.runs.lock import OutputLock
+from arc.runs.settings import course_settings, default_course
 from tests.helpers import ROOT
 
 
@@ -252,6 +253,16 @@ def test_settings_that_decide_the_weights_are_compared_and_others_are_not():
     assert compare(recorded, settings, {}, "d2") == ["the puzzles in dataset"]
     assert compare(recorded, settings, {"load_in_4bit": False}, None) == ["load_in_4bit (was true, is false)"]
     assert compare(recorded, settings, {"load_in_4bit": True}, None) == []
+
+
+def test_folders_of_versions_that_had_a_removed_setting():
+    settings = base_finetune.Settings()
+    recorded = {"settings": dataclasses.asdict(settings) | {"task_augmentation": 0.0}}
+    assert artifacts.changed_settings(recorded, settings, {}, None) == []
+    course = course_settings(dataclasses.asdict(settings))  # what checkpoints are compared by
+    assert course == course_settings(recorded["settings"]) == default_course(type(settings))
+    recorded["settings"]["task_augmentation"] = 0.33
+    assert artifacts.changed_settings(recorded, settings, {}, None) == ["task_augmentation (was 0.33, is 0.0)"]
 
 
 def test_every_setting_is_either_of_the_course_or_not():
