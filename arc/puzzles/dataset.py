@@ -221,10 +221,7 @@ class ArcDataset:
         """A puzzle id without the two characters that have a meaning in keys."""
         return clean_name(base_key)
 
-    @staticmethod
-    def get_base_key_and_reply_num(key: str) -> tuple[str, int]:
-        """Puzzle id and test index of a key; -1: the key names no test input."""
-        return split_name(key)
+    get_base_key_and_reply_num = staticmethod(split_name)
 
     @classmethod
     def get_base_key(cls, key: str) -> str:
@@ -634,10 +631,7 @@ class ArcDataset:
                 raise does_not_fit(asked, tokens, max_tokens)
             key = shortened_key(key, count)
 
-    @staticmethod
-    def count_tokens(text: str, tokenizer: Any = None) -> int:
-        """See `text.count_tokens`."""
-        return count_tokens(text, tokenizer)
+    count_tokens = staticmethod(count_tokens)
 
     @classmethod
     def max_new_tokens(
@@ -771,10 +765,7 @@ class ArcDataset:
         submissions.fill_submission(results or {}, submission)
         return submission
 
-    @staticmethod
-    def fill_submission(results: Mapping[str, Any], submission: Submission) -> None:
-        """See `submissions.fill_submission`."""
-        submissions.fill_submission(results, submission)
+    fill_submission = staticmethod(submissions.fill_submission)
 
     def validate_submission(self, submission: Mapping[str, Any]) -> float:
         """Score of a submission: for every puzzle the share of its tests of which an attempt is right, summed.

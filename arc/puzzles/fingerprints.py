@@ -45,9 +45,9 @@ def pair_form(query: np.ndarray, reply: np.ndarray | None) -> bytes:
 def puzzle_fingerprint(pairs: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> str:
     """SHA-256 (hex) of the canonical form of a puzzle: the same for equal puzzles (see the module) and for no others.
 
-    For each symmetry, a puzzle is a list of patterns, in order, and colours that fill them. Patterns do not depend on
-    the names of colours, so the symmetries with the smallest list are found first, and only among these the names that
-    make the lists of colours smallest.
+    For each symmetry, a puzzle is a sorted list of patterns and the colours that fill them. Patterns do not depend on
+    the names of colours. So the symmetries with the smallest list are chosen first. Among these, the names that make
+    the lists of colours smallest are chosen.
 
     Args:
         pairs: at least one (input, output), uint8 (height, width); output None: an input alone.
@@ -55,12 +55,12 @@ def puzzle_fingerprint(pairs: Sequence[tuple[np.ndarray, np.ndarray | None]]) ->
     turned = [sorted(image) for image in zip(*(_images(query, reply) for query, reply in pairs), strict=True)]
     least = min([pattern for pattern, _ in image] for image in turned)
     numbers = {pattern: number for number, pattern in enumerate(dict.fromkeys(least))}
-    found = {
+    fillings = {
         tuple((numbers[pattern], colours) for pattern, colours in image)
         for image in turned
         if [pattern for pattern, _ in image] == least
     }
-    colours = min(_least_colours(Counter(image)) for image in found)
+    colours = min(_least_colours(Counter(image)) for image in fillings)
     # How many patterns, these, and how each is filled in turn: can be read back, so no two puzzles share the bytes.
     return hashlib.sha256(b"".join([len(least).to_bytes(8, "big"), *least, *colours])).hexdigest()
 
@@ -79,10 +79,10 @@ class _Leaf(NamedTuple):
 def _least_colours(image: Counter[tuple[int, bytes]]) -> list[bytes]:
     """How the patterns of a puzzle are filled, in order, under names of the colours that depend on no names.
 
-    Colours are told apart by where they stand in which patterns, beside which others. Where that leaves some alike,
-    each of them in turn gets a name of its own, which tells others apart, and so on; of all namings that are reached,
-    the one with the smallest rows counts. Two namings with equal rows are a symmetry of the puzzle's colours, and what
-    a symmetry maps to something done is not done again: ten colours alike take 10 namings, not 10!.
+    Colours are distinguished by their places in the patterns. Where some remain alike, each of them in turn gets a new
+    name, which distinguishes others, and so on. The naming with the smallest rows is the result. Two namings with equal
+    rows are a symmetry of the puzzle's colours. A branch that a symmetry maps to a finished one is skipped: ten colours
+    that are alike take 10 namings, not 10!.
 
     Args:
         image: (pattern's number, colours) -> how often.

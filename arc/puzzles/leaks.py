@@ -1,17 +1,15 @@
-"""Leaks: puzzles and test pairs of an evaluation that training has seen, in whatever dress.
+"""Leaks: puzzles and test pairs of an evaluation that training has seen, in any symmetry, colours and order.
 
     leaks = find_leaks(evaluation, training)
     leaks.puzzles  # {"007bbfb7": ("007bbfb7-012",), ...}: whole puzzles that are training puzzles
     leaks.tests  # {"007bbfb7_0": ("007bbfb7-003", ...), ...}: test pairs that are pairs of training puzzles
 
-Two puzzles are equal here if one of the 8 symmetries of the square and one permutation of the 10 colours, the same for
-all grids, turn the pairs of one into those of the other, in any order. Nothing is guessed: equal puzzles have one
-canonical form, others have another. Cheap signatures, computed for a whole store at once, only choose which forms are
-worth computing.
+Two puzzles are equal if one symmetry of the square and one permutation of the colours turn the pairs of one into those
+of the other, in any order. The comparison is exact: equal puzzles have the same canonical form, others do not. Cheap
+signatures of all pairs at once choose which forms are computed.
 
-A pair counts as often as it is there, and wherever it is: which of the pairs is the test is left out, as training on
-the same pairs with another one as the test has seen the answer too. A test input without a solution is a pair of its
-own kind, an input alone.
+Repeated pairs count. It does not matter which pair is the test: training on the same pairs in other roles has seen the
+answer too. A test input without a solution is compared as an input alone.
 """
 
 from __future__ import annotations
@@ -133,9 +131,9 @@ def _equal(left: Chosen, right: Chosen) -> Iterator[tuple[int, int]]:
     numbers = defaultdict(list)
     for number in left[0][np.isin(left[1], right[1])].tolist():
         numbers[left[2](number)].append(number)
-    for found in right[0][np.isin(right[1], left[1])].tolist():
-        for number in numbers.get(right[2](found), ()):
-            yield number, found
+    for other in right[0][np.isin(right[1], left[1])].tolist():
+        for number in numbers.get(right[2](other), ()):
+            yield number, other
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,7 +141,7 @@ def _equal(left: Chosen, right: Chosen) -> Iterator[tuple[int, int]]:
 
 
 class Leaks(NamedTuple):
-    """What an evaluation shares with training; see `find_leaks`.
+    """Puzzles and test pairs that an evaluation shares with training; see `find_leaks`.
 
     Attributes:
         puzzles: evaluation puzzle id -> ids of the training puzzles that equal it.
@@ -183,7 +181,7 @@ class _Side:
     """A dataset's puzzles and pairs with their signatures."""
 
     def __init__(self, ds: ArcDataset):
-        """The dataset is only looked at."""
+        """Compute the table and its signatures."""
         self.ds, self.names, self.table = ds, list(ds.challenge), _table(ds)
         self.full = _signatures(ds.store, self.table.query, self.table.reply)
 
@@ -218,34 +216,34 @@ class _Side:
 def find_leaks(evaluation: ArcDataset, training: ArcDataset) -> Leaks:
     """Puzzles and test pairs of an evaluation that training has seen.
 
-    The second is the weaker and often the more telling: where puzzles are made of random examples of a task, no two
-    puzzles may be equal, but a test pair of one can be a demonstration of another. Each pair may be turned and coloured
-    in its own way there. Small grids of few colours can be equal by chance: what is found is for people to look at.
+    Where puzzles are random examples of a task, test pairs tell more than whole puzzles: a test pair of one can be a
+    demonstration of another. Each pair may have another symmetry and other colours there. Small grids of few colours can
+    be equal by chance: look at the results.
 
-    What is known on both sides is compared: a puzzle or pair without a solution, on either side, by its inputs and
-    demonstrations alone. The demonstrations of an evaluation puzzle among a puzzle of more pairs do not make it equal.
+    Where one side lacks a solution, both are compared without it. A puzzle that contains all pairs of an evaluation
+    puzzle and more is not equal to it.
 
     Args:
-        evaluation: of whose puzzles those count that it has keys of, and of their test inputs those that keys name.
-        training: all pairs of its puzzles count, whatever its keys pick.
+        evaluation: only the puzzles and test inputs that its keys name are compared.
+        training: all pairs of its puzzles are compared.
 
     Returns:
-        What is shared; both empty: nothing. Ids are in the order of the datasets' puzzles.
+        The shared puzzles and test pairs. Ids are in the order of the datasets' puzzles.
     """
     side, other = _Side(evaluation), _Side(training)
     puzzles: dict[str, list[str]] = defaultdict(list)
-    for number, found in side.puzzles().shared(other.puzzles()):
-        puzzles[side.names[number]].append(other.names[found])
+    for number, equal in side.puzzles().shared(other.puzzles()):
+        puzzles[side.names[number]].append(other.names[equal])
     named = {evaluation.get_base_key_and_reply_num(key) for key in evaluation.keys}
     table = side.table
     titles = [(side.names[i], test) for i, test in zip(table.puzzle.tolist(), table.test.tolist(), strict=True)]
     chosen = np.array([place for place, (_, test) in enumerate(titles) if test >= 0 and titles[place] in named], int)
     tests: dict[str, set[int]] = defaultdict(set)  # a puzzle can have a pair more than once
     everything = np.arange(len(other.table.query))
-    for place, found in side.pairs(chosen).shared(other.pairs(everything)):
+    for place, equal in side.pairs(chosen).shared(other.pairs(everything)):
         name, test = titles[chosen[place]]
-        tests[f"{name}_{test}"].add(int(other.table.puzzle[found]))
+        tests[f"{name}_{test}"].add(int(other.table.puzzle[equal]))
     return Leaks(
-        {name: tuple(found) for name, found in puzzles.items()},
-        {key: tuple(other.names[number] for number in sorted(found)) for key, found in tests.items()},
+        {name: tuple(ids) for name, ids in puzzles.items()},
+        {key: tuple(other.names[number] for number in sorted(numbers)) for key, numbers in tests.items()},
     )
