@@ -217,8 +217,8 @@ def find_leaks(evaluation: ArcDataset, training: ArcDataset) -> Leaks:
     """Puzzles and test pairs of an evaluation that training has seen.
 
     Where puzzles are random examples of a task, test pairs tell more than whole puzzles: a test pair of one can be a
-    demonstration of another. Each pair may have another symmetry and other colours there. Small grids of few colours can
-    be equal by chance: look at the results.
+    demonstration of another. Each pair may have another symmetry and other colours there. Small grids of few colours
+    can be equal by chance: look at the results.
 
     Where one side lacks a solution, both are compared without it. A puzzle that contains all pairs of an evaluation
     puzzle and more is not equal to it.
