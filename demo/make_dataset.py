@@ -38,7 +38,7 @@ from arc.generation.dataset_files import HEADER, render, write_folder
 from arc.generation.families import FAMILIES, generate
 from arc.generation.programs import generate_programs
 from arc.generation.rearc import REARC_FILE, REARC_HEADER, from_rearc
-from arc.puzzles.files import MAX_SIDE
+from arc.puzzles.grids import MAX_SIDE
 
 # Flags of each way to make a dataset, with their defaults; None: the stages' default, or one process a core.
 FAMILY_FLAGS = {"tasks_per_family": 2, "examples": 120, "max_side": 5, "seed": 42, "families": list(FAMILIES)}

@@ -23,7 +23,7 @@ from arc.evaluation.progress import Progress
 from arc.evaluation.result_cache import UntrustedCacheError
 from arc.models.vocabulary import load_tokenizer
 from arc.puzzles.encoding import SampleEncoder
-from arc.puzzles.files import MAX_SIDE
+from arc.puzzles.grids import MAX_SIDE
 from arc.puzzles.text import can_become_grid, format_options
 from arc.runs.settings import user_errors
 

@@ -14,7 +14,7 @@ from arc.generation.operations import OPERATIONS
 from arc.generation.processes import map_in_processes
 from arc.generation.rules import BLACK, Grid, Random, Unfit, pick
 from arc.puzzles.dataset import ArcDataset
-from arc.puzzles.files import MAX_SIDE
+from arc.puzzles.grids import MAX_SIDE
 from arc.puzzles.keys import seeded_rng
 from arc.runs.settings import DataSettings
 

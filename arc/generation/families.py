@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from arc.generation.rules import MIN_SIDE, Grid, Random, Rule, draw_pairs, pick
-from arc.puzzles.files import MAX_SIDE
+from arc.puzzles.grids import MAX_SIDE
 
 FAMILIES: dict[str, Callable[[Random, int], Rule]] = {}  # name -> function (random numbers, largest side) -> a rule
 

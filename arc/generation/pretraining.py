@@ -22,7 +22,7 @@ from arc.generation.programs import PROGRAM, draw_program
 from arc.generation.rules import MIN_SIDE, draw_pairs, pick
 from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.encoding import SampleEncoder
-from arc.puzzles.files import MAX_SIDE
+from arc.puzzles.grids import MAX_SIDE
 from arc.puzzles.leaks import find_leaks
 from arc.puzzles.text import format_options
 

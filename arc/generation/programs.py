@@ -31,7 +31,7 @@ from arc.generation.rules import (
     pick,
 )
 from arc.generation.scenes import SCENES, Scene
-from arc.puzzles.files import MAX_SIDE
+from arc.puzzles.grids import MAX_SIDE
 
 # A grid after some operations, and the grids of all shorter programs, which lack one of these operations or several.
 State = tuple[Grid, list[Grid]]

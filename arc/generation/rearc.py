@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from arc.puzzles.files import MAX_SIDE, list_rearc, read_tasks
+from arc.puzzles.files import list_rearc, read_tasks
+from arc.puzzles.grids import MAX_SIDE
 
 REARC_FILE = "rearc.txt"
 REARC_HEADER = "# Made by demo/make_dataset.py from a re-arc folder."

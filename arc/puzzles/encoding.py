@@ -35,11 +35,11 @@ class SampleEncoder:
 
     Attributes:
         one_token_per_cell: whether ids are put together from the arrays; else the tokenizer is called on the text.
-            Found out by encoding a text that has every number of up to three digits and every seam between the parts.
+            Tested by encoding a text that has every number of up to three digits and every seam of the format.
     """
 
     def __init__(self, tokenizer: Any, preprompt: str, query_beg: str, reply_beg: str, reply_end: str, lines_sep: str):
-        """See the class.
+        """Look at how the tokenizer splits the format.
 
         Args:
             tokenizer: a fast tokenizer, called as those of transformers are.
@@ -74,7 +74,7 @@ class SampleEncoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def _seams_hold(self) -> bool:
-        """Whether ids of parts, put together, are the ids of the whole."""
+        """Whether the ids of pieces, put together, are the ids of the whole text."""
         numbers = [f"{i:0{width}d}" for width in (1, 2, 3) for i in range(10**width)]
         long = ["0123456789" * 3, "9876543210" * 3]
         grids = [[a, b] for a in COLOURS for b in COLOURS] + [long, [row[:29] for row in long], numbers]
@@ -95,12 +95,12 @@ class SampleEncoder:
         Args:
             ds: holds the puzzles.
             keys: views.
-            max_tokens: limit of all ids, BOS included; demonstrations are left out from the end until a sample fits.
+            max_tokens: limit of all ids, BOS included; demonstrations are dropped from the end until a sample fits.
             reply: whether the solution follows the query, where it is known; False: a prompt that ends with
                 `reply_beg`.
 
         Returns:
-            A row for each key: key (with the `ex...` that shortening has made), input_ids int32 (tokens,), equal to
+            A row for each key: key (with the `ex...` of what is left), input_ids int32 (tokens,), equal to
             `tokenizer(task["text"])["input_ids"]` (of `task["input"]` for a prompt), and reply_spans int32 (replies,
             2), token positions [start, end) of each reply with its end, demonstrations first.
 
@@ -138,19 +138,19 @@ class SampleEncoder:
         """Tokens of views, int64 (keys,), and which of them lose demonstrations, bool (keys,). See `encode`."""
         if self.one_token_per_cell:
             layout = self._layout(ds, keys, max_tokens, reply=True)
-            made, lengths = layout.keys, layout.lengths
+            shortened, lengths = layout.keys, layout.lengths
         else:
             rows = self._encode_texts(ds, list(keys), max_tokens, reply=True)
-            made = [row["key"] for row in rows]
+            shortened = [row["key"] for row in rows]
             lengths = np.array([len(row["input_ids"]) for row in rows], dtype=np.int64)
-        return lengths, np.array([a != b for a, b in zip(keys, made, strict=True)], dtype=bool)
+        return lengths, np.array([a != b for a, b in zip(keys, shortened, strict=True)], dtype=bool)
 
     def too_long(self, ds: ArcDataset, keys: Sequence[str], max_tokens: int, turned: bool = True) -> list[str]:
-        """Keys of which not every view fits `max_tokens` with one demonstration, whichever comes first.
+        """Keys whose longest view is over `max_tokens` with the largest of its demonstrations alone.
 
         A view's length depends on its orientation, not on its colours: a grid of many rows has more line ends. Where
-        digits merge, the count of one token per cell is an upper bound: only puzzles beyond it are given to the
-        tokenizer, with the colours they have (Llama 3 merges digits by their number alone, so there it is exact).
+        digits merge, the count of one token per cell is an upper bound. Only puzzles over it are tokenised, in their
+        original colours; Llama 3 merges digits by their number alone, so that is exact.
 
         Args:
             ds: holds the puzzles.
@@ -190,7 +190,7 @@ class SampleEncoder:
     def _layout(
         self, ds: ArcDataset, keys: Sequence[str], max_tokens: int | None, reply: bool, turn: int = 0
     ) -> _Layout:
-        """Grids and lengths of samples, demonstrations left out as needed; `turn` 1: as if every key was transposed."""
+        """Grids and lengths of samples, shortened as needed; `turn` 1: as if every key was transposed."""
         views = [ds.resolve(key) for key in keys]
         numbers: list[int] = []
         counts = []  # grids of each sample
@@ -207,36 +207,36 @@ class SampleEncoder:
             counts.append(len(numbers) - before)
         grids, sizes = np.array(numbers, dtype=np.int64), np.array(counts, dtype=np.int64)
         sample = np.arange(len(keys)).repeat(sizes)
-        first = np.cumsum(sizes) - sizes
-        is_output = (np.arange(len(grids)) - first[sample]) % 2 == 1
+        begins = np.cumsum(sizes) - sizes
+        is_output = (np.arange(len(grids)) - begins[sample]) % 2 == 1
         symmetries = np.array([view.symmetry for view in views], dtype=np.int64)
         heights, widths = ds.store.heights[grids].astype(np.int64), ds.store.widths[grids].astype(np.int64)
         rows = np.where(symmetries[sample, 0] ^ turn, widths, heights)
         around = np.where(is_output, len(self._reply_end), len(self._query_beg) + len(self._reply_beg))
         tokens = heights * widths + (rows - 1) + around
-        lengths = len(self.prefix) + np.add.reduceat(tokens, first)
-        made = list(keys)
+        lengths = len(self.prefix) + np.add.reduceat(tokens, begins)
+        shortened = list(keys)
         if max_tokens is not None and (lengths > max_tokens).any():
             keep = np.ones(len(grids), dtype=bool)
             for s in np.flatnonzero(lengths > max_tokens).tolist():
                 count = len(views[s].order)
-                end = first[s] + 2 * count
-                pairs = tokens[first[s] : end].reshape(count, 2).sum(axis=1)
+                end = begins[s] + 2 * count
+                pairs = tokens[begins[s] : end].reshape(count, 2).sum(axis=1)
                 fits = lengths[s] - pairs.sum() + np.cumsum(pairs) <= max_tokens
-                kept = int(fits.sum())
-                if not kept:
+                fitting = int(fits.sum())
+                if not fitting:
                     raise does_not_fit(keys[s], int(lengths[s] - pairs[1:].sum()), max_tokens)
-                keep[first[s] + 2 * kept : end] = False
-                lengths[s] -= pairs[kept:].sum()
-                made[s] = shortened_key(keys[s], kept)
+                keep[begins[s] + 2 * fitting : end] = False
+                lengths[s] -= pairs[fitting:].sum()
+                shortened[s] = shortened_key(keys[s], fitting)
             grids, sample, is_output, rows, tokens = (a[keep] for a in (grids, sample, is_output, rows, tokens))
         colours = (
             np.frombuffer("".join(view.colours for view in views).encode("ascii"), dtype=np.uint8).reshape(-1, 10) - 48
         )
-        return _Layout(made, grids, sample, is_output, rows, tokens, lengths, symmetries, colours)
+        return _Layout(shortened, grids, sample, is_output, rows, tokens, lengths, symmetries, colours)
 
     def _assemble(self, ds: ArcDataset, layout: _Layout) -> list[dict[str, Any]]:
-        """Ids of a batch: what stands around grids is written to its places, all cells at once to the places left."""
+        """Ids of a batch: first the tokens around the grids are written, then all cells into the other places."""
         store, grids, sample, rows = ds.store, layout.grids, layout.sample, layout.rows
         heights, widths = store.heights[grids].astype(np.int64), store.widths[grids].astype(np.int64)
         columns = heights + widths - rows
@@ -287,7 +287,7 @@ class SampleEncoder:
         samples = zip(
             layout.keys, starts.tolist(), layout.lengths.tolist(), [0, *span_ends[:-1]], span_ends, strict=True
         )
-        # Copies: a row that is kept must not keep its batch.
+        # Copies: a row in memory must not hold its whole batch.
         return [
             {"key": key, "input_ids": ids[at : at + length].copy(), "reply_spans": spans[a:b].copy()}
             for key, at, length, a, b in samples
@@ -297,11 +297,11 @@ class SampleEncoder:
         self, ds: ArcDataset, keys: list[str], max_tokens: int | None, reply: bool
     ) -> list[dict[str, Any]]:
         """As `encode`, by the tokenizer: digits may merge, but the characters of each token are known."""
-        made, counts = list(keys), [len(ds.resolve(key).order) for key in keys]
+        shortened, counts = list(keys), [len(ds.resolve(key).order) for key in keys]
         rows: list[dict[str, Any] | None] = [None] * len(keys)
         todo = list(range(len(keys)))
         while todo:
-            texts, replies = zip(*(self._text(ds, made[i], reply) for i in todo), strict=True)
+            texts, replies = zip(*(self._text(ds, shortened[i], reply) for i in todo), strict=True)
             encoded = self.tokenizer(list(texts), return_offsets_mapping=True)
             again = []
             for place, i in enumerate(todo):
@@ -310,7 +310,7 @@ class SampleEncoder:
                     counts[i] -= 1
                     if counts[i] < 1:
                         raise does_not_fit(keys[i], len(ids), max_tokens)
-                    made[i] = shortened_key(made[i], counts[i])
+                    shortened[i] = shortened_key(shortened[i], counts[i])
                     again.append(i)
                     continue
                 offsets = np.asarray(encoded["offset_mapping"][place], dtype=np.int64).reshape(-1, 2)
@@ -320,12 +320,12 @@ class SampleEncoder:
                 spans = np.append(real, len(ids))[bounds]
                 spans[:, 1] = np.append(real, 0)[bounds[:, 1] - 1] + 1
                 input_ids = np.array(ids, dtype=np.int32)
-                rows[i] = {"key": made[i], "input_ids": input_ids, "reply_spans": spans.astype(np.int32)}
+                rows[i] = {"key": shortened[i], "input_ids": input_ids, "reply_spans": spans.astype(np.int32)}
             todo = again
         return [row for row in rows if row is not None]
 
     def _text(self, ds: ArcDataset, key: str, reply: bool) -> tuple[str, list[tuple[int, int]]]:
-        """A view's text and the character spans of its replies, from the parts' lengths: no search could be misled."""
+        """A view's text and the character spans of its replies, computed from the lengths of its pieces."""
         view = ds.resolve(key)
         task = ds.fmt_task(key, **self.format)
         if not reply and view.query < 0:
@@ -344,35 +344,36 @@ class SampleEncoder:
 
 
 class TrainingSamples:
-    """Rows for a trainer: a map-style dataset of encoded views. Pickles, forks, and depends on no state.
+    """Rows for a trainer: a map-style dataset of encoded views that can be pickled and forked.
 
-    Row `epoch * len + index` is the view `index` of that epoch, so that a row number alone says which views an epoch
-    has, in whatever process and order the rows are made.
+    Row `epoch * len + index` is the view `index` of that epoch. A row depends on its number alone, not on the process
+    or the order in which rows are encoded.
 
     Attributes:
-        dropped: puzzles of which not every view fits `max_tokens` with one demonstration: left out, to be printed.
-        views: the views of what is left.
+        dropped: puzzles that have a view over `max_tokens` with one demonstration; the caller prints them.
+        puzzles: the other puzzles.
+        views: their views.
     """
 
     def __init__(
         self, ds: ArcDataset, encoder: SampleEncoder, max_tokens: int, seed: int, epochs: int = 1, **view_options: Any
     ):
-        """See the class.
+        """Drop the puzzles that are too long, and choose the augmentations of the others.
 
         Args:
-            ds: what is trained on.
+            ds: the puzzles to train on.
             encoder: makes the ids.
             max_tokens: limit of a row, BOS included.
             seed: of the views.
-            epochs: how many are planned; see `total_rows`. Later rows are made all the same.
+            epochs: how many are planned, see `total_rows`. Rows of later epochs exist too.
             view_options: tp, rt, perm, keep_background, shfl_ex, perm_share as in `Views`.
         """
         turned = bool(view_options.get("tp")) or bool(view_options.get("rt"))
         long = {ArcDataset.get_base_key(key) for key in encoder.too_long(ds, ds.keys, max_tokens, turned)}
         self.dropped = [puzzle for puzzle in ds.challenge if puzzle in long]
-        kept = ds if not long else ds.change_keys(key for key in ds.keys if ArcDataset.get_base_key(key) not in long)
+        self.puzzles = ds.change_keys(k for k in ds.keys if ArcDataset.get_base_key(k) not in long) if long else ds
         self.encoder, self.max_tokens, self.epochs = encoder, max_tokens, epochs
-        self.views = kept.views(seed, **view_options)
+        self.views = self.puzzles.views(seed, **view_options)
         self._surveys: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     @property
@@ -402,7 +403,7 @@ class TrainingSamples:
         if not len(self) or (len(numbers) and numbers.min() < 0):
             raise IndexError(f"row {rows[0]} of {len(self):,} rows an epoch")
         keys = self.views.keys(numbers // len(self), numbers % len(self))
-        return self.encoder.encode(self.views.ds, keys, self.max_tokens)
+        return self.encoder.encode(self.puzzles, keys, self.max_tokens)
 
     def lengths(self, rows: int = 20_000, seed: int = 0) -> np.ndarray:
         """Tokens of a seeded random choice of the first epoch's rows (of all, if there are fewer), int64 (rows,)."""
@@ -421,11 +422,10 @@ class TrainingSamples:
 
     def _encode_survey(self, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         chosen = np.sort(seeded_rng(seed, "survey").permutation(len(self))[:rows])
-        found = [
-            self.encoder.lengths(self.views.ds, self.views.keys(np.zeros_like(part), part), self.max_tokens)
-            for part in np.array_split(chosen, max(1, len(chosen) // 1024))
-            if len(part)
-        ]
-        if not found:
+        if not len(chosen):
             return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
-        return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+        batches = [
+            self.encoder.lengths(self.puzzles, self.views.keys(np.zeros_like(batch), batch), self.max_tokens)
+            for batch in np.array_split(chosen, max(1, len(chosen) // 1024))
+        ]
+        return np.concatenate([batch[0] for batch in batches]), np.concatenate([batch[1] for batch in batches])

@@ -1,11 +1,8 @@
-"""Files of puzzles: from bytes to grids in one flat array, checked, with a cache.
+"""Files of puzzles: from bytes to checked grids, with a cache of the parsed grids.
 
-`arc_loader.ArcDataset` is what users call; this module reads for it. Every grid lies in one flat uint8 array
-(`GridStore`), and puzzles are small windows on it, so that a folder of 192,628 pairs is a handful of arrays and not
-a million Python objects. Bad data is refused with a message that names file, pair and row, counted from 1.
-
-The parsed grids of large folders are kept in $ARC_LOADER_CACHE (default: arc_loader in $XDG_CACHE_HOME or ~/.cache;
-"off" or empty: nowhere) and parsed again when a file has changed.
+Bad data is refused with a message that names file, pair and row, counted from 1. The parsed grids of large folders are
+stored in $ARC_LOADER_CACHE (default: arc_loader in $XDG_CACHE_HOME or ~/.cache; "off" or empty: nowhere). A folder is
+parsed again when one of its files has changed.
 """
 
 from __future__ import annotations
@@ -14,245 +11,21 @@ import contextlib
 import hashlib
 import json
 import os
-import reprlib
 import stat
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-MAX_SIDE = 30
+from arc.puzzles.grids import MAX_SIDE, GridStore, check_pairs, check_puzzle, is_unicode, show
+
 MAX_FILE_BYTES = 100_000_000  # far above any file of puzzles, and parsed within the memory of a small machine
 CACHE_VERSION = 1
 CACHE_MIN_BYTES = 1_000_000  # parsing less than this takes milliseconds: not worth a file in the user's cache
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Grids in one flat array
-
-
-class GridStore:
-    """Many grids in one flat array of cells.
-
-    Attributes:
-        cells: uint8 (cells,), all grids row by row; read-only.
-        offsets: int64 (grids,), where each grid begins.
-        heights, widths: uint8 (grids,).
-    """
-
-    __slots__ = ("cells", "heights", "offsets", "widths")
-
-    def __init__(self, cells: np.ndarray, offsets: np.ndarray, heights: np.ndarray, widths: np.ndarray):
-        """See the class."""
-        self.cells, self.offsets, self.heights, self.widths = cells, offsets, heights, widths
-        cells.flags.writeable = False  # grids that are handed out are windows on it
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled by its arrays, so that they are read-only again after loading."""
-        return GridStore, (self.cells, self.offsets, self.heights, self.widths)
-
-    def grid(self, index: int) -> np.ndarray:
-        """Grid number `index`, uint8 (height, width), read-only and not copied."""
-        height, width, begin = int(self.heights[index]), int(self.widths[index]), int(self.offsets[index])
-        return self.cells[begin : begin + height * width].reshape(height, width)
-
-    @classmethod
-    def of_sizes(cls, cells: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> GridStore:
-        """A store of grids that lie one after another in `cells`."""
-        areas = heights.astype(np.int64) * widths
-        return cls(cells, np.cumsum(areas) - areas, heights, widths)
-
-    @classmethod
-    def of_grids(cls, grids: Sequence[np.ndarray]) -> GridStore:
-        """A store of copies of grids, each uint8 (height, width)."""
-        sizes = np.array([grid.shape for grid in grids], dtype=np.uint8).reshape(-1, 2)
-        cells = np.concatenate([grid.ravel() for grid in grids]) if grids else np.zeros(0, dtype=np.uint8)
-        return cls.of_sizes(cells, sizes[:, 0].copy(), sizes[:, 1].copy())
-
-    @classmethod
-    def joined(cls, stores: Sequence[GridStore]) -> GridStore:
-        """All grids of the stores in order, as one store."""
-        shifts = np.cumsum([0, *(len(store.cells) for store in stores[:-1])])
-        return cls(
-            np.concatenate([store.cells for store in stores]),
-            np.concatenate([store.offsets + shift for store, shift in zip(stores, shifts, strict=True)]),
-            np.concatenate([store.heights for store in stores]),
-            np.concatenate([store.widths for store in stores]),
-        )
-
-    def picked(self, indices: np.ndarray) -> GridStore:
-        """The grids of the given numbers in that order, over the same cells."""
-        return GridStore(self.cells, self.offsets[indices], self.heights[indices], self.widths[indices])
-
-
-class Window(Sequence):
-    """`count` items of a store from grid `first` on: a Python object for every pair would cost far more than the
-    cells."""
-
-    __slots__ = ("count", "first", "store")
-
-    def __init__(self, store: GridStore, first: int, count: int):
-        """`count` items from grid number `first` on."""
-        self.store, self.first, self.count = store, first, count
-
-    def __len__(self) -> int:
-        """Items, not grids."""
-        return self.count
-
-    def __getitem__(self, index: Any) -> Any:
-        """An item, or a list of those in a slice."""
-        if isinstance(index, slice):
-            return [self._item(i) for i in range(*index.indices(self.count))]
-        if not -self.count <= index < self.count:
-            raise IndexError(f"index {index} of {self.count}")
-        return self._item(index % self.count)
-
-    def __repr__(self) -> str:
-        """As a list."""
-        return repr(list(self))
-
-    def _item(self, index: int) -> Any:
-        raise NotImplementedError
-
-
-class Pairs(Window):
-    """Demonstrations as {"input": grid, "output": grid}; in the store, inputs and outputs alternate."""
-
-    __slots__ = ()
-
-    def _item(self, index: int) -> dict[str, np.ndarray]:
-        first = self.first + 2 * index
-        return {"input": self.store.grid(first), "output": self.store.grid(first + 1)}
-
-
-class Queries(Window):
-    """Test inputs as {"input": grid}."""
-
-    __slots__ = ()
-
-    def _item(self, index: int) -> dict[str, np.ndarray]:
-        return {"input": self.store.grid(self.first + index)}
-
-
-class Grids(Window):
-    """Grids, such as the solutions of a puzzle."""
-
-    __slots__ = ()
-
-    def _item(self, index: int) -> np.ndarray:
-        return self.store.grid(self.first + index)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading and checking JSON
-
-
-class _Picture(reprlib.Repr):
-    """Pictures of values that stay small, and quick to make, however large or deeply nested the value is."""
-
-    def __init__(self) -> None:
-        """Sizes that show a grid of a few cells whole."""
-        super().__init__()
-        self.maxlevel, self.maxlist, self.maxtuple, self.maxdict, self.maxstring = 4, 8, 8, 8, 60
-
-    def repr_int(self, x: int, level: int) -> str:
-        """An integer; Python refuses to write those of thousands of digits."""
-        return repr(x) if x.bit_length() <= 64 else "an integer of more than 64 bits"
-
-
-_picture = _Picture().repr
-
-
-def show(value: Any) -> str:
-    """A short picture of a value for a message."""
-    if isinstance(value, (list, tuple, dict)) and len(value) > 8:
-        return f"a {type(value).__name__} of {len(value)}"
-    text = _picture(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def show_name(name: Any) -> str:
-    """A puzzle's or file's name for a message: as it is, or a short picture of it if it is long or not printable."""
-    return name if isinstance(name, str) and len(name) <= 60 and name.isprintable() else show(name)
-
-
-def is_unicode(name: str) -> bool:
-    """Whether a name can be written as UTF-8; JSON and file systems can give halves of surrogate pairs."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def check_grid(grid: Any, where: str) -> np.ndarray:
-    """A grid as uint8 (height, width), 1..30 each way, cells 0..9; else a ValueError whose message `where` opens."""
-    if isinstance(grid, np.ndarray):
-        if grid.ndim != 2 or grid.dtype.kind not in "iu":
-            raise ValueError(
-                f"{where}: found an array {grid.shape} of {grid.dtype}, expected (height, width) of integers"
-            )
-        if 0 < grid.shape[0] <= MAX_SIDE and 0 < grid.shape[1] <= MAX_SIDE and 0 <= grid.min() and grid.max() <= 9:
-            return grid.astype(np.uint8)
-        grid = grid.tolist()  # for the row in the message
-    if not isinstance(grid, (list, tuple)):
-        raise ValueError(f"{where}: found {show(grid)}, expected a list of rows")
-    if not 1 <= len(grid) <= MAX_SIDE:
-        raise ValueError(f"{where}: found {len(grid)} rows, expected 1 to {MAX_SIDE}")
-    for number, row in enumerate(grid, 1):
-        if not isinstance(row, (list, tuple)):
-            raise ValueError(f"{where}, row {number}: found {show(row)}, expected a list of cells")
-        if not 1 <= len(row) <= MAX_SIDE:
-            raise ValueError(f"{where}, row {number}: found {len(row)} cells, expected 1 to {MAX_SIDE}")
-        if len(row) != len(grid[0]):
-            raise ValueError(f"{where}, row {number}: found {len(row)} cells, expected {len(grid[0])} as in row 1")
-        for cell in row:
-            # Booleans are integers in Python, and 1.0 equals 1: the type decides.
-            if type(cell) is not int and not isinstance(cell, np.integer) or not 0 <= cell <= 9:
-                raise ValueError(f"{where}, row {number}: found {show(cell)}, expected integers 0 to 9")
-    return np.array(grid, dtype=np.uint8)
-
-
-def _check_pair(pair: Any, where: str, solved: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """Input and output of a pair; `solved`: there must be an output, else there may be."""
-    if not isinstance(pair, Mapping) or "input" not in pair:
-        raise ValueError(f'{where}: found {show(pair)}, expected {{"input": grid, "output": grid}}')
-    if solved and "output" not in pair:
-        raise ValueError(f'{where}: found no "output" beside its "input", expected a grid')
-    result = check_grid(pair["output"], f"{where}, output") if "output" in pair else None
-    return check_grid(pair["input"], f"{where}, input"), result
-
-
-class Puzzle(NamedTuple):
-    """Checked grids: demonstrations' inputs and outputs in turn, test inputs, and their outputs if they are known."""
-
-    train: list[np.ndarray]
-    test: list[np.ndarray]
-    solution: list[np.ndarray]
-
-
-def check_puzzle(value: Any, where: str) -> Puzzle:
-    """The grids of {"train": pairs, "test": pairs with or without outputs}."""
-    if not isinstance(value, Mapping) or "train" not in value or "test" not in value:
-        raise ValueError(f'{where}: found {show(value)}, expected {{"train": pairs, "test": pairs}}')
-    for part in ("train", "test"):
-        if isinstance(value[part], (str, Mapping)) or not isinstance(value[part], Sequence):
-            raise ValueError(f"{where}, {part}: found {show(value[part])}, expected a list of pairs")
-    if not len(value["train"]):
-        raise ValueError(f"{where}, train: found no pairs, expected at least one")
-    train = [
-        grid
-        for number, pair in enumerate(value["train"], 1)
-        for grid in _check_pair(pair, f"{where}, train pair {number}", solved=True)
-    ]
-    pairs = [
-        _check_pair(pair, f"{where}, test pair {number}", solved=False) for number, pair in enumerate(value["test"], 1)
-    ]
-    outputs = [output for _, output in pairs if output is not None]
-    if outputs and len(outputs) < len(pairs):
-        missing = 1 + [output is None for _, output in pairs].index(True)
-        raise ValueError(f'{where}, test pair {missing}: found no "output", expected one as the other test pairs have')
-    return Puzzle(train, [grid for grid, _ in pairs], outputs)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -280,12 +53,12 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _no_duplicates(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(items)
-    if len(found) < len(items):
-        seen: set[str] = set()
-        # set.add gives None: the first name that is in `seen` when it comes.
-        raise ValueError(f"duplicate id {show(next(name for name, _ in items if name in seen or seen.add(name)))}")
-    return found
+    value: dict[str, Any] = {}
+    for name, item in items:
+        if name in value:
+            raise ValueError(f"duplicate id {show(name)}")
+        value[name] = item
+    return value
 
 
 def parse_json(data: bytes, path: Path) -> Any:
@@ -309,17 +82,16 @@ def parse_json(data: bytes, path: Path) -> Any:
         raise ValueError(f"{path}: {str(error).split(';')[0]}, expected each id once and cells 0 to 9") from None
 
 
-# What stands in canonical JSON between the last cell of a row and the first of the next, brackets of the rows included.
+# Canonical JSON between the last cell of one row and the first cell of the next, with the rows' brackets.
 _TO_OUTPUT, _TO_NEXT_PAIR = b']],"output":[[', b']]},{"input":[['
 _BEGIN, _END = b'[{"input":[[', b"]]}]"
 
 
 def scan_pairs(data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """Cells, heights and widths of a list of pairs in canonical JSON, found by a few passes over the bytes.
+    """Cells, heights and widths of a list of pairs in canonical JSON, by a few passes over the bytes.
 
-    Many times faster than building Python lists. Accepts only bytes that the result would be written as (white space
-    between tokens aside): whatever is different in any byte gives None and goes to the careful parser, which also finds
-    the message.
+    Many times faster than building Python lists. It accepts only the bytes that the result would be written as, apart
+    from white space between tokens. Anything else gives None: the slower parser reads it or says what is wrong.
 
     Args:
         data: a file's content.
@@ -396,8 +168,7 @@ def parse_task_file(data: bytes, path: Path) -> tuple[np.ndarray, np.ndarray, np
     if isinstance(value, list):
         if not value:
             raise ValueError(f"{path}: found no pairs, expected a list of input/output pairs")
-        pairs = [_check_pair(pair, f"{path}, pair {number}", solved=True) for number, pair in enumerate(value, 1)]
-        grids, counts = [grid for pair in pairs for grid in pair], (len(pairs), -1, 0)
+        grids, counts = check_pairs(value, f"{path}, pair"), (len(value), -1, 0)
     elif isinstance(value, dict) and "train" in value and "test" in value:
         puzzle = check_puzzle(value, str(path))
         if not puzzle.test:
@@ -469,9 +240,12 @@ def list_rearc(folder: str | os.PathLike[str]) -> list[Path]:
     return [Path(folder) / "tasks" / f"{name}.json" for name in sorted(tasks)]
 
 
+Parsed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # cells, heights, widths; counts (files, 3)
+
+
 def _cache_file(folder: Path) -> Path | None:
-    """Where the parsed grids of a folder are kept; None if the user wants no cache."""
-    home = os.environ.get("ARC_LOADER_CACHE")
+    """Where the parsed grids of a folder are stored; None if the user wants no cache."""
+    home: str | Path | None = os.environ.get("ARC_LOADER_CACHE")
     if home is None:
         with contextlib.suppress(RuntimeError):  # no home folder
             home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arc_loader"
@@ -480,29 +254,31 @@ def _cache_file(folder: Path) -> Path | None:
     return Path(home) / (hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:24] + ".npz")
 
 
-def _read_cache(file: Path, signature: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None:
-    """What `_write_cache` wrote, if it is whole and the folder's files are the same; never unpickles."""
+def _read_cache(file: Path, signature: bytes) -> Parsed | None:
+    """The arrays of `_write_cache`, if they are intact and the folder's files are the same; never unpickles."""
     try:
         with np.load(file, allow_pickle=False) as archive:  # the archive checks a CRC of every array
             if archive["signature"].tobytes() != signature:
                 return None
-            arrays = tuple(archive[name] for name in ("cells", "heights", "widths", "counts"))
+            cells, heights, widths, counts = (archive[name] for name in ("cells", "heights", "widths", "counts"))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError):
         return None
-    cells, heights, widths, counts = arrays
-    if any(a.dtype != np.uint8 or a.ndim != 1 for a in arrays[:3]) or counts.dtype != np.int64 or counts.ndim != 2:
+    if any(a.dtype != np.uint8 or a.ndim != 1 for a in (cells, heights, widths)):
+        return None
+    if counts.dtype != np.int64 or counts.ndim != 2 or counts.shape[1] != 3:
         return None
     if not len(heights) or len(heights) != len(widths) or int((heights.astype(np.int64) * widths).sum()) != len(cells):
         return None
     sides = np.concatenate((heights, widths))
-    if cells.max() > 9 or sides.min() < 1 or sides.max() > MAX_SIDE or counts.shape[1] != 3:
+    if cells.max() > 9 or sides.min() < 1 or sides.max() > MAX_SIDE:
         return None
     grids = 2 * counts[:, 0] + np.maximum(counts[:, 1], 0) + counts[:, 2]
-    return arrays if int(grids.sum()) == len(heights) else None
+    return (cells, heights, widths, counts) if int(grids.sum()) == len(heights) else None
 
 
-def _write_cache(file: Path, signature: bytes, **arrays: np.ndarray) -> None:
-    """Keep parsed grids; silently not where that is impossible: a cache is a convenience."""
+def _write_cache(file: Path, signature: bytes, parsed: Parsed) -> None:
+    """Store parsed grids; where that fails, silently do without: the cache only saves time."""
+    arrays: dict[str, Any] = dict(zip(("cells", "heights", "widths", "counts"), parsed, strict=True))
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
 
@@ -513,44 +289,47 @@ def _write_cache(file: Path, signature: bytes, **arrays: np.ndarray) -> None:
         write_atomically(file, save, several_writers=True)
 
 
+def _parse_files(files: Sequence[Path], size: int) -> tuple[Parsed, bool]:
+    """Parse files of `size` bytes in all; also whether one of them has grown meanwhile."""
+    # A cell takes two bytes at least, so this holds all cells; memory that is never written is never resident.
+    cells, position, grown = np.empty(size // 2 + 1, dtype=np.uint8), 0, False
+    heights, widths, counts = [], [], []
+    for path in files:
+        new_cells, new_heights, new_widths, new_counts = parse_task_file(read_bytes(path), path)
+        end = position + len(new_cells)
+        if end > len(cells):
+            cells, grown = np.concatenate((cells[:position], np.empty(end + len(cells), np.uint8))), True
+        cells[position:end], position = new_cells, end
+        heights.append(new_heights)
+        widths.append(new_widths)
+        counts.append(new_counts)
+    return (cells[:position], np.concatenate(heights), np.concatenate(widths), np.array(counts, dtype=np.int64)), grown
+
+
 def read_tasks(files: Sequence[Path]) -> tuple[GridStore, list[TaskFile]]:
-    """The grids of task files of one folder, from the cache if there is one that fits.
+    """The grids of the task files of one folder, from the cache if it fits the files.
 
     Raises:
         ValueError, FileNotFoundError: see `parse_task_file` and `read_bytes`.
     """
-    cache, signature, total, newest = _cache_file(files[0].parent), b"", 0, 0
+    cache, signature, size, newest = _cache_file(files[0].parent), b"", 0, 0
     try:
         states = [(path.name, os.stat(path)) for path in files]
-        total, newest = sum(s.st_size for _, s in states), max(max(s.st_mtime_ns, s.st_ctime_ns) for _, s in states)
+        size, newest = sum(s.st_size for _, s in states), max(max(s.st_mtime_ns, s.st_ctime_ns) for _, s in states)
         # ctime too: it tells of a file that was replaced by another of the same size and (copied) date.
         entries = [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in states]
         signature = json.dumps([CACHE_VERSION, entries]).encode()
     except OSError:
         cache = None  # reading the file will say what is wrong with it
-    if total < CACHE_MIN_BYTES:
+    if size < CACHE_MIN_BYTES:
         cache = None
-    found = _read_cache(cache, signature) if cache else None
-    if found is None:
-        parts, position = [], 0
-        # A cell takes two bytes at least, so this holds all cells; memory that is never written is never resident.
-        cells = np.empty(total // 2 + 1, dtype=np.uint8)
-        for path in files:
-            part, heights, widths, counts = parse_task_file(read_bytes(path), path)
-            if position + len(part) > len(cells):  # the file has grown since it was looked at
-                cells, cache = np.concatenate((cells[:position], np.empty(2 * len(part) + len(cells), np.uint8))), None
-            cells[position : position + len(part)] = part
-            position += len(part)
-            parts.append((heights, widths, counts))
-        cells = cells[:position]
-        heights, widths, counts = (
-            np.concatenate(p) if i < 2 else np.array(p) for i, p in enumerate(zip(*parts, strict=True))
-        )
+    parsed = _read_cache(cache, signature) if cache else None
+    if parsed is None:
+        parsed, grown = _parse_files(files, size)
         # A file that was written just now may change again within the clock's grain.
-        if cache and time.time_ns() - newest > 2_000_000_000:
-            _write_cache(cache, signature, cells=cells, heights=heights, widths=widths, counts=counts.astype(np.int64))
-    else:
-        cells, heights, widths, counts = found
+        if cache and not grown and time.time_ns() - newest > 2_000_000_000:
+            _write_cache(cache, signature, parsed)
+    cells, heights, widths, counts = parsed
     tasks, first = [], 0
     for pairs, tests, solved in counts.tolist():
         tasks.append(TaskFile(first, pairs, tests, solved > 0))

@@ -1,20 +1,30 @@
-"""Keys: what names a view of a puzzle, and random numbers that depend on names alone."""
+"""Keys: what names a view of a puzzle, and random numbers that depend on names alone.
+
+`007bbfb7_0.tp.rt.perm0123456789.ex2-0-1` names a puzzle, a test input, then transforms in order:
+
+    tp              transpose
+    rt              rotate by 90 degrees counter-clockwise (numpy.rot90)
+    permDDDDDDDDDD  colour c becomes the digit at position c
+    ex2-0-1         order (and subset) of the demonstration pairs; a second `ex` picks from those of the first
+"""
 
 from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from arc.puzzles.files import Pairs
+from arc.puzzles.grids import Grids, Pairs, Puzzle
 
 COLOURS = "0123456789"
+GRAMMAR = "tp, rt, permDDDDDDDDDD or ex2-0-1"
 
 
 def seed_words(seed: int | None, *names: str) -> list[int]:
+    """Integers that seed a generator: they depend on the seed and the names; seed None: on the system."""
     if seed is None:
         return [int(word) for word in np.random.SeedSequence().generate_state(2)]
     return [int(seed) % 2**64, *(zlib.crc32(name.encode()) for name in names)]
@@ -30,40 +40,22 @@ def seeded_rank(seed: int, name: str) -> bytes:
     return hashlib.sha256(f"{int(seed)}:{name}".encode()).digest()
 
 
-def mixed(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser: uint64 in, well mixed uint64 out."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+def clean_name(name: str) -> str:
+    """A puzzle's name without "_" and ".", which have a meaning in keys."""
+    return name.replace("_", "-").replace(".", "-")
 
 
-def counter_draws(seed: int, epochs: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
-    """Random uint64 (rows, count) that depend on (seed, epoch, index) and the column alone.
-
-    A numpy generator for each row would do as well, and take 20 times longer than the rest of making a view.
-
-    Source: SplitMix64 (Steele, Lea and Flood 2014), as a counter-based generator.
-    """
-    step = np.uint64(0x9E3779B97F4A7C15)
-    state = mixed(np.full(len(indices), int(seed) % 2**64, dtype=np.uint64) + step)
-    state = mixed(state + epochs.astype(np.uint64) * step)
-    state = mixed(state + indices.astype(np.uint64) * step)
-    return mixed(state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * step)
-
-
-class View(NamedTuple):
-    """A key resolved against a dataset: which grids, and how they are turned and coloured."""
-
-    train: Pairs
-    order: Sequence[int]
-    query: int  # number of the test input in the store, -1: none
-    solution: int  # number of its output, -1: unknown
-    symmetry: tuple[int, int, int]  # transpose, then mirror the order of rows, then of columns
-    colours: str  # colour c becomes the digit at position c
+def puzzle_of(key: str) -> str:
+    """Puzzle id of a key that is known to be good: quicker than `split_name`."""
+    return key.partition(".")[0].partition("_")[0]
 
 
 def split_name(key: str) -> tuple[str, int]:
-    """Puzzle id and test index (-1: none) of a key."""
+    """Puzzle id and test index (-1: none) of a key.
+
+    Raises:
+        ValueError: the index is not a number.
+    """
     name = key.partition(".")[0]
     puzzle, separator, number = name.partition("_")
     if not separator:
@@ -92,11 +84,100 @@ def check_order(transform: str, count: int) -> list[int]:
     return order
 
 
-def turned(symmetry: tuple[int, int, int], transform: str) -> tuple[int, int, int]:
-    """A symmetry (transpose, mirror rows, mirror columns) followed by tp or rt."""
-    transposed, rows, columns = symmetry
-    # rot90 is a transpose followed by a mirror of the rows.
-    return (1 - transposed, columns, rows) if transform == "tp" else (1 - transposed, 1 - columns, rows)
+def permute_grid(grid: Any, descriptor: str, invert: bool = False) -> np.ndarray:
+    """Recolour a grid (height, width): colour c becomes the digit at position c of `permDDDDDDDDDD`, or back.
+
+    Raises:
+        ValueError: the descriptor is not a permutation, or the array no grid.
+    """
+    lookup = np.array([int(c) for c in check_colours(descriptor)], dtype=np.uint8)
+    grid = np.asarray(grid)
+    if grid.ndim != 2:
+        raise ValueError(f"found an array {grid.shape}, expected a grid (height, width)")
+    return (np.argsort(lookup).astype(np.uint8) if invert else lookup)[grid]
+
+
+def transform_grid(grid: Any, transforms: Sequence[str], apply_perm: bool = True, invert: bool = False) -> np.ndarray:
+    """Apply the transforms of a key to a grid (height, width), or undo them.
+
+    Args:
+        grid: uint8 or other integers.
+        transforms: such as ["tp", "rt", "perm0123456789"]; `ex...` does not change a single grid.
+        apply_perm: whether colours are permuted too.
+        invert: from the view back to the puzzle.
+
+    Raises:
+        ValueError: an unknown transform.
+    """
+    grid = np.asarray(grid)
+    for transform in reversed(transforms) if invert else transforms:
+        if transform == "tp":
+            grid = grid.T
+        elif transform == "rt":
+            grid = np.rot90(grid, -1 if invert else 1)
+        elif transform.startswith("perm"):
+            grid = permute_grid(grid, transform, invert) if apply_perm else grid
+        elif not transform.startswith("ex"):
+            raise ValueError(f"found transform {transform!r}, expected {GRAMMAR}")
+    return grid
+
+
+def dihedral(grid: np.ndarray, number: int) -> np.ndarray:
+    """One of the eight symmetries of the square.
+
+    Args:
+        grid: (rows, columns).
+        number: 0 to 7, bits: transpose, then mirror rows, mirror columns.
+    """
+    oriented = grid.T if number & 1 else grid
+    return oriented[:: -1 if number & 2 else 1, :: -1 if number & 4 else 1]
+
+
+class View(NamedTuple):
+    """A resolved key: which grids, and how they are turned and coloured."""
+
+    train: Pairs
+    order: Sequence[int]
+    query: int  # number of the test input in the store, -1: none
+    solution: int  # number of its output, -1: unknown
+    symmetry: tuple[int, int, int]  # transpose, then mirror the order of rows, then of columns
+    colours: str  # colour c becomes the digit at position c
+
+
+def resolve(key: str, challenge: Mapping[str, Puzzle], solutions: Mapping[str, Grids]) -> View:
+    """A key's grids and transforms.
+
+    Raises:
+        ValueError: no such puzzle or test input, or a transform that is not in the grammar.
+    """
+    name, *transforms = key.split(".")
+    puzzle, number = split_name(name)
+    entry = challenge.get(puzzle)
+    if entry is None:
+        raise ValueError(f"key {key!r}: no puzzle {puzzle!r} among {len(challenge):,}")
+    train, test = entry["train"], entry["test"]
+    if number >= len(test):
+        raise ValueError(f"key {key!r}: no test input {number}, {puzzle} has {len(test)}")
+    order: Sequence[int] = range(len(train))
+    symmetry, colours = (0, 0, 0), COLOURS
+    try:
+        for transform in transforms:
+            if transform in ("tp", "rt"):
+                transposed, rows, columns = symmetry
+                # rot90 is a transpose followed by a mirror of the rows.
+                symmetry = (1 - transposed, columns if transform == "tp" else 1 - columns, rows)
+            elif transform.startswith("perm"):
+                new = check_colours(transform)
+                colours = new if colours is COLOURS else "".join(new[int(c)] for c in colours)
+            elif transform.startswith("ex"):
+                order = [order[i] for i in check_order(transform, len(order))]
+            else:
+                raise ValueError(f"found transform {transform!r}, expected {GRAMMAR}")
+    except ValueError as error:
+        raise ValueError(f"key {key!r}: {error}") from None
+    solution = solutions.get(puzzle) if number >= 0 else None
+    query = test.first + number if number >= 0 else -1
+    return View(train, order, query, -1 if solution is None else solution.first + number, symmetry, colours)
 
 
 def shortened_key(key: str, count: int) -> str:

@@ -1,14 +1,28 @@
-"""Loading and splitting of datasets: what is trained on, what is held out. Every script shares it."""
+"""Loading and splitting of datasets, the same way in every script: what is trained on and what is held out."""
 
 from __future__ import annotations
 
 import itertools
+from typing import Protocol
 
 import numpy as np
 
 from arc.puzzles.dataset import ArcDataset, Holdout
 from arc.puzzles.leaks import find_leaks
-from arc.runs.settings import DataSettings
+
+
+class DataSettings(Protocol):
+    """Which puzzles there are and which are held out; the scripts' settings have these names."""
+
+    dataset_dir: str
+    n: int | None
+    extra_dataset_dirs: list[str]
+    sizes: list[int]
+    grid_sizes: list[int]
+    dataset_seed: int
+    holdout_examples: int
+    holdout_tasks: int
+    holdout_seed: int
 
 
 def load_dataset(settings: DataSettings) -> ArcDataset:
@@ -27,16 +41,15 @@ def load_dataset(settings: DataSettings) -> ArcDataset:
 
 
 def _load_folder(folder: str, settings: DataSettings) -> ArcDataset:
-    bounds = tuple(settings.grid_sizes) or None
     return ArcDataset.load_from_local_json(
-        folder, sizes=tuple(settings.sizes), seed=settings.dataset_seed, grid_sizes=bounds
+        folder, sizes=tuple(settings.sizes), seed=settings.dataset_seed, grid_sizes=settings.grid_sizes or None
     )
 
 
 def split_dataset(data: ArcDataset, settings: DataSettings, quiet: bool = False) -> Holdout:
-    """Split a dataset, the same way in every script; `n` limits what is trained on, extra_dataset_dirs add to it.
+    """Split a dataset; `n` limits the puzzles to train on, extra_dataset_dirs add to them.
 
-    Prints how many puzzles there are, unless `quiet`.
+    Prints the numbers of puzzles, unless `quiet`.
 
     Raises:
         ValueError: more held out or asked for than there is.
@@ -62,20 +75,20 @@ def split_dataset(data: ArcDataset, settings: DataSettings, quiet: bool = False)
 
 def _report_left_out(data: ArcDataset) -> None:
     if data.left_out:
-        print("left out: " + ", ".join(f"{count:,} {what}" for what, count in data.left_out.items()))
+        print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in data.left_out.items()))
 
 
 def load_extra(folder: str, settings: DataSettings, split: Holdout, quiet: bool = False) -> ArcDataset:
     """Puzzles of one of extra_dataset_dirs, without those that would give away what is held out.
 
-    Left out, counted and printed are the tasks that have the name of one that is held out whole, and puzzles that equal
-    a held-out one or have its test pair among theirs, in whatever symmetry, colours and order (see `find_leaks`). A
-    task that is held out and has another name here is recognised by these alone.
+    Two kinds are left out, counted and printed: puzzles of a task with the name of a held-out task; and puzzles that
+    equal a held-out one or contain its test pair, in any symmetry, colours and order (see `find_leaks`). A held-out
+    task that has another name here is recognised by its pairs only.
 
     Args:
         folder: of task files.
-        settings: sizes, grid_sizes and dataset_seed are those of all folders.
-        split: what is held out.
+        settings: sizes, grid_sizes and dataset_seed apply to this folder too.
+        split: the held-out puzzles.
         quiet: print nothing.
 
     Raises:
@@ -96,16 +109,16 @@ def load_extra(folder: str, settings: DataSettings, split: Holdout, quiet: bool 
     for heldout in (split.seen, split.unseen):
         leaks = find_leaks(heldout, data)
         shared.update(*leaks.puzzles.values(), *leaks.tests.values())
-    kept = data.select_puzzles(data.challenge.keys() - named - shared)
+    usable = data.select_puzzles(data.challenge.keys() - named - shared)
     if not quiet:
         _report_left_out(data)
-        print(f"{folder}: {len(kept.keys):,} puzzles more to train on")
+        print(f"{folder}: {len(usable.keys):,} puzzles more to train on")
         if named or shared:
             print(
                 f"left out: {len(named):,} puzzles of tasks that are held out, and {len(shared - named):,} with a "
                 "held-out test pair"
             )
-    return kept
+    return usable
 
 
 def load_split(settings: DataSettings, quiet: bool = False) -> Holdout:
@@ -113,18 +126,18 @@ def load_split(settings: DataSettings, quiet: bool = False) -> Holdout:
     return split_dataset(load_dataset(settings), settings, quiet)
 
 
-def with_solutions(puzzles: ArcDataset, what: str) -> ArcDataset:
-    """The puzzles whose tests have outputs; those that lack them are counted and printed."""
+def with_solutions(puzzles: ArcDataset, purpose: str) -> ArcDataset:
+    """The puzzles with solutions; the others are counted and printed. `purpose` ("held out") stands in the message."""
     solved = puzzles.select_puzzles(puzzles.challenge.keys() & puzzles.solutions.keys())
     if missing := len(puzzles.keys) - len(solved.keys):
-        print(f"left out: {missing:,} of {len(puzzles.keys):,} {what}: no outputs of their tests")
+        print(f"left out: {missing:,} of {len(puzzles.keys):,} {purpose}: no outputs of their tests")
     return solved
 
 
 def tasks_in_turn(ds: ArcDataset, seed: int) -> ArcDataset:
-    """The dataset with its keys in a random order, one of each task before the second of any: the first stand for all.
+    """The dataset with its keys in random order, one of each task before the second of any.
 
-    In the dataset's own order the lowest numbers come first, and tasks with few puzzles have no others.
+    Any prefix of the keys is then spread over the tasks.
 
     Args:
         ds: the dataset.
@@ -134,4 +147,4 @@ def tasks_in_turn(ds: ArcDataset, seed: int) -> ArcDataset:
     for place in np.random.default_rng(seed).permutation(len(ds.keys)):
         of_task.setdefault(ds.task_of(ds.keys[place]), []).append(ds.keys[place])
     rounds = itertools.zip_longest(*of_task.values())
-    return ds.change_keys(key for part in rounds for key in part if key is not None)
+    return ds.change_keys(key for keys in rounds for key in keys if key is not None)

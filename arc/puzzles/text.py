@@ -1,10 +1,15 @@
-"""Text: how a puzzle is written for a model, and where its replies stand in it."""
+"""Text: how a puzzle is written for a model, and how a reply is read."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
 import numpy as np
 
-from arc.puzzles.files import MAX_SIDE
+from arc.puzzles.grids import MAX_SIDE, GridStore, check_grid
+from arc.puzzles.keys import View, transform_grid
 
 
 def format_options(eos_token: str) -> dict[str, str]:
@@ -62,12 +67,127 @@ def find_reply_spans(text: str, reply_beg: str, reply_end: str) -> list[tuple[in
     return spans
 
 
+def format_grid(grid: Any, lines_sep: str, transforms: Sequence[str] = ()) -> str:
+    """The rows of digits of a grid (height, width), after the transforms of a key."""
+    grid = transform_grid(grid, transforms)
+    return lines_sep.join(row.tobytes().decode("ascii") for row in grid.astype(np.uint8) + 48)
+
+
+def format_pairs(
+    pairs: Iterable[Mapping[str, Any]], query_beg: str, reply_beg: str, reply_end: str, **options: Any
+) -> str:
+    """Demonstrations one after another; `options` are those of `format_grid`."""
+    return "".join(
+        query_beg
+        + format_grid(pair["input"], **options)
+        + reply_beg
+        + format_grid(pair["output"], **options)
+        + reply_end
+        for pair in pairs
+    )
+
+
+def format_view(
+    key: str,
+    view: View,
+    store: GridStore,
+    preprompt: str,
+    query_beg: str,
+    reply_beg: str,
+    reply_end: str,
+    lines_sep: str,
+    reply: Any = True,
+) -> dict[str, str]:
+    """The text of a view; see `ArcDataset.fmt_task`.
+
+    Args:
+        key: the view's key.
+        view: the same, resolved.
+        store: holds its grids.
+        preprompt, query_beg, reply_beg, reply_end, lines_sep: the format, see `format_options`.
+        reply: True: the solution, if it is known; None: none; or a grid of the untransformed puzzle.
+
+    Raises:
+        ValueError: a reply to a key without a test input.
+    """
+    if reply is True:
+        reply = store.grid(view.solution) if view.solution >= 0 else None
+    elif reply is not None and view.query < 0:
+        raise ValueError(f"key {key!r} names no test input that could have a reply, expected PUZZLE_INDEX")
+    elif reply is not None:
+        reply = check_grid(reply, f"key {key!r}, reply")
+    options: dict[str, Any] = {"lines_sep": lines_sep, "transforms": key.split(".")[1:]}
+    pairs = format_pairs([view.train[i] for i in view.order], query_beg, reply_beg, reply_end, **options)
+    task = {"key": key, "train": preprompt + pairs, "query": "", "input": ""}
+    if view.query >= 0:
+        task["query"] = query_beg + format_grid(store.grid(view.query), **options) + reply_beg
+        task["input"] = task["train"] + task["query"]
+    task["text"] = task["train"]
+    if reply is not None:
+        task["reply"] = format_grid(reply, **options) + reply_end
+        task["text"] = task["input"] + task["reply"]
+    return task
+
+
+def count_tokens(text: str, tokenizer: Any = None) -> int:
+    """Number of tokens of a text, without BOS.
+
+    Args:
+        text: formatted text.
+        tokenizer: counts its real ids. None: characters, each `<...>` as one; right for the cut vocabulary only.
+
+    Source: ARChitects' count_tokens, which counts characters only.
+    """
+    if tokenizer is not None:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return len(re.sub("<[^<]*>", "x", text))
+
+
 def does_not_fit(key: str, tokens: int, max_tokens: int) -> ValueError:
     """The error for a view that is too long even with one demonstration."""
     return ValueError(
         f"key {key!r}: {tokens:,} tokens with one demonstration, expected at most {max_tokens:,}: raise the limit or "
         "leave the puzzle out"
     )
+
+
+def parse_grid(text: str, lines_sep: str, reply_end: str | None = None) -> tuple[np.ndarray | None, str]:
+    """Read a grid from a reply, strictly; see `ArcDataset.decode`.
+
+    Args:
+        text: the reply; any string.
+        lines_sep: what stands between rows.
+        reply_end: what the reply must end with; None: the text is the reply.
+
+    Returns:
+        The grid, uint8 (height, width), and ""; or None and the reason.
+
+    Raises:
+        ValueError: `lines_sep` or `reply_end` is empty; never because of the text.
+    """
+    if not lines_sep:
+        raise ValueError("lines_sep is empty, expected what stands between rows")
+    if reply_end == "":
+        raise ValueError("reply_end is empty, expected what ends a reply, or None")
+    ended = False  # whether the line end that may follow the last row has been taken with `reply_end`
+    if reply_end is not None:
+        text, end, _ = text.partition(reply_end)
+        if not end:
+            return None, "no end of reply"
+        ended = reply_end.startswith(lines_sep)
+    rows = text.split(lines_sep)
+    if len(rows) > 1 and not rows[-1] and not ended:
+        rows.pop()
+    if len(rows) > MAX_SIDE or len(rows[0]) > MAX_SIDE:
+        return None, f"more than {MAX_SIDE} rows or columns"
+    for number, row in enumerate(rows, 1):
+        if not row:
+            return None, f"row {number} is empty"
+        if not (row.isascii() and row.isdigit()):
+            return None, f"row {number} has something else than digits"
+        if len(row) != len(rows[0]):
+            return None, f"row {number} has another length than row 1"
+    return (np.frombuffer("".join(rows).encode("ascii"), dtype=np.uint8) - 48).reshape(len(rows), -1), ""
 
 
 def can_become_grid(text: str, lines_sep: str) -> bool:

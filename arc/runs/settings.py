@@ -28,6 +28,7 @@ NOT_THE_COURSE = (
     "report_to", "dataloader_num_workers",
 )  # fmt: skip
 
+
 # Settings with few values; written in any case, kept in lower case.
 CHOICES = {
     "engine": ("auto", "unsloth", "transformers"),

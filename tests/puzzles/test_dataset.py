@@ -1,9 +1,8 @@
-"""arc_loader against vectors written by hand from the key grammar, round trips over all transforms, and tokenizers."""
+"""`ArcDataset`: vectors written by hand from the key grammar, round trips over all transforms, and tokenizers."""
 
 import json
 import multiprocessing
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +15,11 @@ from arc.puzzles import files
 from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.encoding import SampleEncoder, TrainingSamples
 from arc.puzzles.text import find_reply_spans, format_options
+from tests.helpers import SHARED
 
 EOS = "<|eot_id|>"
 FORMAT = format_options(EOS)
-COURSE = Path(__file__).resolve().parents[3] / "shared" / "data" / "course_dataset"
+COURSE = SHARED / "data" / "course_dataset"
 OFFICIAL = COURSE.parent / "arc_agi_1"
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghjklmnpqrstuvwxyz"
 
@@ -514,7 +514,7 @@ def test_puzzles_are_spread_over_tasks_and_no_pair_is_used_twice(folder):
     for r in range(3):
         assert {ds.task_of(k) for k in ds.keys[3 * r : 3 * r + 3]} == {"task0", "task1", "task2"}
     assert all(k.endswith(f"-{i // 3:03d}_0") for i, k in enumerate(ds.keys[:9]))
-    used = [(v["train"].first, v["train"].count) for v in ds.challenge.values()]
+    used = [(v["train"].first, len(v["train"])) for v in ds.challenge.values()]
     grids = [g for first, count in used for g in range(first, first + 2 * count + 2)]
     assert len(grids) == len(set(grids)) == 2 * 3 * len(ds)
     offsets = ds.store.offsets[grids]

@@ -1,19 +1,20 @@
-"""arc_leaks against brute force over every symmetry, map of colours and order, and on sets whose leaks are known."""
+"""`find_leaks` against brute force over every symmetry, map of colours and order, and on sets whose leaks are known."""
 
 import itertools
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arc.puzzles import leaks as leaks_module
+from arc.puzzles import fingerprints, leaks
 from arc.puzzles.dataset import ArcDataset
-from arc.puzzles.leaks import Leaks, find_leaks, pair_form, puzzle_fingerprint
+from arc.puzzles.fingerprints import pair_form, puzzle_fingerprint
+from arc.puzzles.leaks import Leaks, find_leaks
+from tests.helpers import SHARED
 
-COURSE = Path(__file__).resolve().parents[3] / "shared" / "data" / "course_dataset"
+COURSE = SHARED / "data" / "course_dataset"
 
 PUZZLE = {
     "train": [
@@ -103,7 +104,7 @@ def test_equality_by_hand(one, other, equal):
 def test_fingerprints_stay_what_they_are():
     # They may be kept in files: of ([[1, 2]] to [[3]]) the patterns are 1 pair, sides 1 2 1 1, cells 0 1 2.
     form = (1).to_bytes(8, "big") + bytes([1, 2, 1, 1, 0, 1, 2]) + bytes([0, 1, 2])
-    assert fingerprint([([[1, 2]], [[3]])], tests=0) == leaks_module.hashlib.sha256(form).hexdigest()
+    assert fingerprint([([[1, 2]], [[3]])], tests=0) == fingerprints.hashlib.sha256(form).hexdigest()
 
 
 def test_any_view_has_its_puzzles_fingerprint():
@@ -262,8 +263,8 @@ HARD = {
 
 
 def test_colours_alike_cost_little(monkeypatch):
-    namings, rename = [], leaks_module._renamed
-    monkeypatch.setattr(leaks_module, "_renamed", lambda *a: namings.append(1) or rename(*a))
+    namings, rename = [], fingerprints._renamed
+    monkeypatch.setattr(fingerprints, "_renamed", lambda *a: namings.append(1) or rename(*a))
     rng, found = np.random.default_rng(0), {}
     for name, rows in HARD.items():
         # Symmetric grids, so that all 8 images are looked at alike: (a, b, c) are rings of a square.
@@ -434,7 +435,7 @@ def test_signatures_lose_nothing(seed, colours, side, cells):
     stock = random_pairs(rng, 4, side, colours)
     evaluation, training = random_set("e", stock), random_set("t", stock)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(leaks_module, "CHUNK_CELLS", cells)
+        patch.setattr(leaks, "CHUNK_CELLS", cells)
         assert find_leaks(evaluation, training) == leaks_by_force(evaluation, training)
 
 

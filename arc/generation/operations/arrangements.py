@@ -32,7 +32,7 @@ from arc.generation.rules import (
     registering,
 )
 from arc.generation.scenes import OBJECT_SCENES
-from arc.puzzles.task_augmentation import dihedral
+from arc.puzzles.keys import dihedral
 
 OPERATIONS: Operations = {}
 operation = registering(OPERATIONS)

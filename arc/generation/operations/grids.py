@@ -9,7 +9,7 @@ import numpy as np
 from arc.generation.objects import box_of
 from arc.generation.rules import BLACK, Grid, Operation, Operations, Random, Unfit, pick, registering
 from arc.generation.scenes import SCENES
-from arc.puzzles.task_augmentation import dihedral
+from arc.puzzles.keys import dihedral
 
 OPERATIONS: Operations = {}
 operation = registering(OPERATIONS)

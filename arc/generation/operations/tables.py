@@ -8,7 +8,7 @@ import numpy as np
 
 from arc.generation.objects import colours_of, index_of_best
 from arc.generation.rules import BLACK, Grid, Operation, Operations, Random, Unfit, pick, registering
-from arc.puzzles.task_augmentation import dihedral
+from arc.puzzles.keys import dihedral
 
 OPERATIONS: Operations = {}
 operation = registering(OPERATIONS)
