@@ -1,1 +1,1 @@
-"""Merging: an adapter into its base, the probe of the trained model, and the proof of a merge."""
+"""Merging: an adapter is added to its base, and the merge is proved. `python -m arc.merging --help` says how."""

@@ -1,22 +1,25 @@
-"""What a merge is made from: the base in its formats, and where it is computed."""
+"""What a merge starts from: the base and its format, and where the sum is computed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from arc.models.loading import Precision, load_model
 from arc.models.manifests import read_manifest
 from arc.models.weights import ADAPTER_WEIGHTS, dequantised_weight
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What is merged onto what: `quantised` is the precision of the 4-bit base to merge onto, or None for 16 bits."""
+    """What an adapter is merged onto.
+
+    Attributes:
+        base: the 16-bit base folder, or a hub name.
+        precision: how the base was loaded in training; None if that is not known.
+        quantised: the same, if the merge is onto the 4-bit base; None if it is onto the 16-bit weights.
+    """
 
     base: str | Path
     precision: Precision | None
@@ -24,6 +27,7 @@ class MergePlan:
 
 
 def plan_merge(adapter: str | Path, base: str | Path | None, merge_base: str, precision: Precision | None) -> MergePlan:
+    """Decide what an adapter is merged onto; arguments and errors are those of `merge.merge_adapter`."""
     from peft import PeftConfig
 
     if merge_base not in ("quantised", "original"):
@@ -40,18 +44,19 @@ def plan_merge(adapter: str | Path, base: str | Path | None, merge_base: str, pr
 
 
 def merge_device() -> str:
+    """The device that merges are computed on: "cuda" where there is one, else "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_merge_base(base: str | Path, precision: Precision | None, device: str = "cpu") -> Any:
-    """Load a base in float32, its linear layers as 4-bit training saw them if `precision` is given.
+    """Load a base in float32; if `precision` says 4 bits, with its linear layers as 4-bit training saw them.
 
     Args:
         base: a 16-bit model folder.
         precision: how it was loaded in training, or None for the 16-bit weights.
-        device: where to quantise and add; the same kind of device as in training gives the same 4-bit values.
+        device: where to quantise. The 4-bit values are those of the training on the same kind of device.
     """
     import torch
     from transformers import AutoModelForCausalLM

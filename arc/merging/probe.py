@@ -1,4 +1,4 @@
-"""The probe: answers of the model as it was trained, recorded beside its adapter."""
+"""The probe: what the trained model answered when its training ended, recorded beside its adapter."""
 
 from __future__ import annotations
 
@@ -22,25 +22,24 @@ from arc.puzzles.text import format_options
 if TYPE_CHECKING:
     import torch
 
-
 PROBE = "probe.safetensors"
-PROBE_POSITIONS = 32  # of each row, at most
-PROBE_BYTES = 15 * 2**20  # of its log probabilities
-# Operations that one pass over the probe may take: about 20 s in float32 on a slow machine of its kind.
+PROBE_POSITIONS = 32  # most positions of a row
+PROBE_BYTES = 15 * 2**20  # most bytes of its log probabilities
+# Most operations of a pass over the probe: about 20 s in float32 on a slow machine of its kind.
 PROBE_OPERATIONS = {"cuda": 2e14, "cpu": 1e12}
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Rows, the positions of them that are looked at, and what a trained model answered there.
+    """Rows, positions in them, and what a trained model answered there.
 
     Attributes:
         rows: token ids, int64 (tokens,) each.
         prompt_lengths: tokens before the last reply, int64 (rows,).
         positions: int64 (rows, positions); position t is where token t + 1 is predicted.
-        log_probabilities: of the next token as the model was trained, float32 (rows, positions, vocabulary); None where
-            no trained model was asked.
-        greedy: its greedy replies to the first rows' prompts, int64 (tokens,) each, end token included.
+        log_probabilities: of the next token by the trained model, float32 (rows, positions, vocabulary); None if no
+            trained model was asked.
+        greedy: the trained model's greedy replies to the first rows' prompts, int64 (tokens,) each, end token included.
     """
 
     rows: list[np.ndarray]
@@ -59,18 +58,18 @@ def record_probe(
     *,
     greedy_rows: int = 16,
 ) -> None:
-    """Record what a model answers as it was trained, while it is still in memory.
+    """Record what a trained model answers, while it is still in memory.
 
-    As many of the rows as cost little are asked: about 20 s of a slow machine and 16 MB (a whole vocabulary of 128k
-    entries: 7 rows of 4 positions). The random state is neither used nor moved.
+    Only as many rows are asked as take about 20 s of a slow machine and 16 MB (of a vocabulary of 128k entries: 7 rows
+    of 4 positions). Random states are neither used nor changed.
 
     Args:
-        model: the trained model, of any engine, in training or not.
+        model: the trained model, of any engine, in training or evaluation mode.
         engine: "unsloth" or "transformers".
         tokenizer: the one that it was trained with.
         rows: held-out rows with their replies, as `SampleEncoder.encode` gives them.
         path: the file to write, `PROBE` in the adapter's folder.
-        greedy_rows: greedy replies to at most this many of the first rows' prompts are recorded too.
+        greedy_rows: most prompts, the first ones, whose greedy replies are recorded too.
 
     Raises:
         ValueError: no rows, or a row without a reply.
@@ -101,10 +100,10 @@ def record_probe(
 
 
 def read_probe(folder: str | Path) -> Probe | None:
-    """The probe of an adapter's folder, or None if none was recorded.
+    """The probe of an adapter's folder; None if none was recorded.
 
     Raises:
-        ValueError: it is there and cannot be read.
+        ValueError: its file exists and cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -130,7 +129,7 @@ def read_probe(folder: str | Path) -> Probe | None:
 
 
 def make_probe_rows(tokenizer: Any) -> list[dict[str, Any]]:
-    """A few puzzles in the text format, always the same, for adapters that have no probe.
+    """The same 16 puzzles every time, in the text format, for adapters that have no probe.
 
     Args:
         tokenizer: a tokenizer with an end token.
@@ -149,14 +148,14 @@ def make_probe_rows(tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def plan_probe(rows: Sequence[dict[str, Any]], model: Any, vocabulary: int) -> Probe:
-    """Choose how many rows, and which of their positions, a model is asked; by a fixed rule.
+    """Choose, by a fixed rule, how many rows a model is asked and at which positions.
 
-    Three quarters of the positions are spread over the last reply, the rest over all that stands before it.
+    Three quarters of the positions are spread over the last reply, the others over the tokens before it.
 
     Args:
-        rows: rows with their replies; the first ones are taken, one at least.
+        rows: rows with their replies; the first ones are taken, at least one.
         model: its size and device decide how many.
-        vocabulary: entries of an answer.
+        vocabulary: its number of tokens.
 
     Raises:
         ValueError: no rows, or a row without a reply.
@@ -176,28 +175,28 @@ def plan_probe(rows: Sequence[dict[str, Any]], model: Any, vocabulary: int) -> P
 
 
 def _spread(begin: int, end: int, count: int) -> np.ndarray:
-    # Positions that predict the reply [begin, end), and positions before them. No two are the same in a row that has
-    # `count` tokens.
+    # Positions that predict the reply [begin, end), and positions before them; all different if a row has that many.
     inside = min(count - count // 4, end - begin)
     before = np.linspace(0, max(begin - 2, 0), count - inside)
     return np.concatenate([before, np.linspace(begin - 1, end - 2, inside)]).round().astype(np.int64)
 
 
 def _operations(model: Any) -> tuple[float, float]:
-    # Operations of one token, and how many one pass over the probe may take.
+    # Operations of one token, and the most of a pass over the probe.
     kind = "cuda" if model.get_input_embeddings().weight.is_cuda else "cpu"
     return 2 * sum(p.numel() for p in model.parameters()), PROBE_OPERATIONS[kind]
 
 
 def affordable_probe_rows(rows: Sequence[np.ndarray], model: Any) -> int:
+    """How many of the first rows a pass over the probe can afford; at least 1."""
     each, budget = _operations(model)
     costs = each * np.cumsum([len(row) for row in rows])
     return max(1, int(np.searchsorted(costs, budget, side="right")))
 
 
 def affordable_replies(model: Any, probe: Probe, most: int) -> tuple[int, int]:
-    # How many greedy replies cost no more than a pass over the probe, and how long they may be. A step of decoding
-    # reads all weights for few tokens: it takes about as long as 64 tokens of a prompt, whatever the batch.
+    """How many greedy replies (at most `most`) cost no more than a pass over the probe, and their longest length."""
+    # A step of decoding reads all weights for few tokens: it takes about as long as 64 tokens of a prompt.
     each, budget = _operations(model)
     longest = max(len(row) - length for row, length in zip(probe.rows, probe.prompt_lengths, strict=True))
     for count in range(min(most, len(probe.rows)), 0, -1):

@@ -1,363 +1,32 @@
-"""The proof of a merge: its weights, its behaviour and its tokenizer."""
+"""The proof of a merge, from the files on the disk.
+
+Three things are checked:
+
+- `proof_weights.check_weights`: every weight is base + adapter, rounded once;
+- `proof_behaviour.check_behaviour`: the model that plain transformers loads answers as base + adapter does;
+- `check_vocabulary`: the tokenizer is the adapter's.
+
+How near the merge comes to the model as it was trained is reported too, from the probe that was recorded when the
+training ended.
+"""
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from arc.decoding.log_probabilities import log_probabilities_of_rows
 from arc.merging.plan import load_merge_base, merge_device, plan_merge
-from arc.merging.probe import (
-    PROBE,
-    Probe,
-    affordable_probe_rows,
-    make_probe_rows,
-    plan_probe,
-    probe_answers,
-    read_probe,
-)
+from arc.merging.probe import make_probe_rows, plan_probe, read_probe
+from arc.merging.proof_behaviour import check_behaviour
+from arc.merging.proof_weights import check_weights
 from arc.models.loading import Precision
-from arc.models.lora import load_adapter
 from arc.models.vocabulary import KEPT_CHARACTERS, load_tokenizer
-from arc.models.weights import AdapterSum, MergeError, row_blocks, state_without_ties
+from arc.models.weights import MergeError
 from arc.runs.needs import format_duration
-
-if TYPE_CHECKING:
-    import torch
-
-
-KL_FACTOR = 4.0  # of what rounding the weights explains, see `check_behaviour`
-KL_FLOOR = 1e-9  # nats a token: what two orders of summation in float32 may be apart
-
-
-def _divergence(p: torch.Tensor, q: torch.Tensor) -> float:
-    # KL(p || q) in nats a token of log probabilities (rows, positions, vocabulary).
-    p, q = p.double(), q.double()
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def _same_choice(p: torch.Tensor, q: torch.Tensor) -> float:
-    return float((p.argmax(-1) == q.argmax(-1)).double().mean())
-
-
-def half_ulp(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Half the distance of `dtype`'s numbers at x: the largest error of rounding x to it; subnormals included."""
-    import torch
-
-    numbers = torch.finfo(dtype)
-    _, exponent = torch.frexp(x)
-    # frexp gives x = m * 2**exponent with m in [0.5, 1), so that x's binade begins at 2**(exponent - 1); 0 as 0 * 2**0.
-    lowest = round(math.log2(numbers.smallest_normal))
-    binade = torch.where(x == 0, lowest, exponent - 1).clamp(min=lowest)
-    return torch.ldexp(torch.full_like(x, numbers.eps / 2), binade)
-
-
-class _Stored:
-    """The tensors of a model folder, read from disk as they are asked for."""
-
-    def __init__(self, folder: str | Path):
-        """See the class.
-
-        Raises:
-            MergeError: there are no safetensors, or a file is damaged.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        self.folder = Path(folder)
-        index = self.folder / "model.safetensors.index.json"
-        names = ["model.safetensors"]
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        self._file_of: dict[str, Any] = {}
-        for name in names:
-            try:
-                file = safe_open(str(self.folder / name), "pt")
-                self._file_of |= dict.fromkeys(file.keys(), file)
-            except (SafetensorError, OSError) as error:
-                raise MergeError(f"{self.folder / name} cannot be read ({error})") from None
-
-    def names(self) -> set[str]:
-        """Names of all tensors."""
-        return set(self._file_of)
-
-    def slice(self, name: str) -> Any:
-        """A tensor whose rows are read when it is indexed."""
-        return self._file_of[name].get_slice(name)
-
-
-def check_weights(model: Any, adapter: str | Path, merged: str | Path) -> dict[str, Any]:
-    """Prove that every weight of a merged model is base + adapter, rounded once.
-
-    The sum is made anew in float64, from the adapter's files. A stored weight may differ from it by half an ulp of its
-    own type, and by what a sum in float32 may err.
-
-    Args:
-        model: the merge base, as `load_merge_base` gives it.
-        adapter: a `-lora` folder.
-        merged: the folder of the merged model.
-
-    Returns:
-        `weights` (how many), `largest_weight_error` in half ulps of the stored type, less what a sum in float32 may err
-        (so at most 1), and `largest_weight_error_in`, the tensor.
-
-    Raises:
-        MergeError: a tensor is missing, left over, of another shape or type, or off; the worst is named.
-    """
-    import torch
-    from transformers import AutoConfig
-
-    stored, expected = _Stored(merged), AdapterSum(model, adapter)
-    config = AutoConfig.from_pretrained(str(merged), trust_remote_code=False)
-    if bool(config.tie_word_embeddings) != bool(model.config.tie_word_embeddings):
-        is_tied, was_tied = ("tied" if of.tie_word_embeddings else "not tied" for of in (config, model.config))
-        raise MergeError(f"the embeddings of {merged} are {is_tied} by its config.json, those of the base {was_tied}")
-    for what, names in (
-        ("lacks the base's", sorted(set(expected.base) - stored.names())),
-        ("holds, beyond the base's tensors,", sorted(stored.names() - set(expected.base))),
-    ):
-        if names:
-            raise MergeError(f"{merged} {what} {names[0]}" + (f" and {len(names) - 1} more" if names[1:] else ""))
-    largest, largest_in, worst, off, weights = -math.inf, "", "", 0, 0
-    for name, base in expected.base.items():
-        part = stored.slice(name)
-        if list(part.get_shape()) != list(base.shape):
-            raise MergeError(f"{name} of {merged} is {part.get_shape()}, expected {list(base.shape)}")
-        weights += base.numel()
-        for rows, total, slack in expected.blocks(name):
-            saved = part[rows].to(total.device)
-            if saved.dtype != config.dtype or not saved.dtype.is_floating_point:
-                raise MergeError(f"{name} of {merged} is {saved.dtype}, its config.json says {config.dtype}")
-            step = half_ulp(total, saved.dtype)
-            error = (saved.double() - total).abs()
-            # In half ulps, beyond what the sum may err. What is not a number is further off than anything.
-            steps = torch.nan_to_num((error - slack) / step, nan=math.inf, posinf=math.inf)
-            off += int((steps > 1).sum())
-            at = int(steps.argmax())
-            if float(steps.flatten()[at]) > largest:
-                largest, largest_in = float(steps.flatten()[at]), name
-                place = [int(i) for i in np.unravel_index(at, steps.shape)]
-                place[0] += rows.start
-                value = float(saved.flatten()[at])
-                limit = f" ({config.dtype} ends at {torch.finfo(config.dtype).max:g})" if math.isinf(value) else ""
-                worst = (
-                    f"{name}{place} of {merged} is {value:.6g}{limit}, base + adapter {float(total.flatten()[at]):.6g}"
-                )
-    if off:
-        raise MergeError(
-            f"{worst}: {largest:.3g} half ulps of {str(config.dtype)[6:]}, where rounding explains 1; {off:,} of "
-            f"{weights:,} weights are further off than that"
-        )
-    return {"weights": weights, "largest_weight_error": max(largest, 0.0), "largest_weight_error_in": largest_in}
-
-
-def check_behaviour(model: Any, adapter: str | Path, merged: str | Path, probe: Probe) -> dict[str, Any]:
-    """Prove that a merged model answers as base + adapter does, up to what rounding its weights explains.
-
-    The reference is the base with the adapter as it is, not merged, by peft; the merge is what plain transformers loads
-    from its folder; both calculate in float32. Their distance is KL(reference || merge) in nats a token.
-
-    The bound. A merge errs by rounding each weight once. Errors d move the answers by KL = 1/2 d'Fd to second order (F:
-    the Fisher information). F is not known, so its effect is measured on this very model: the sum of base and adapter
-    is made once more from the adapter's files, each weight is rounded to the stored type, and this model is asked. A
-    right merge differs from it only where a weight lies so near the middle between two numbers that the order of a sum
-    in float32 decides; each such weight then errs the other way. Measured on 200 tiny trained models (tied and not, 4
-    and 16 bits, bf16 and fp16 stored, learning rates from 1e-5 to 1e-2), the merge's KL was 0.74 to 1.10 times that of
-    the rounding; the extremes are float16's, where 0.05% of the weights are so decided. `KL_FACTOR` allows 4 times,
-    twice the distance in the answers; `KL_FLOOR` is what float32 itself is unsure of (less than 1e-12 there).
-
-    Independent random errors (even over half an ulp either way) are no yardstick: tried on 36 of the models, their KL
-    was 0.3 to 16 times the merge's. Where an adapter's changes are smaller than half an ulp, rounding takes them back:
-    such errors are not random but all point against what was learned. They are a right merge's nevertheless; that they
-    are large shows in `kl` beside `adapter_kl`.
-
-    Args:
-        model: the merge base, as `load_merge_base` gives it. It is used up and left without weights, to make room.
-        adapter: a `-lora` folder.
-        merged: the folder of the merged model.
-        probe: what to ask. As many of its rows as cost little are.
-
-    Returns:
-        `prompts` and `positions` (how many were asked); `kl`; `kl_bound`; `kl_rounding`, which the bound is made of;
-        `adapter_kl`, of the base alone: what the adapter has changed; `top1`, the share of positions at which the first
-        choice is the reference's. And how the merge answers compared with the model as it was trained, None where the
-        probe does not say: `trained_kl`; `trained_top1`; `trained_greedy`, the share of the recorded greedy replies
-        that the merge gives token for token.
-
-    Raises:
-        MergeError: the merge cannot be loaded whole by plain transformers, or answers otherwise.
-    """
-    from peft.utils import ModulesToSaveWrapper
-    from transformers import AutoConfig
-
-    dtype = AutoConfig.from_pretrained(str(merged), trust_remote_code=False).dtype
-    probe, device = _cut_probe(probe, model), next(model.parameters()).device
-    untrained = probe_answers(model.eval(), probe)
-    adapted = load_adapter(model, adapter).eval()
-    for module in adapted.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            module.original_module.to("meta")  # whole matrices that are not used any more
-    reference = probe_answers(adapted, probe)
-    plain = adapted.unload()
-    del adapted
-    _write_sum(plain, adapter)
-    unsure = _divergence(reference, probe_answers(plain, probe))
-    _round_weights(plain, dtype)
-    rounding = _divergence(reference, probe_answers(plain, probe))
-    if not math.isfinite(rounding):
-        raise MergeError(f"base + {adapter} cannot be held in {dtype}: it answers with numbers that are not finite")
-    # Two orders of the same sums in float32: the more a model answers to small changes, the further they are apart.
-    if not unsure <= KL_FLOOR + 1e-4 * rounding:
-        raise MergeError(
-            f"what the files of {adapter} add up to answers {unsure:.3g} nats a token away from what peft makes of "
-            f"them, expected at most {KL_FLOOR + 1e-4 * rounding:.3g}"
-        )
-    plain.to("meta")  # as is `model`, which it was made of
-
-    loaded = _load_merged(merged, str(device))
-    if loaded.config.vocab_size != reference.shape[-1]:
-        raise MergeError(f"{merged} has {loaded.config.vocab_size:,} tokens, base + adapter {reference.shape[-1]:,}")
-    answers = probe_answers(loaded, probe)
-    kl, top1, bound = _divergence(reference, answers), _same_choice(reference, answers), KL_FACTOR * rounding + KL_FLOOR
-    if not kl <= bound:
-        raise MergeError(
-            f"{merged} answers {kl:.3g} nats a token away from base + adapter, where rounding to {str(dtype)[6:]} "
-            f"explains {rounding:.3g} and {bound:.3g} is allowed; its first choice is the same at {top1:.1%} of "
-            f"{probe.positions.size:,} positions"
-        )
-    return {
-        "prompts": len(probe.rows),
-        "positions": int(probe.positions.size),
-        "kl": kl,
-        "kl_float32": unsure,
-        "kl_bound": bound,
-        "kl_rounding": rounding,
-        "adapter_kl": _divergence(reference, untrained),
-        "top1": top1,
-        **_compare_with_trained(loaded, answers, probe),
-    }
-
-
-def _cut_probe(probe: Probe, model: Any) -> Probe:
-    # The machine that checks may be slower than the one that trained.
-    count = affordable_probe_rows(probe.rows, model)
-    known = None if probe.log_probabilities is None else probe.log_probabilities[:count]
-    return Probe(probe.rows[:count], probe.prompt_lengths[:count], probe.positions[:count], known, probe.greedy[:count])
-
-
-def compare_with_probe(model: Any, adapter: str | Path) -> tuple[float, float]:
-    """How near a loaded model comes to what the trained model answered when its training ended.
-
-    Args:
-        model: any transformers or peft model in evaluation mode, such as base + adapter as the manifest says.
-        adapter: a `-lora` folder with a probe.
-
-    Returns:
-        KL divergence of the trained model's answers to it, in nats a token, and the share of equal first choices.
-
-    Raises:
-        ValueError: the adapter has no probe.
-    """
-    probe = read_probe(adapter)
-    if probe is None or probe.log_probabilities is None:
-        raise ValueError(f"{adapter} has no {PROBE}: nothing to compare with")
-    answers = probe_answers(model, probe)
-    return _divergence(probe.log_probabilities, answers), _same_choice(probe.log_probabilities, answers)
-
-
-def _compare_with_trained(model: Any, answers: torch.Tensor, probe: Probe) -> dict[str, float | None]:
-    result: dict[str, float | None] = dict.fromkeys(("trained_kl", "trained_top1", "trained_greedy"))
-    known = probe.log_probabilities
-    if known is not None and known.shape == answers.shape and bool(known.isfinite().all()):
-        result |= {"trained_kl": _divergence(known, answers), "trained_top1": _same_choice(known, answers)}
-    if len(probe.greedy):
-        same = 0
-        for row, prompt, reply in zip(probe.rows, probe.prompt_lengths, probe.greedy, strict=False):
-            # Greedy decoding gives a reply if and only if each of its tokens is the first choice after those before it.
-            ids = np.concatenate([row[:prompt], reply])
-            [found] = log_probabilities_of_rows(model, [ids], [np.arange(prompt - 1, len(ids) - 1)])
-            same += found.argmax(-1).tolist() == reply.tolist()
-        result["trained_greedy"] = same / len(probe.greedy)
-    return result
-
-
-def _write_sum(model: Any, adapter: str | Path) -> None:
-    import torch
-
-    expected = AdapterSum(model, adapter)
-    with torch.no_grad():
-        for name in expected.base:
-            for rows, total, _ in expected.blocks(name):
-                expected.base[name][rows] = total
-    if model.config.tie_word_embeddings:
-        model.tie_weights()
-
-
-def _round_weights(model: Any, dtype: torch.dtype) -> None:
-    for tensor in state_without_ties(model).values():
-        for rows in row_blocks(tensor):
-            tensor[rows] = tensor[rows].to(dtype).to(tensor.dtype)
-
-
-def _load_merged(merged: str | Path, device: Any) -> Any:
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(merged),
-            dtype=torch.float32,
-            device_map={"": str(device)},
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
-        raise MergeError(f"plain transformers cannot load {merged}: {str(error).strip().splitlines()[-1]}") from None
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        found = sorted(str(name) for name in report.get(what) or [])
-        if found:
-            raise MergeError(f"{merged} loads with {what.replace('_', ' ')}: {', '.join(found[:3])}")
-    return model.eval()
-
-
-def check_vocabulary(adapter: str | Path, merged: str | Path, rows: Sequence[np.ndarray]) -> None:
-    """Prove that the tokenizer saved with a merge is the adapter's.
-
-    Args:
-        adapter: a `-lora` folder.
-        merged: the folder of the merged model.
-        rows: token ids whose texts both have to encode alike.
-
-    Raises:
-        MergeError: they differ in size, in a token, in special tokens, or in what they make of a text.
-    """
-    ours, theirs = load_tokenizer(adapter), load_tokenizer(merged)
-    if len(ours) != len(theirs):
-        raise MergeError(f"the tokenizer of {merged} has {len(theirs):,} tokens, the adapter's {len(ours):,}")
-    known, found = ours.get_vocab(), theirs.get_vocab()
-    for token, number in known.items():
-        if found.get(token) != number:
-            raise MergeError(
-                f"token {token!r} is {found.get(token)} in the tokenizer of {merged}, {number} in the adapter's"
-            )
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "all_special_ids"):
-        expected, got = getattr(ours, name), getattr(theirs, name)
-        if expected != got:
-            raise MergeError(f"{name} of the tokenizer of {merged} is {got}, of the adapter's {expected}")
-    for text in [KEPT_CHARACTERS, *(ours.decode(row, skip_special_tokens=False) for row in rows)]:
-        expected, got = ours(text)["input_ids"], theirs(text)["input_ids"]
-        if expected != got:
-            at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), len(expected))
-            raise MergeError(
-                f"the tokenizer of {merged} encodes {text[:20]!r}... otherwise than the adapter's, from token {at} on"
-            )
 
 
 def check_merge(
@@ -373,14 +42,14 @@ def check_merge(
     Args:
         adapter: a `-lora` folder.
         merged: the folder of the merged model.
-        base, merge_base, precision: see `merge_adapter`.
+        base, merge_base, precision: see `merge.merge_adapter`.
 
     Returns:
-        What `check_weights` and `check_behaviour` give, and `seconds`; numbers and text only, for the manifest.
+        What `check_weights` and `check_behaviour` return, and `seconds`; numbers and text only, for the manifest.
 
     Raises:
         MergeError: it is not; the message says what differs.
-        ValueError, FileNotFoundError: as `merge_adapter`.
+        ValueError, FileNotFoundError: as `merge.merge_adapter`.
     """
     begin = time.perf_counter()
     plan = plan_merge(adapter, base, merge_base, precision)
@@ -396,7 +65,7 @@ def check_merge(
 
 
 def describe_check(result: dict[str, Any]) -> str:
-    """What `check_merge` found, as one line for a log."""
+    """The result of `check_merge` as one line for a log."""
     line = (
         f"merge proven in {format_duration(result['seconds'])}: all {result['weights']:,} weights are base + adapter "
         f"rounded once; reloaded, it answers {result['prompts']} prompts within {result['kl']:.1e} nats a token of "
@@ -408,3 +77,36 @@ def describe_check(result: dict[str, Any]) -> str:
     if result["trained_greedy"] is not None:
         line += f", greedy replies {result['trained_greedy']:.0%} the same"
     return line
+
+
+def check_vocabulary(adapter: str | Path, merged: str | Path, rows: Sequence[np.ndarray]) -> None:
+    """Prove that the tokenizer saved with a merge is the adapter's.
+
+    Args:
+        adapter: a `-lora` folder.
+        merged: the folder of the merged model.
+        rows: token ids, (tokens,) each. Both tokenizers have to encode their texts alike.
+
+    Raises:
+        MergeError: they differ in size, in a token, in special tokens, or in how they encode a text.
+    """
+    ours, theirs = load_tokenizer(adapter), load_tokenizer(merged)
+    if len(ours) != len(theirs):
+        raise MergeError(f"the tokenizer of {merged} has {len(theirs):,} tokens, the adapter's {len(ours):,}")
+    merged_ids = theirs.get_vocab()
+    for token, number in ours.get_vocab().items():
+        if merged_ids.get(token) != number:
+            raise MergeError(
+                f"token {token!r} is {merged_ids.get(token)} in the tokenizer of {merged}, {number} in the adapter's"
+            )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "all_special_ids"):
+        expected, got = getattr(ours, name), getattr(theirs, name)
+        if expected != got:
+            raise MergeError(f"{name} of the tokenizer of {merged} is {got}, of the adapter's {expected}")
+    for text in [KEPT_CHARACTERS, *(ours.decode(row, skip_special_tokens=False) for row in rows)]:
+        expected, got = ours(text)["input_ids"], theirs(text)["input_ids"]
+        if expected != got:
+            at = next((i for i, (a, b) in enumerate(zip(expected, got, strict=False)) if a != b), len(expected))
+            raise MergeError(
+                f"the tokenizer of {merged} encodes {text[:20]!r}... otherwise than the adapter's, from token {at} on"
+            )

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -13,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from arc.decoding import greedy as greedy_module
+from arc.merging import __main__ as command
 from arc.merging import merge as merge_module
+from arc.merging import own_process, proof_behaviour, proof_weights
 from arc.merging import plan as plan_module
 from arc.merging import probe as probe_module
 from arc.merging import proof as proof_module
@@ -24,6 +27,7 @@ from arc.models import weights as weights_module
 from arc.models.loading import Precision
 from arc.models.lora import EMBEDDING_MODULES, LINEAR_MODULES
 from arc.models.weights import MergeError
+from tests.helpers import ROOT
 from tests.tiny_models import divergence, logits_of, prepared_base, train_a_little
 
 PRECISIONS = [
@@ -266,11 +270,11 @@ class Pair:
 
     def weights_say(self, folder, message):
         with pytest.raises(MergeError, match=message):
-            proof_module.check_weights(self.merge_base(), self.lora, folder)
+            proof_weights.check_weights(self.merge_base(), self.lora, folder)
 
     def behaviour_says(self, folder, message=r"nats a token away from base \+ adapter, where rounding .* explains"):
         with pytest.raises(MergeError, match=message):
-            proof_module.check_behaviour(self.merge_base(), self.lora, folder, probe_module.read_probe(self.lora))
+            proof_behaviour.check_behaviour(self.merge_base(), self.lora, folder, probe_module.read_probe(self.lora))
 
     def all_say(self, folder, message):
         with pytest.raises(MergeError, match=message):
@@ -324,7 +328,7 @@ def test_a_wrong_scale_is_caught(tmp_path, pair):
     pair.behaviour_says(wrong)
     # And the other way round: weights merged by alpha / r are no proof of alpha / sqrt(r).
     with pytest.raises(MergeError, match=OFF):
-        proof_module.check_weights(pair.merge_base(), lora, pair.right)
+        proof_weights.check_weights(pair.merge_base(), lora, pair.right)
 
 
 def test_a_lost_head_is_caught(tmp_path, untied_pair):
@@ -427,14 +431,14 @@ def test_numbers_that_float16_cannot_hold_are_caught(tmp_path, bases):
         merge_module.merge_and_check(lora, tmp_path / "merged", own_process=True)
     base = plan_module.load_merge_base(bases[True, False], None)
     with pytest.raises(MergeError, match="cannot be held in torch.float16"):
-        proof_module.check_behaviour(base, lora, tmp_path / "merged", probe_module.read_probe(lora))
+        proof_behaviour.check_behaviour(base, lora, tmp_path / "merged", probe_module.read_probe(lora))
 
 
 def test_a_kind_of_adapter_that_the_check_cannot_add_up_is_refused(tmp_path, tied_pair):
     lora = shutil.copytree(tied_pair.lora, tmp_path / "lora")
     edit_json(lora / "adapter_config.json", use_dora=True)
     with pytest.raises(MergeError, match="uses use_dora, which this check cannot add up"):
-        proof_module.check_weights(tied_pair.merge_base(), lora, tied_pair.right)
+        proof_weights.check_weights(tied_pair.merge_base(), lora, tied_pair.right)
 
 
 def test_two_matrices_for_one_tied_one_are_refused(tmp_path, tied_pair):
@@ -442,17 +446,17 @@ def test_two_matrices_for_one_tied_one_are_refused(tmp_path, tied_pair):
     name = "base_model.model.lm_head.weight"
     edit_tensors(lora, lambda tensors: tensors[name].mul_(2), weights_module.ADAPTER_WEIGHTS)
     with pytest.raises(MergeError, match="holds two matrices, .*lm_head.weight and .*embed_tokens.weight, for one"):
-        proof_module.check_weights(tied_pair.merge_base(), lora, tied_pair.right)
+        proof_weights.check_weights(tied_pair.merge_base(), lora, tied_pair.right)
 
 
 def test_half_ulps():
     x = torch.tensor([1.0, 1.5, 1.999, 2.0, -3.0, 0.0, 2.0**-14, 2.0**-20], dtype=torch.float64)
     expected = [2.0**-11] * 3 + [2.0**-10] * 2 + [2.0**-25] * 3
-    assert proof_module.half_ulp(x, torch.float16).tolist() == expected
-    assert proof_module.half_ulp(x[:4], torch.bfloat16).tolist() == [2.0**-8] * 3 + [2.0**-7]
+    assert proof_weights.half_ulp(x, torch.float16).tolist() == expected
+    assert proof_weights.half_ulp(x[:4], torch.bfloat16).tolist() == [2.0**-8] * 3 + [2.0**-7]
     # It is the largest error of rounding, and that is reached.
     x = torch.linspace(-5, 5, 100_001, dtype=torch.float64)
-    errors = (x.to(torch.bfloat16).double() - x).abs() / proof_module.half_ulp(x, torch.bfloat16)
+    errors = (x.to(torch.bfloat16).double() - x).abs() / proof_weights.half_ulp(x, torch.bfloat16)
     assert 0.99 < errors.max() <= 1
 
 
@@ -599,7 +603,7 @@ def test_a_process_of_its_own_gives_the_same(tmp_path, untied_pair, capfd):
 
 def test_errors_of_a_process_of_its_own_are_passed_on(tmp_path, untied_pair, monkeypatch, capsys):
     script = tmp_path / "child.py"
-    monkeypatch.setattr(merge_module, "COMMAND", (sys.executable, str(script)))
+    monkeypatch.setattr(own_process, "COMMAND", (sys.executable, str(script)))
     script.write_text("import sys; print('said so'); sys.exit(3)")
     with pytest.raises(RuntimeError, match="ended with 3 and no result"):
         merge_module.merge_and_check(untied_pair.lora, tmp_path, own_process=True)
@@ -610,13 +614,13 @@ def test_errors_of_a_process_of_its_own_are_passed_on(tmp_path, untied_pair, mon
             f"result = {{'error': {kind!r}, 'message': 'as it was said'}}\n"
             "pathlib.Path(sys.argv[sys.argv.index('--merge') + 1]).write_text(json.dumps(result))\n"
         )
-        with pytest.raises(merge_module._PASSED_ON[kind], match="^as it was said$"):
+        with pytest.raises(own_process.ERRORS[kind], match="^as it was said$"):
             merge_module.merge_and_check(untied_pair.lora, tmp_path, own_process=True)
 
 
 def test_unsloth_makes_it_a_process_of_its_own(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(merge_module, "_merge_in_own_process", lambda *names, **options: asked.append(names) or {})
+    monkeypatch.setattr(merge_module, "merge_in_own_process", lambda *names, **options: asked.append(names) or {})
     monkeypatch.setitem(sys.modules, "unsloth", object())
     merge_module.merge_and_check("lora", "merged")
     assert asked == [("lora", "merged")]
@@ -626,11 +630,19 @@ def test_the_command_proves_a_pair_or_says_what_is_wrong(tmp_path, tied_pair, mo
     original = merged(tied_pair.lora, merge_base="original")
     (original / manifests.MANIFEST).write_text('{"merge_base": "original"}')
     for folder, flags in ((tied_pair.right, []), (original, []), (tied_pair.right, ["--merge_base", "quantised"])):
-        monkeypatch.setattr(sys, "argv", ["arc/merging/merge.py", str(tied_pair.lora), str(folder), *flags])
-        merge_module.main()
+        monkeypatch.setattr(sys, "argv", ["arc.merging", str(tied_pair.lora), str(folder), *flags])
+        command.main()
         assert capsys.readouterr().out.startswith("merge proven in ")
-    monkeypatch.setattr(
-        sys, "argv", ["arc/merging/merge.py", str(tied_pair.lora), str(original), "--merge_base", "quantised"]
-    )
+    monkeypatch.setattr(sys, "argv", ["arc.merging", str(tied_pair.lora), str(original), "--merge_base", "quantised"])
     with pytest.raises(SystemExit, match=OFF):
-        merge_module.main()
+        command.main()
+
+
+def test_help_of_the_command_needs_no_torch():
+    code = (
+        "import runpy, sys\nsys.argv = ['arc.merging', '--help']\n"
+        "try: runpy.run_module('arc.merging', run_name='__main__')\n"
+        "except SystemExit: print('torch' in sys.modules)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("usage: python -m arc.merging ") and printed.endswith("\nFalse\n")
