@@ -34,7 +34,7 @@ class StageData:
     @property
     def puzzles(self) -> ArcDataset:
         """What is trained on: those of `split.train` that fit."""
-        return self.samples.views.ds
+        return self.samples.puzzles
 
     def steps_per_epoch(self, settings: RunSettings) -> int:
         """Optimizer steps of an epoch."""
