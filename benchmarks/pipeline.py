@@ -77,7 +77,8 @@ def check_artifacts(output: Path, name: str) -> dict[str, Any]:
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM
 
-    from arc.merging.proof import compare_with_probe
+    from arc.merging.probe import probe_answers, read_probe
+    from arc.merging.proof import compare_with_trained
     from arc.models.loading import Precision, load_model
     from arc.models.manifests import read_manifest
 
@@ -94,8 +95,12 @@ def check_artifacts(output: Path, name: str) -> dict[str, Any]:
             sys.exit(f"{name}: logits that are not finite")
     trained = Precision(**{**read_manifest(lora)["precision"], "engine": "transformers"})
     model = PeftModel.from_pretrained(load_model(base, trained)[0], lora).eval()
-    kl, top1 = compare_with_probe(model, lora)
-    return {**read_manifest(merged)["check"], "reloaded_kl": kl, "reloaded_top1": top1}
+    probe = read_probe(lora)
+    if probe is None:
+        sys.exit(f"{lora} has no probe: nothing to compare with")
+    near = compare_with_trained(model, probe_answers(model, probe), probe)
+    checked = read_manifest(merged)["check"]
+    return {**checked, "reloaded_kl": near["trained_kl"], "reloaded_top1": near["trained_top1"]}
 
 
 def main() -> None:

@@ -1,14 +1,13 @@
 """Merge an adapter into its base, and prove the merge.
 
-    python arc/merging/merge.py output/Llama-3.2-1B-Base-lora output/Llama-3.2-1B-Base-merged
+    python -m arc.merging output/Llama-3.2-1B-Base-lora output/Llama-3.2-1B-Base-merged
 
-proves a pair of folders that exist already and prints one line; it ends with 1 and says what differs if they do not
-belong together. The stages call `merge_and_check`, which merges first.
+proves that a merged model belongs to an adapter, and prints one line. If it does not, the command says what differs and
+ends with code 1. The stages call `merge_and_check`, which merges first.
 
-Three things are proved, each by a function of its own: every weight is base + adapter rounded once (`check_weights`),
-the model that plain transformers loads from the disk answers as base + adapter does (`check_behaviour`), and the
-vocabulary is the adapter's (`check_vocabulary`). How the merge answers compared with the model as it was trained is
-reported beside that, from the *probe* that was recorded when the training ended (`record_probe`).
+Three things are proved, see arc/merging/proof.py. Every weight is base + adapter, rounded once. The model that plain
+transformers loads from the disk answers as base + adapter does. The tokenizer is the adapter's. The line also compares
+the merge with the model as it was trained, by the probe that was recorded when the training ended.
 """
 
 from __future__ import annotations
@@ -109,7 +108,7 @@ def merge_and_check(
     Raises:
         MergeError, ValueError, FileNotFoundError: as `merge_adapter` and `check_merge`, from whichever process.
     """
-    options = {"base": base, "merge_base": merge_base, "precision": precision}
+    options: dict[str, Any] = {"base": base, "merge_base": merge_base, "precision": precision}
     if "unsloth" in sys.modules if own_process is None else own_process:
         return _merge_in_own_process(adapter, out, **options)
     done = merge_adapter(adapter, out, **options)
@@ -135,13 +134,13 @@ def _merge_in_own_process(
                 print(line, end="", flush=True)
         if not result.is_file():
             raise RuntimeError(f"the process that merges {adapter} ended with {process.returncode} and no result")
-        found = json.loads(result.read_text(encoding="utf-8"))
-    if "error" in found:
-        error = _PASSED_ON[found["error"]](found["message"])
-        if found.get("errno") is not None:
-            error.errno = found["errno"]
+        done = json.loads(result.read_text(encoding="utf-8"))
+    if "error" in done:
+        error = _PASSED_ON[done["error"]](done["message"])
+        if isinstance(error, OSError) and done.get("errno") is not None:
+            error.errno = done["errno"]
         raise error
-    return found
+    return done
 
 
 # The first that an error is one of; of another kind only its message comes over.

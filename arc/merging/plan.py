@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from arc.models.loading import Precision, load_model
 from arc.models.manifests import read_manifest
 from arc.models.weights import ADAPTER_WEIGHTS
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What is merged onto what: `quantised` is the precision of the 4-bit base to merge onto, or None for 16 bits."""
+    """What is merged onto what.
+
+    Args:
+        base: the 16-bit base, a folder or hub name.
+        precision: how the base was loaded in training; None if the adapter does not say.
+        quantised: the precision of the 4-bit base to merge onto; None: the 16-bit weights.
+    """
 
     base: str | Path
     precision: Precision | None
@@ -24,6 +27,15 @@ class MergePlan:
 
 
 def plan_merge(adapter: str | Path, base: str | Path | None, merge_base: str, precision: Precision | None) -> MergePlan:
+    """Decide what an adapter is merged onto.
+
+    Args:
+        adapter, base, merge_base, precision: see `merge.merge_adapter`.
+
+    Raises:
+        ValueError: unknown `merge_base`, or an adapter that does not record how its base was loaded.
+        FileNotFoundError: the adapter has no safetensors file.
+    """
     from peft import PeftConfig
 
     if merge_base not in ("quantised", "original"):
@@ -40,18 +52,19 @@ def plan_merge(adapter: str | Path, base: str | Path | None, merge_base: str, pr
 
 
 def merge_device() -> str:
+    """Where merges are computed: "cuda" if there is a GPU, else "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_merge_base(base: str | Path, precision: Precision | None, device: str = "cpu") -> Any:
-    """Load a base in float32, its linear layers as 4-bit training saw them if `precision` is given.
+    """Load a base in float32; if `precision` is given, with the linear layers that 4-bit training used.
 
     Args:
         base: a 16-bit model folder.
-        precision: how it was loaded in training, or None for the 16-bit weights.
-        device: where to quantise and add; the same kind of device as in training gives the same 4-bit values.
+        precision: how the base was loaded in training; None: the 16-bit weights.
+        device: where to quantise. Only the same kind of device as in training gives the same 4-bit values.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -73,6 +86,6 @@ def load_merge_base(base: str | Path, precision: Precision | None, device: str =
                 )
                 model.get_submodule(name).weight.copy_(weight)
             else:
-                for own, value in module.named_parameters(recurse=False):
-                    model.get_submodule(name).get_parameter(own).copy_(value)
+                for parameter, value in module.named_parameters(recurse=False):
+                    model.get_submodule(name).get_parameter(parameter).copy_(value)
     return model

@@ -58,10 +58,10 @@ def record_probe(
     *,
     greedy_rows: int = 16,
 ) -> None:
-    """Record what a model answers as it was trained, while it is still in memory.
+    """Record the answers of a trained model while it is still in memory.
 
-    As many of the rows as cost little are asked: about 20 s of a slow machine and 16 MB (a whole vocabulary of 128k
-    entries: 7 rows of 4 positions). The random state is neither used nor moved.
+    The number of rows is limited to about 20 s of a slow machine and 16 MB. With a whole vocabulary of 128k entries
+    these are 7 rows of 4 positions. The random state is neither used nor changed.
 
     Args:
         model: the trained model, of any engine, in training or not.
@@ -147,9 +147,9 @@ def make_probe_rows(tokenizer: Any) -> list[dict[str, Any]]:
 
 
 def plan_probe(rows: Sequence[dict[str, Any]], model: Any, vocabulary: int) -> Probe:
-    """Choose how many rows, and which of their positions, a model is asked; by a fixed rule.
+    """Choose the rows of a probe and their positions, by a fixed rule.
 
-    Three quarters of the positions are spread over the last reply, the rest over all that stands before it.
+    Three quarters of the positions are spread over the last reply, the others over all tokens before it.
 
     Args:
         rows: rows with their replies; the first ones are taken, one at least.
@@ -188,14 +188,27 @@ def _operations(model: Any) -> tuple[float, float]:
 
 
 def affordable_probe_rows(rows: Sequence[np.ndarray], model: Any) -> int:
+    """How many of the first rows one pass over the probe may hold, by `PROBE_OPERATIONS`; at least one.
+
+    Args:
+        rows: token ids.
+        model: its size and device decide.
+    """
     each, budget = _operations(model)
     costs = each * np.cumsum([len(row) for row in rows])
     return max(1, int(np.searchsorted(costs, budget, side="right")))
 
 
 def affordable_replies(model: Any, probe: Probe, most: int) -> tuple[int, int]:
-    # How many greedy replies cost no more than a pass over the probe, and how long they may be. A step of decoding
-    # reads all weights for few tokens: it takes about as long as 64 tokens of a prompt, whatever the batch.
+    """How many greedy replies cost no more than a pass over the probe, and their longest length in tokens.
+
+    Args:
+        model: its size and device decide.
+        probe: its first prompts are answered.
+        most: replies.
+    """
+    # A step of decoding reads all weights for few tokens: it takes about as long as 64 tokens of a prompt, whatever the
+    # batch.
     each, budget = _operations(model)
     longest = max(len(row) - length for row, length in zip(probe.rows, probe.prompt_lengths, strict=True))
     for count in range(min(most, len(probe.rows)), 0, -1):

@@ -14,7 +14,6 @@ import numpy as np
 from arc.decoding.log_probabilities import log_probabilities_of_rows
 from arc.merging.plan import load_merge_base, merge_device, plan_merge
 from arc.merging.probe import (
-    PROBE,
     Probe,
     affordable_probe_rows,
     make_probe_rows,
@@ -32,8 +31,18 @@ if TYPE_CHECKING:
     import torch
 
 
-KL_FACTOR = 4.0  # of what rounding the weights explains, see `check_behaviour`
-KL_FLOOR = 1e-9  # nats a token: what two orders of summation in float32 may be apart
+# The bound of a merge's distance from base + adapter, as a multiple of the distance that rounding the weights causes.
+# A merge rounds each weight once. Errors d of the weights change the answers by KL = 1/2 d'Fd to second order (F: the
+# Fisher information). F is not known, so the effect is measured on the model itself: the sum is made again from the
+# files, rounded, and asked. A right merge differs from it only in weights so near the middle between two numbers that
+# the order of a sum in float32 decides. On 200 tiny trained models (tied and not, 4 and 16 bits, bfloat16 and float16
+# stored, learning rates 1e-5 to 1e-2) the merge's KL was 0.74 to 1.10 times that of the rounding. The extremes are
+# float16's, where 0.05% of the weights are so decided. A factor of 4 allows twice the distance in the answers.
+# Independent random errors would be no yardstick: on 36 of the models their KL was 0.3 to 16 times the merge's. Where
+# an adapter's changes are below half an ulp, rounding takes them back. Such errors all point against what was learned. A
+# right merge has them too; that they are large shows in `kl` beside `adapter_kl`.
+KL_FACTOR = 4.0
+KL_FLOOR = 1e-9  # nats a token: how far two orders of summation in float32 may be apart (below 1e-12 on those models)
 
 
 def _divergence(p: torch.Tensor, q: torch.Tensor) -> float:
@@ -157,68 +166,34 @@ def check_weights(model: Any, adapter: str | Path, merged: str | Path) -> dict[s
 
 
 def check_behaviour(model: Any, adapter: str | Path, merged: str | Path, probe: Probe) -> dict[str, Any]:
-    """Prove that a merged model answers as base + adapter does, up to what rounding its weights explains.
+    """Prove that a merged model answers as base + adapter does, up to the rounding of its weights.
 
-    The reference is the base with the adapter as it is, not merged, by peft; the merge is what plain transformers loads
-    from its folder; both calculate in float32. Their distance is KL(reference || merge) in nats a token.
-
-    The bound. A merge errs by rounding each weight once. Errors d move the answers by KL = 1/2 d'Fd to second order (F:
-    the Fisher information). F is not known, so its effect is measured on this very model: the sum of base and adapter
-    is made once more from the adapter's files, each weight is rounded to the stored type, and this model is asked. A
-    right merge differs from it only where a weight lies so near the middle between two numbers that the order of a sum
-    in float32 decides; each such weight then errs the other way. Measured on 200 tiny trained models (tied and not, 4
-    and 16 bits, bf16 and fp16 stored, learning rates from 1e-5 to 1e-2), the merge's KL was 0.74 to 1.10 times that of
-    the rounding; the extremes are float16's, where 0.05% of the weights are so decided. `KL_FACTOR` allows 4 times,
-    twice the distance in the answers; `KL_FLOOR` is what float32 itself is unsure of (less than 1e-12 there).
-
-    Independent random errors (even over half an ulp either way) are no yardstick: tried on 36 of the models, their KL
-    was 0.3 to 16 times the merge's. Where an adapter's changes are smaller than half an ulp, rounding takes them back:
-    such errors are not random but all point against what was learned. They are a right merge's nevertheless; that they
-    are large shows in `kl` beside `adapter_kl`.
+    The reference is the base with the adapter beside it, by peft. The merge is what plain transformers loads from its
+    folder. Both compute in float32. Their distance is KL(reference || merge) in nats a token; see `KL_FACTOR` for the
+    bound.
 
     Args:
-        model: the merge base, as `load_merge_base` gives it. It is used up and left without weights, to make room.
+        model: the merge base, as `load_merge_base` gives it. It is left without weights, to free memory.
         adapter: a `-lora` folder.
         merged: the folder of the merged model.
-        probe: what to ask. As many of its rows as cost little are.
+        probe: the prompts. Rows that would take too long here are left out.
 
     Returns:
-        `prompts` and `positions` (how many were asked); `kl`; `kl_bound`; `kl_rounding`, which the bound is made of;
-        `adapter_kl`, of the base alone: what the adapter has changed; `top1`, the share of positions at which the first
-        choice is the reference's. And how the merge answers compared with the model as it was trained, None where the
-        probe does not say: `trained_kl`; `trained_top1`; `trained_greedy`, the share of the recorded greedy replies
-        that the merge gives token for token.
+        `prompts`, `positions`: how many were compared.
+        `kl`, `top1`: distance of the merge from the reference, and the share of equal first choices.
+        `kl_bound`, `kl_rounding`, `kl_float32`: the bound, and the distances that it is made of.
+        `adapter_kl`: distance of the base without the adapter.
+        `trained_kl`, `trained_top1`, `trained_greedy`: see `compare_with_trained`.
 
     Raises:
-        MergeError: the merge cannot be loaded whole by plain transformers, or answers otherwise.
+        MergeError: plain transformers cannot load the merge, or the merge answers differently.
     """
-    from peft.utils import ModulesToSaveWrapper
     from transformers import AutoConfig
 
     dtype = AutoConfig.from_pretrained(str(merged), trust_remote_code=False).dtype
     probe, device = _cut_probe(probe, model), next(model.parameters()).device
     untrained = probe_answers(model.eval(), probe)
-    adapted = load_adapter(model, adapter).eval()
-    for module in adapted.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            module.original_module.to("meta")  # whole matrices that are not used any more
-    reference = probe_answers(adapted, probe)
-    plain = adapted.unload()
-    del adapted
-    _write_sum(plain, adapter)
-    unsure = _divergence(reference, probe_answers(plain, probe))
-    _round_weights(plain, dtype)
-    rounding = _divergence(reference, probe_answers(plain, probe))
-    if not math.isfinite(rounding):
-        raise MergeError(f"base + {adapter} cannot be held in {dtype}: it answers with numbers that are not finite")
-    # Two orders of the same sums in float32: the more a model answers to small changes, the further they are apart.
-    if not unsure <= KL_FLOOR + 1e-4 * rounding:
-        raise MergeError(
-            f"what the files of {adapter} add up to answers {unsure:.3g} nats a token away from what peft makes of "
-            f"them, expected at most {KL_FLOOR + 1e-4 * rounding:.3g}"
-        )
-    plain.to("meta")  # as is `model`, which it was made of
-
+    reference, unsure, rounding = _measure_rounding(model, adapter, dtype, probe)
     loaded = _load_merged(merged, str(device))
     if loaded.config.vocab_size != reference.shape[-1]:
         raise MergeError(f"{merged} has {loaded.config.vocab_size:,} tokens, base + adapter {reference.shape[-1]:,}")
@@ -239,8 +214,38 @@ def check_behaviour(model: Any, adapter: str | Path, merged: str | Path, probe: 
         "kl_rounding": rounding,
         "adapter_kl": _divergence(reference, untrained),
         "top1": top1,
-        **_compare_with_trained(loaded, answers, probe),
+        **compare_with_trained(loaded, answers, probe),
     }
+
+
+def _measure_rounding(
+    model: Any, adapter: str | Path, dtype: torch.dtype, probe: Probe
+) -> tuple[torch.Tensor, float, float]:
+    # Answers of base + adapter, and how far their sum is from them: in float32, and rounded to the stored type. Uses
+    # the model up.
+    from peft.utils import ModulesToSaveWrapper
+
+    adapted = load_adapter(model, adapter).eval()
+    for module in adapted.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.original_module.to("meta")  # whole matrices that are not used any more
+    reference = probe_answers(adapted, probe)
+    plain = adapted.unload()
+    del adapted
+    _write_sum(plain, adapter)
+    unsure = _divergence(reference, probe_answers(plain, probe))
+    _round_weights(plain, dtype)
+    rounding = _divergence(reference, probe_answers(plain, probe))
+    if not math.isfinite(rounding):
+        raise MergeError(f"base + {adapter} cannot be held in {dtype}: it answers with numbers that are not finite")
+    # Two orders of the same sums in float32: the more a model answers to small changes, the further they are apart.
+    if not unsure <= KL_FLOOR + 1e-4 * rounding:
+        raise MergeError(
+            f"what the files of {adapter} add up to answers {unsure:.3g} nats a token away from what peft makes of "
+            f"them, expected at most {KL_FLOOR + 1e-4 * rounding:.3g}"
+        )
+    plain.to("meta")  # as is `model`, which it was made of
+    return reference, unsure, rounding
 
 
 def _cut_probe(probe: Probe, model: Any) -> Probe:
@@ -250,27 +255,18 @@ def _cut_probe(probe: Probe, model: Any) -> Probe:
     return Probe(probe.rows[:count], probe.prompt_lengths[:count], probe.positions[:count], known, probe.greedy[:count])
 
 
-def compare_with_probe(model: Any, adapter: str | Path) -> tuple[float, float]:
-    """How near a loaded model comes to what the trained model answered when its training ended.
+def compare_with_trained(model: Any, answers: torch.Tensor, probe: Probe) -> dict[str, float | None]:
+    """How near a model comes to the model as it was trained, by the probe.
 
     Args:
-        model: any transformers or peft model in evaluation mode, such as base + adapter as the manifest says.
-        adapter: a `-lora` folder with a probe.
+        model: a transformers or peft model in evaluation mode.
+        answers: its log probabilities at the probe's positions, see `probe_answers`.
+        probe: recorded when the training ended.
 
     Returns:
-        KL divergence of the trained model's answers to it, in nats a token, and the share of equal first choices.
-
-    Raises:
-        ValueError: the adapter has no probe.
+        `trained_kl`, the distance in nats a token; `trained_top1`, the share of equal first choices; `trained_greedy`,
+        the share of recorded greedy replies that the model gives token for token. None where nothing was recorded.
     """
-    probe = read_probe(adapter)
-    if probe is None or probe.log_probabilities is None:
-        raise ValueError(f"{adapter} has no {PROBE}: nothing to compare with")
-    answers = probe_answers(model, probe)
-    return _divergence(probe.log_probabilities, answers), _same_choice(probe.log_probabilities, answers)
-
-
-def _compare_with_trained(model: Any, answers: torch.Tensor, probe: Probe) -> dict[str, float | None]:
     result: dict[str, float | None] = dict.fromkeys(("trained_kl", "trained_top1", "trained_greedy"))
     known = probe.log_probabilities
     if known is not None and known.shape == answers.shape and bool(known.isfinite().all()):
@@ -280,8 +276,8 @@ def _compare_with_trained(model: Any, answers: torch.Tensor, probe: Probe) -> di
         for row, prompt, reply in zip(probe.rows, probe.prompt_lengths, probe.greedy, strict=False):
             # Greedy decoding gives a reply if and only if each of its tokens is the first choice after those before it.
             ids = np.concatenate([row[:prompt], reply])
-            [found] = log_probabilities_of_rows(model, [ids], [np.arange(prompt - 1, len(ids) - 1)])
-            same += found.argmax(-1).tolist() == reply.tolist()
+            [choices] = log_probabilities_of_rows(model, [ids], [np.arange(prompt - 1, len(ids) - 1)])
+            same += choices.argmax(-1).tolist() == reply.tolist()
         result["trained_greedy"] = same / len(probe.greedy)
     return result
 
