@@ -72,7 +72,7 @@ def refuse_pickles(checkpoint: Path) -> None:
     import torch
 
     # What numpy's random state is made of; transformers allows it too.
-    allowed = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+    allowed = [np.empty(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]
     for path in (*sorted(checkpoint.glob("*.pt")), *sorted(checkpoint.glob("*.pth"))):
         try:
             with torch.serialization.safe_globals(allowed):
@@ -93,9 +93,8 @@ def delete_older(folder: Path, keep: int | None = None) -> None:
             or deleted one.
     """
     kept = complete_checkpoints(folder, quiet=True)[:keep]
-    newest = int(CHECKPOINT.fullmatch(kept[0].name)[1]) if kept else -1
-    for path in folder.glob("checkpoint-*"):
-        number = CHECKPOINT.fullmatch(path.name)
-        if number and path not in kept and int(number[1]) < newest:
+    steps = {path: int(name[1]) for path in folder.glob("checkpoint-*") if (name := CHECKPOINT.fullmatch(path.name))}
+    for path, step in steps.items():
+        if kept and path not in kept and step < steps[kept[0]]:
             (path / MARKER).unlink(missing_ok=True)  # first: what is left of it, if this is interrupted, is not whole
             shutil.rmtree(path, ignore_errors=True)

@@ -256,6 +256,7 @@ def read_free(folder: str | Path) -> Free:
 
 
 def nearest_existing(path: Path) -> Path:
+    """The path itself if it exists, else the nearest of its parents that does."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if place.exists())
 
@@ -277,6 +278,7 @@ def find_shortages(needs: Sequence[Need], free: Free) -> list[str]:
 
 
 def in_units(size: float) -> str:
+    """A size in bytes as text, in KiB, MiB or GiB."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
         if size >= 0.1 * scale:
             return f"{size / scale:.1f} {unit}"

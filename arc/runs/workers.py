@@ -27,8 +27,12 @@ def spare_workers(trainer: Any) -> None:
 
 @functools.cache
 def end_workers_at_exit() -> None:
-    # At exit multiprocessing sends SIGTERM to daemons, as loaders' processes are, and waits for ever for those that
-    # leave it to others. An error that nothing catches keeps their loader until then.
+    """Kill loader processes that are left when this process exits.
+
+    At exit multiprocessing sends SIGTERM to its daemons, such as loader processes, and waits for them without a limit.
+    Those ignore SIGTERM, see `leaving_signals`. An error that nothing catches keeps their loader until then.
+    """
+
     @atexit.register
     def end() -> None:
         # PyTorch's handler raises for the first process that is killed, here of all places: the others would live on.

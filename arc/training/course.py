@@ -7,8 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from arc.puzzles.files import write_atomically
-from arc.runs.artifacts import changed_removed, fingerprint
+from arc.runs.artifacts import fingerprint
 from arc.runs.checkpoints import complete_checkpoints
+from arc.runs.freshness import changed_removed
 from arc.runs.settings import RunSettings, course_settings, default_course
 from arc.training.data import StageData
 from arc.training.stage import StageContext

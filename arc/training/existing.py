@@ -7,15 +7,8 @@ from pathlib import Path
 
 from arc.models.manifests import absolute_reference, read_manifest
 from arc.puzzles.splits import load_split
-from arc.runs.artifacts import (
-    changed_settings,
-    existing,
-    find_damage,
-    find_outdated,
-    fingerprint,
-    read_manifest_or_nothing,
-    stale_base,
-)
+from arc.runs.artifacts import existing, find_damage, fingerprint, read_manifest_or_nothing
+from arc.runs.freshness import changed_settings, find_outdated, stale_base
 from arc.runs.settings import RunSettings
 from arc.training.stage import StageContext
 

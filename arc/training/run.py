@@ -22,18 +22,9 @@ from arc.models.lora import save_adapter
 from arc.models.manifests import read_manifest, write_manifest
 from arc.models.prepared_base import prepare_base
 from arc.models.weights import MergeError
-from arc.runs.artifacts import (
-    INCOMPLETE,
-    Stage,
-    file_table,
-    find_parent,
-    made_from,
-    move_aside,
-    new_folder,
-    provenance,
-    versions,
-)
+from arc.runs.artifacts import INCOMPLETE, Stage, file_table, move_aside, new_folder, provenance, versions
 from arc.runs.checkpoints import complete_checkpoints, delete_older, refuse_pickles
+from arc.runs.freshness import find_parent, made_from
 from arc.runs.guard import generation_steps, guard
 from arc.runs.lock import OutputLock
 from arc.runs.needs import count_weights, disk_needs, find_shortages, format_duration, memory_needs, read_free
