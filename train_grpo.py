@@ -50,8 +50,7 @@ def main() -> None:
             report_prompts(run, data, longest)
         run.begin(data)
         with run.machine_errors("loading the model"):
-            vllm_rank = settings.lora_r if settings.use_vllm else None
-            model, _ = load_model(run.parent, run.precision, settings.max_seq_length, vllm_rank)
+            model, _ = load_model(run.parent, run.precision, settings.max_seq_length)
             model = add_lora(model, run.precision, **lora_options(settings))
         with run.machine_errors("scanning the prompts"):  # LoRA adds nothing yet: this is stage 2's model
             # What is scanned is sampled to its end, and nothing is learned.

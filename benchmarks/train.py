@@ -286,9 +286,10 @@ def run_bare(args: argparse.Namespace) -> dict[str, Any]:
     import torch
     from transformers import TrainingArguments
 
+    from arc.models.library_patches import let_run_ahead
     from arc.models.loading import load_model, resolve_precision
     from arc.models.lora import add_lora
-    from arc.training.batch_planning import compile_layers, let_run_ahead
+    from arc.training.batch_planning import compile_layers
     from arc.training.optimizers import optimizer_with_embedding_rate
 
     planned_samples(args)  # prepares the base where it is not there

@@ -1,8 +1,8 @@
-"""Samples of many prompts at once, with their tokens chosen on the device: the host only starts passes.
+"""Sampling on the device: the GPU chooses the tokens, and the host only starts the passes.
 
-search_tools.sample_replies asks the device for every token, and takes as long on the host as a large GPU on the pass.
-Here a pass, the choice of its tokens and the bookkeeping are one CUDA graph, which is started token after token; the
-host looks only now and then which replies have ended. The random numbers and so the samples are the same.
+`sampling.sample_replies` waits for the device at every token; on a large GPU the host then takes as long as the pass.
+Here one CUDA graph holds a pass, the choice of the tokens and the bookkeeping. The host starts it token after token
+and looks every few tokens which replies have ended. The random numbers, and so the samples, are the same.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from arc.decoding.rows import (
     Work,
     check_numbers,
     check_tokens,
+    chosen_attention,
     halve_on_out_of_memory,
-    own_attention,
 )
 from arc.decoding.sampling import draw_tokens, random_draws
 from arc.models.loading import decoding
@@ -29,27 +29,37 @@ if TYPE_CHECKING:
     import torch
 
 LOOK = 16  # tokens between two looks at which replies have ended
-KEPT = 1 / 8  # share of a GPU's memory that cache and graphs may keep between two calls
+KEPT = 1 / 8  # share of the GPU memory that cache and graphs may hold between two calls
 
 
 class DeviceSampler:
-    """Samples replies; keeps its cache and graphs for the next call, which may come after the weights have changed.
+    """Samples replies. Cache and graphs stay for the next call; the weights may change in place between calls.
 
     Args:
-        model: of transformers, without adapters. Its weights may change between calls, in place.
+        model: of transformers, without adapters.
         end: the end token.
-        max_new_tokens: longest reply; one that has not ended by then has no end token.
+        max_new_tokens: longest reply; a reply that is cut off there has no end token.
         temperature: logits are divided by it; 0: greedy.
     """
 
+    cache: PrefixCache
+    state: _State
+
     def __init__(self, model: Any, end: int, *, max_new_tokens: int, temperature: float = 1.0):
-        """See the class."""
         self.model, self.end, self.length, self.temperature = model, end, max_new_tokens, temperature
         self.device = model.get_input_embeddings().weight.device
         self.on_cuda = self.device.type == "cuda"
         self.work = Work()  # remembers the batch that fitted, where memory ran out
         self.stream: torch.cuda.Stream | None = None  # on which graphs are captured
         self._forget()
+
+    def _forget(self) -> None:
+        # Frees the memory of cache and graphs; `_reserve` makes them again.
+        self.ready = False
+        for name in ("cache", "state"):
+            vars(self).pop(name, None)
+        self.graphs: dict[tuple[int, int, int], Any] = {}  # by rows, prompts and most rows of one prompt
+        self.pool: Any = None  # memory of the graphs
 
     def sample(
         self,
@@ -60,21 +70,21 @@ class DeviceSampler:
         seeds: Sequence[int] | None = None,
         batch_size: int = 128,
     ) -> list[list[Reply]]:
-        """Replies to each prompt; prompts that are equal are computed once.
+        """Sample replies to each prompt; equal prompts are computed once.
 
         Args:
             prompts: int64 (tokens,) each, not empty.
-            samples: replies of each prompt.
+            samples: replies to each prompt.
             seed: of the random numbers, from 0.
-            seeds: a number from 0 for each prompt, in place of 0, 1 and so on. Each reply's numbers depend on the seed,
-                this number and the sample's alone, as in search_tools.sample_replies.
+            seeds: a number from 0 for each prompt, in place of 0, 1 and so on. The random numbers of a reply depend
+                only on the seed, this number and the number of the sample, as in `sampling.sample_replies`.
             batch_size: replies decoded at once; where memory runs out, half as many.
 
         Returns:
             For each prompt its samples.
 
         Raises:
-            ValueError: tokens that the model has not, or a model that answers with NaN.
+            ValueError: tokens that the model does not have, or a model that answers with NaN.
             torch.OutOfMemoryError: not even one reply fits.
         """
         check_tokens(self.model, "prompt", prompts)
@@ -87,29 +97,29 @@ class DeviceSampler:
         def run(size: int) -> None:
             try:
                 while len(replies) < len(rows):
-                    part = slice(len(replies), len(replies) + size)
-                    replies.extend(self._sample(rows[part], draws[part]))
+                    batch = slice(len(replies), len(replies) + size)
+                    replies.extend(self._sample(rows[batch], draws[batch]))
             except BaseException:
-                self._forget()  # memory that ran out is wanted for the next try
+                self._forget()  # the next try needs the memory
                 raise
 
-        with decoding(self.model, "transformers"), own_attention(self.model, self._attend):
+        with decoding(self.model, "transformers"), chosen_attention(self.model, self._attend):
             halve_on_out_of_memory(run, min(batch_size, self.work.batch_size or batch_size, len(rows)), self.work)
-        self._give_back()
+        self._free_if_large()
         return [replies[at : at + samples] for at in range(0, len(rows), samples)]
 
     def _sample(self, prompts: Sequence[np.ndarray], draws: np.ndarray) -> list[Reply]:
         order, owners = by_prompt(prompts)
         rows = len(order)
-        firsts = order[np.unique(owners, return_index=True)[1]]  # of the replies to each prompt
+        firsts = order[np.unique(owners, return_index=True)[1]]  # the first reply to each prompt
         prefixes = [prompts[at][:-1] for at in firsts]
         self._reserve(rows, len(prefixes), max(map(len, prefixes)))
         self.cache.begin([len(prefix) for prefix in prefixes], owners)
         self._prefill(prefixes)
         state = self.state
         state.begin([prompts[at] for at in order], draws[order])
-        found: list[Reply | None] = [None] * rows
-        live = order.copy()  # the number of the prompt of each row that is still decoded
+        finished: dict[int, Reply] = {}
+        live = order.copy()  # of each row that is still decoded, the place of its prompt in `prompts`
         done = 0
         while len(live):
             for _ in range(min(LOOK, self.length - done)):
@@ -124,24 +134,23 @@ class DeviceSampler:
                     continue
             dropped = np.setdiff1d(np.arange(len(live)), keep)
             for at, reply in zip(dropped, state.replies(dropped, self.end, done), strict=True):
-                found[live[at]] = reply
+                finished[int(live[at])] = reply
             if len(keep):
                 self.cache.move(keep, done)
                 state.move(keep)
             live = live[keep]
-        return found
+        return [finished[at] for at in range(rows)]
 
     def _reserve(self, rows: int, prompts: int, width: int) -> None:
-        # Room for replies and prompts; graphs stay valid as long as nothing moves.
-        cache = self.cache
-        if cache is None or rows > cache.rows or prompts > cache.prompts or width > cache.width:
-            room = {"prompts": prompts, "rows": rows, "width": width}
-            if cache is not None:
-                room = {name: max(count, getattr(cache, name)) for name, count in room.items()}
+        # Makes room for replies and prompts. Graphs stay valid as long as nothing moves.
+        needed = {"prompts": prompts, "rows": rows, "width": width}
+        there = {name: getattr(self.cache, name) if self.ready else 0 for name in needed}
+        if not self.ready or any(needed[name] > there[name] for name in needed):
+            room = {name: max(needed[name], there[name]) for name in needed}
             self._forget()
-            cache = None  # its memory first
             self.cache = PrefixCache(self.model.config, **room, length=self.length, device=self.device)
             self.state = _State(room["rows"], self.length, self.device)
+            self.ready = True
 
     def _attend(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         return self.cache.attend(*args, **kwargs)
@@ -156,11 +165,11 @@ class DeviceSampler:
             end = begin + 1
             while end < len(prefixes) and (end + 1 - begin) * max(lengths[begin : end + 1]) <= PREFILL_TOKENS:
                 end += 1
-            # The room is made with the first pass, so one is made for prompts of a single token too.
+            # The first pass makes the room of each layer, so prompts of a single token get a pass too.
             width = max(lengths[begin:end])
             ids = np.zeros((end - begin, width), dtype=np.int64)
             for row, prefix in enumerate(prefixes[begin:end]):
-                ids[row, : len(prefix)] = prefix  # padded on the right, which nothing sees
+                ids[row, : len(prefix)] = prefix  # padded on the right, where no token looks
             self.cache.begin_prompts(begin, width)
             places = torch.arange(width, device=self.device).expand(len(ids), width)
             self.model(
@@ -170,7 +179,7 @@ class DeviceSampler:
             begin = end
 
     def _step(self, rows: int) -> None:
-        # One token more for each of the first `rows` rows.
+        # Decodes one more token of each of the first `rows` rows.
         if not self.on_cuda:
             self._pass(rows)()
             return
@@ -197,41 +206,35 @@ class DeviceSampler:
 
         before = self.state.copy()
         if self.stream is None:
-            # One for all: each stream that multiplies matrices is given a workspace of its own, which it keeps.
+            # One stream for all graphs: each stream that multiplies matrices holds a workspace for good.
             self.stream = torch.cuda.Stream()
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            for _ in range(2):  # what libraries set up when they are first called is no part of a graph
+            for _ in range(2):  # libraries set up at their first calls; a graph must not hold that
                 run()
         torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        # One pool for all: graphs run one after the other, and nothing in it is read by another. Other threads may go
-        # on with what they do, such as pinning the memory of batches.
+        # One pool for all graphs: they run one after the other, and none reads another's memory. The mode lets other
+        # threads go on, such as those that pin the memory of batches.
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             run()
         self.state.restore(before)
         return graph
 
-    def _give_back(self) -> None:
-        # What is kept must not be missed by the training.
+    def _free_if_large(self) -> None:
+        # The training must not lack the memory.
         import torch
 
-        if not self.on_cuda or self.cache is None:
+        if not self.on_cuda or not self.ready:
             return
         if self.cache.bytes > KEPT * torch.cuda.get_device_properties(self.device).total_memory:
             self._forget()
 
-    def _forget(self) -> None:
-        self.cache: PrefixCache | None = None
-        self.state: _State | None = None
-        self.graphs: dict[tuple[int, int, int], Any] = {}  # by rows, prompts and most rows of one prompt
-        self.pool: Any = None  # of the graphs' memory
-
 
 class _State:
-    """What is known of the rows, on the device: all have come equally far.
+    """The state of the rows, on the device. All rows have equally many tokens.
 
     Args:
         rows: of the batch.
@@ -249,7 +252,7 @@ class _State:
         self.tokens = torch.zeros((rows, length), dtype=torch.int64, device=device)
         self.log_probs = torch.zeros((rows, length), dtype=torch.float64, device=device)
         self.done = torch.zeros((1, 1), dtype=torch.int64, device=device)  # tokens of each row
-        self.parts = [self.ids, self.places, self.alive, self.draws, self.tokens, self.log_probs]
+        self.by_row = [self.ids, self.places, self.alive, self.draws, self.tokens, self.log_probs]
 
     def begin(self, prompts: Sequence[np.ndarray], draws: np.ndarray) -> None:
         """Start with the last token of each prompt."""
@@ -263,7 +266,7 @@ class _State:
         self.done.zero_()
 
     def take(self, logits: torch.Tensor, rows: int, temperature: float, end: int) -> None:
-        """Choose a token for each row after its logits (rows, 1, vocabulary), and go on to the next."""
+        """Choose the next token of each row from its logits (rows, 1, vocabulary)."""
         at = self.done.clamp(max=self.draws.shape[1] - 1).expand(rows, 1)
         tokens, log_probs = draw_tokens(logits, self.draws[:rows].gather(1, at)[..., None], temperature)
         self.tokens[:rows].scatter_(1, at, tokens)
@@ -271,43 +274,43 @@ class _State:
         self.ids[:rows] = tokens
         alive = self.alive[:rows]
         alive &= tokens[:, 0] != end
-        self.places[:rows] += alive[:, None]  # one that has ended stays where it is
+        self.places[:rows] += alive[:, None]  # a reply that has ended stays where it is
         self.done += 1
 
     def replies(self, rows: np.ndarray, end: int, done: int) -> list[Reply]:
-        """What rows have come to after so many tokens."""
-        tokens, log_probs = (part.cpu().numpy()[rows] for part in (self.tokens, self.log_probs))
-        found = []
+        """The replies of rows after `done` tokens."""
+        tokens, log_probs = (each.cpu().numpy()[rows] for each in (self.tokens, self.log_probs))
+        replies = []
         for path, values in zip(tokens[:, :done], log_probs[:, :done], strict=True):
             ends = np.flatnonzero(path == end)
             length = ends[0] + 1 if len(ends) else done
             check_numbers(values[:length])
-            found.append(Reply(path[:length].copy(), float(values[:length].sum())))
-        return found
+            replies.append(Reply(path[:length].copy(), float(values[:length].sum())))
+        return replies
 
     def move(self, keep: np.ndarray) -> None:
-        """Have the first rows be those given, int64."""
+        """Make these rows, int64, the first ones."""
         import torch
 
         rows = torch.from_numpy(keep).to(self.ids.device)
-        for part in self.parts:
-            part[: len(rows)] = part[rows]
+        for tensor in self.by_row:
+            tensor[: len(rows)] = tensor[rows]
 
     def copy(self) -> list[torch.Tensor]:
-        """All of it."""
-        return [part.clone() for part in (*self.parts, self.done)]
+        """A copy of all tensors."""
+        return [tensor.clone() for tensor in (*self.by_row, self.done)]
 
     def restore(self, copies: Sequence[torch.Tensor]) -> None:
-        """Be as when it was copied."""
-        for part, copied in zip((*self.parts, self.done), copies, strict=True):
-            part.copy_(copied)
+        """Set all tensors to their copies."""
+        for tensor, copied in zip((*self.by_row, self.done), copies, strict=True):
+            tensor.copy_(copied)
 
 
 def by_prompt(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """An order of prompts in which equal ones stand together.
+    """Sort prompts so that equal ones stand together.
 
     Returns:
-        The order, int64 (prompts,), and the number of each one's prompt among those that differ, ascending from 0.
+        The order, int64 (prompts,), and the number of each place's prompt among the different ones, ascending from 0.
     """
     numbers: dict[bytes, int] = {}
     keys = [np.asarray(prompt, dtype=np.int64).tobytes() for prompt in prompts]
@@ -317,9 +320,9 @@ def by_prompt(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rows_to_keep(alive: np.ndarray) -> np.ndarray:
-    """Rows that go on: those alive, and as many others as make half of all, or a quarter, and so on.
+    """Rows that go on: those that are alive, filled up with others to a half of all rows, a quarter, and so on.
 
-    So there are few numbers of rows, each of which has graphs of its own.
+    Each number of rows needs a graph, so there shall be few numbers.
 
     Args:
         alive: bool (rows,).

@@ -1,7 +1,4 @@
-"""Answers to puzzles: greedy replies, how many of them are right, and which of many candidate grids to submit.
-
-Search, sampling and scoring of token ids are in arc/decoding/search.py.
-"""
+"""Replies by the model's own `generate`, and how many greedy ones solve their puzzles."""
 
 from __future__ import annotations
 
@@ -26,29 +23,29 @@ def generate_replies(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[np.ndarray]:
-    """Greedy replies to prompts, or sampled ones, by the model's own `generate`.
+    """Greedy or sampled replies to prompts, by the model's own `generate`.
 
     Args:
-        model: a causal language model (in training or not: it is switched to decoding and back).
+        model: a causal language model; it is switched to decoding and back.
         engine: "unsloth" or "transformers".
         tokenizer: gives the pad and the end token.
         prompts: token ids, each (tokens,).
         max_new_tokens: longest reply.
         batch_size: prompts decoded at once.
         temperature: of the sampling; 0: greedy.
-        seed: of the sampling, which depends on prompts and batch size too. torch's own generators stay as they are.
+        seed: of the sampling, which also depends on prompts and batch size. torch's random state does not change.
 
     Returns:
-        Token ids of each reply, in the prompts' order, end token included if there is one, without padding.
+        Token ids of each reply in the prompts' order, without padding, with the end token if there is one.
     """
     import torch
 
     replies: list[np.ndarray | None] = [None] * len(prompts)
-    # Prompts of about one length together: less padding.
+    # Prompts of similar length together need less padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     device = next(model.parameters()).device
     end = tokenizer.eos_token_id
-    # Explicit, because a model's own configuration may cut the distribution.
+    # Explicit, because the model's configuration may cut the distribution.
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     with decoding(model, engine), torch.random.fork_rng(enabled=bool(temperature)):
         if temperature:
@@ -58,7 +55,7 @@ def generate_replies(
             width = max(len(prompts[i]) for i in chosen)
             ids = np.full((len(chosen), width), tokenizer.pad_token_id, dtype=np.int64)
             mask = np.zeros((len(chosen), width), dtype=np.int64)
-            for row, i in enumerate(chosen):  # on the left, so that every reply begins in the same column
+            for row, i in enumerate(chosen):  # padded on the left, so that all replies begin in one column
                 ids[row, width - len(prompts[i]) :] = prompts[i]
                 mask[row, width - len(prompts[i]) :] = 1
             out = model.generate(
@@ -78,12 +75,12 @@ def generate_replies(
 
 
 class GreedyAnswer(NamedTuple):
-    """A greedy reply and what it is worth.
+    """A greedy reply, and whether it solves its puzzle.
 
     Attributes:
         tokens: int64 (tokens,), see `generate_replies`.
-        decodable: whether it is a grid.
-        solved: whether it is the solution.
+        decodable: the reply is a grid.
+        solved: the grid is the solution.
     """
 
     tokens: np.ndarray
@@ -136,7 +133,7 @@ def exact_match(
 
 
 def longest_reply(dataset: ArcDataset, keys: Sequence[str], tokenizer: Any) -> int:
-    """Tokens of the longest reply to any of the keys, end token included, in whichever orientation is longer."""
+    """Tokens of the longest reply to any of the keys, with the end token, in its longer orientation."""
     options = format_options(tokenizer.eos_token)
     shapes = {
         dataset.solutions[dataset.get_base_key(key)][dataset.get_base_key_and_reply_num(key)[1]].shape for key in keys

@@ -20,8 +20,7 @@ LOGIT_BYTES = 2**27  # of a batch's logits
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    # Whoever has asked for TF32 products (Unsloth does) asked for speed in training: 10 bits are too few for a sum that
-    # is to be rounded once.
+    """Compute float32 products in float32: TF32, which Unsloth turns on for training, has only 10 bits."""
     import torch
 
     before = torch.get_float32_matmul_precision()
@@ -34,7 +33,7 @@ def full_float32() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unsloth_logits(engine: str) -> Iterator[None]:
-    # Unsloth's forward pass returns no logits unless it is asked for them.
+    """Have Unsloth's forward pass return logits, which it does only on request."""
     name = "UNSLOTH_RETURN_LOGITS"
     before = os.environ.get(name)
     if engine == "unsloth":
@@ -47,13 +46,13 @@ def unsloth_logits(engine: str) -> Iterator[None]:
 
 
 def log_probabilities(model: Any, engine: str, row: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-    """What a model, in training or not, gives for the token after each of these positions of a row.
+    """Log probabilities of the token after each of these positions of a row.
 
     Args:
-        model: of any engine.
+        model: of any engine, in training or not.
         engine: "unsloth" or "transformers".
         row: token ids (tokens,).
-        positions: rising, int (positions,).
+        positions: ascending, int (positions,).
 
     Returns:
         Natural logarithms, float64 (positions, vocabulary), on the CPU.
@@ -65,12 +64,14 @@ def log_probabilities(model: Any, engine: str, row: np.ndarray, positions: np.nd
 def log_probabilities_of_rows(
     model: Any, rows: Sequence[np.ndarray], wanted: Sequence[np.ndarray], engine: str = "transformers"
 ) -> list[torch.Tensor]:
-    # float64 (positions, vocabulary) of each row. Padding is on the right, where no token of a row can see it: Unsloth
-    # is given no mask, as in training. Plain transformers applies the head only where it is needed (a whole
-    # vocabulary's logits take gigabytes).
+    """`log_probabilities` of several rows, for a model that is switched to decoding: one tensor a row.
+
+    Padding is on the right, where no token attends to it, so Unsloth gets no mask, as in training. Transformers
+    computes logits only where they are wanted: those of a whole vocabulary take gigabytes.
+    """
     import torch
 
-    found: list[torch.Tensor | None] = [None] * len(rows)
+    results: dict[int, torch.Tensor] = {}
     device, vocabulary = model.get_input_embeddings().weight.device, model.config.vocab_size
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     largest = max(1, LOGIT_BYTES // (4 * vocabulary * max(len(row) for row in rows)))
@@ -91,5 +92,5 @@ def log_probabilities_of_rows(
             logits = model(input_ids=torch.from_numpy(ids).to(device), use_cache=False, **options).logits
             for at, i in enumerate(batch):
                 rows_of_logits = torch.from_numpy(np.searchsorted(kept, wanted[i])).to(device)
-                found[i] = torch.log_softmax(logits[at, rows_of_logits].double(), -1).cpu()
-    return [log_probabilities for log_probabilities in found if log_probabilities is not None]
+                results[i] = torch.log_softmax(logits[at, rows_of_logits].double(), -1).cpu()
+    return [results[i] for i in range(len(rows))]

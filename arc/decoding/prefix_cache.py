@@ -1,11 +1,13 @@
-"""Keys and values of many replies to few prompts: each prompt's stand there once, and each reply's own apart from them.
+"""A cache for many replies to few prompts: it holds each prompt once, and the tokens of each reply apart.
 
-A step of decoding has to read what it attends to. Of a group of replies that is mostly their prompt, the same for all
-of them, so it is read once for the group: all its queries attend to the prompt as if they were tokens of one row, then
-each reply's to its own tokens, and softmax over both is the mean of the two, weighted by their sums of exponentials
-("Hydragen: High-Throughput LLM Inference with Shared Prefixes", Juravsky et al. 2024, arXiv:2402.05099).
+A step of decoding reads the keys and values that it attends to. For a group of replies most of these are their common
+prompt, so a step reads the prompt once: all queries of the group attend to it as if they were tokens of one row. Each
+query then attends to the tokens of its reply. Softmax over both is the mean of the two results, weighted by their sums
+of exponentials.
 
-Everything has a fixed place, so that a CUDA graph of a step stays valid while prompts and replies change.
+Everything has a fixed place in memory, so that the CUDA graph of a step stays valid while prompts and replies change.
+
+Source: "Hydragen: High-Throughput LLM Inference with Shared Prefixes", Juravsky et al. 2024, arXiv:2402.05099.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from arc.models.packing import has_document_kernel
 if TYPE_CHECKING:
     import torch
 
-WIDTH_STEP = 256  # columns by which the room for prompts is measured
-SPARE = 2  # columns of a reply beyond the longest: a graph is tried twice before it is captured
+WIDTH_STEP = 256  # the room for prompts is a multiple of so many columns
+SPARE = 2  # columns beyond the longest reply: two trial passes come before the capture of a graph
 
 
 class PrefixCache:
-    """The part of transformers' Cache that attention layers call, `update`, and the attention that goes with it.
+    """The method of transformers' Cache that attention layers call, `update`, and the attention that goes with it.
 
     Args:
         config: of the model.
@@ -34,20 +36,19 @@ class PrefixCache:
         rows: most replies at once.
         width: tokens of the longest prompt.
         length: tokens of the longest reply.
-        device: where.
+        device: of the cache.
 
     Attributes:
-        prompts, rows, width, length: room that there is.
+        prompts, rows, width, length: the room.
         groups: query heads that share keys.
-        most: replies of the prompt that has most, or some more: graphs depend on it.
+        most: most replies to one prompt, rounded up: graphs depend on it.
         layers: of each layer the prompts' keys and values (prompts, width, heads, size of a head), then the replies'
-            (rows, length, heads, size); made when a prompt first goes through the layer.
+            (rows, length, heads, size); made at the first pass of a prompt.
     """
 
     is_compileable = False
 
     def __init__(self, config: Any, *, prompts: int, rows: int, width: int, length: int, device: torch.device):
-        """See the class."""
         import torch
 
         self.prompts, self.rows = prompts, rows
@@ -59,7 +60,7 @@ class PrefixCache:
         self._is_prompt = False
         self._step_mask: torch.Tensor | None = None
         whole = {"dtype": torch.int32, "device": device}
-        # Of all prompts: tokens, and where the queries of its replies begin and end; of all rows: their prompts.
+        # Per prompt: its tokens, and where the queries of its replies begin and end. Per row: its prompt.
         self._prompt_lengths = torch.zeros(prompts, **whole)
         self._query_bounds = torch.zeros(prompts + 1, **whole)
         self._owners = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -72,13 +73,13 @@ class PrefixCache:
     @property
     def bytes(self) -> int:
         """Memory of keys and values."""
-        return sum(part.numel() * part.element_size() for layer in self.layers for part in layer)
+        return sum(tensor.numel() * tensor.element_size() for layer in self.layers for tensor in layer)
 
     def begin(self, lengths: Sequence[int], owners: np.ndarray) -> None:
-        """New prompts, and the replies to them.
+        """Start with new prompts and replies.
 
         Args:
-            lengths: tokens of each prompt that will be in the cache, 0 for one that has none.
+            lengths: tokens of each prompt that will be in the cache; may be 0.
             owners: the number of each reply's prompt, int64 (replies,), ascending.
         """
         import torch
@@ -86,9 +87,9 @@ class PrefixCache:
         self._lengths = np.asarray(lengths)
         self.count = len(self._lengths)  # of prompts
         self._prompt_lengths[: self.count] = torch.from_numpy(self._lengths.astype(np.int32))
-        self._keep(owners)
+        self._set_owners(owners)
 
-    def _keep(self, owners: np.ndarray) -> None:
+    def _set_owners(self, owners: np.ndarray) -> None:
         import torch
 
         self._numbers = owners
@@ -101,11 +102,11 @@ class PrefixCache:
         self.most = round_up(int(counts.max()), 8)
 
     def move(self, keep: np.ndarray, tokens: int) -> None:
-        """Go on with some of the replies.
+        """Continue with some of the replies.
 
         Args:
             keep: their rows, int64, ascending.
-            tokens: of each reply, so far.
+            tokens: tokens of each reply so far.
         """
         import torch
 
@@ -113,18 +114,18 @@ class PrefixCache:
         for _, _, keys, values in self.layers:
             for stored in (keys, values):
                 stored[: len(keep), :tokens] = stored[rows, :tokens]
-        self._keep(self._numbers[keep])
+        self._set_owners(self._numbers[keep])
 
     def begin_prompts(self, first: int, width: int) -> None:
-        """The next pass fills prompts from `first` on from column 0, and sees nothing else."""
+        """The next pass fills the prompts from `first` on, from column 0, and attends to nothing else."""
         self._is_prompt, self._first, self._prefill = True, first, width
 
     def begin_step(self, rows: int, column: torch.Tensor) -> None:
-        """The next pass writes into a column of the first rows, and sees their prompts and what they have so far.
+        """The next pass writes one column of the first rows, and attends to their prompts and tokens so far.
 
         Args:
-            rows: how many.
-            column: the same for all, int64 (1,).
+            rows: how many rows.
+            column: the column, the same for all, int64 (1,).
         """
         self._is_prompt, self._step_rows, self._column = False, rows, column
         self._own_lengths[:rows] = column + 1
@@ -133,7 +134,7 @@ class PrefixCache:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write what one layer computed, (rows, heads, fed, size of a head); returned as it is, see `attend`."""
+        """Write a layer's new keys and values, (rows, heads, fed, size of a head); returns them, see `attend`."""
         layer = self._layer(layer_idx, keys, values)
         for at, new in enumerate((keys, values)):
             if self._is_prompt:
@@ -143,14 +144,14 @@ class PrefixCache:
         return keys, values
 
     def _layer(self, number: int, *new: torch.Tensor) -> list[torch.Tensor]:
-        while len(self.layers) <= number:  # zeros, since a mask does not hide what is not a number
+        while len(self.layers) <= number:  # zeros, since a mask does not hide NaN
             prompts = [t.new_zeros((self.prompts, self.width, t.shape[1], t.shape[3])) for t in new]
             replies = [t.new_zeros((self.rows, self.length, t.shape[1], t.shape[3])) for t in new]
             self.layers.append([*prompts, *replies])
         return self.layers[number]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Room for prompts: models that ask for it are given positions, and do without it."""
+        """Room for prompts; models may ask, but use the positions that they are called with."""
         return self.width
 
     # -- attention
@@ -159,17 +160,17 @@ class PrefixCache:
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
         dropout: float = 0.0, scaling: float | None = None, **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
-        """Attention of transformers' kind for the pass that was begun.
+        """Attention of transformers' interface, for the pass that was begun.
 
         Args:
-            module: the layer; its `layer_idx` says which.
+            module: the layer, with its `layer_idx`.
             query: (rows, query heads, fed, size).
-            key, value: what `update` was given.
-            attention_mask, dropout, kwargs: not needed.
-            scaling: of the products.
+            key, value: as `update` returned them.
+            attention_mask, dropout, kwargs: not used.
+            scaling: factor of the scores.
 
         Returns:
-            (rows, fed, query heads, size), and no weights.
+            (rows, fed, query heads, size), and None for the weights.
         """
         from torch.nn.functional import scaled_dot_product_attention
 
@@ -179,7 +180,7 @@ class PrefixCache:
         layer = self.layers[module.layer_idx]
         if has_document_kernel(query):
             attend = self._attend_with_kernel
-        else:  # a graph cannot go from prompt to prompt, whose rows change
+        else:  # a graph cannot loop over prompts, whose rows change
             attend = self._attend_with_mask if query.is_cuda else self._attend_by_prompt
         return attend(query, layer, scaling), None
 
@@ -190,7 +191,7 @@ class PrefixCache:
 
         rows, heads, _, size = query.shape
         shared = heads // self.groups
-        # Query heads that share keys become further queries of one head.
+        # Query heads that share keys become more queries of one head.
         queries = query.view(rows, shared, self.groups, size).transpose(1, 2).reshape(rows * self.groups, shared, size)
 
         def flash(keys: Any, values: Any, bounds: Any, columns: Any, most: int, width: int, used: Any) -> Any:
@@ -209,8 +210,8 @@ class PrefixCache:
             self.groups, self.length, self._own_lengths[:rows],
         )  # fmt: skip
         share = torch.sigmoid(prompt_sum - own_sum) * self._has_prompt[: rows * self.groups]
-        found = torch.lerp(to_own, to_prompt, share.to(to_own.dtype).t()[..., None])
-        return found.view(rows, self.groups, shared, size).transpose(1, 2).reshape(rows, 1, heads, size)
+        mixed = torch.lerp(to_own, to_prompt, share.to(to_own.dtype).t()[..., None])
+        return mixed.view(rows, self.groups, shared, size).transpose(1, 2).reshape(rows, 1, heads, size)
 
     def _attend_by_prompt(self, query: torch.Tensor, layer: list[torch.Tensor], scaling: float | None) -> torch.Tensor:
         import torch
@@ -221,28 +222,28 @@ class PrefixCache:
         queries = query.view(rows, shared, self.groups, size)
         own_keys, own_values = (stored[:rows, :length].transpose(1, 2) for stored in layer[2:])
         own_scores = queries @ own_keys.transpose(-1, -2)  # (rows, heads, queries, seen)
-        found = torch.empty_like(queries)
+        out = torch.empty_like(queries)
         bounds = np.searchsorted(self._numbers[:rows], np.arange(self.count + 1))
         for number, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
             if begin == end:
                 continue
-            width, part = int(self._lengths[number]), slice(begin, end)
+            width, group = int(self._lengths[number]), slice(begin, end)
             keys, values = (stored[number, :width].transpose(0, 1) for stored in layer[:2])  # (heads, width, size)
             count = end - begin
-            folded = queries[part].transpose(0, 1).reshape(shared, count * self.groups, size)
+            folded = queries[group].transpose(0, 1).reshape(shared, count * self.groups, size)
             scores = (folded @ keys.transpose(-1, -2)).view(shared, count, self.groups, width).transpose(0, 1)
-            weights = (torch.cat([scores, own_scores[part]], dim=-1).float() * scale).softmax(-1).to(query.dtype)
+            weights = (torch.cat([scores, own_scores[group]], dim=-1).float() * scale).softmax(-1).to(query.dtype)
             to_prompt = weights[..., :width].transpose(0, 1).reshape(shared, count * self.groups, width) @ values
             to_prompt = to_prompt.view(shared, count, self.groups, size).transpose(0, 1)
-            found[part] = to_prompt + weights[..., width:] @ own_values[part]
-        return found.reshape(rows, 1, heads, size)
+            out[group] = to_prompt + weights[..., width:] @ own_values[group]
+        return out.reshape(rows, 1, heads, size)
 
     def _attend_with_mask(self, query: torch.Tensor, layer: list[torch.Tensor], scaling: float | None) -> torch.Tensor:
         import torch
         from torch.nn.functional import scaled_dot_product_attention
 
         rows, heads, _, size = query.shape
-        width, length = self.width, self.length  # a graph sees all the room
+        width, length = self.width, self.length  # a graph reads the whole room
         owners = self._owners[:rows]
         if self._step_mask is None:  # one for all layers
             prompts = torch.arange(width, device=query.device) < self._prompt_lengths[owners][:, None]
@@ -253,5 +254,5 @@ class PrefixCache:
             for at in (0, 1)
         )
         folded = query.reshape(rows, heads // self.groups, self.groups, size)
-        found = scaled_dot_product_attention(folded, keys, values, attn_mask=self._step_mask, scale=scaling)
-        return found.reshape(rows, 1, heads, size)
+        out = scaled_dot_product_attention(folded, keys, values, attn_mask=self._step_mask, scale=scaling)
+        return out.reshape(rows, 1, heads, size)

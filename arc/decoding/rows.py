@@ -1,12 +1,12 @@
-"""Rows of a batch that advance and rewind on their own: many prompts at once on one key-value cache.
+"""Decoding of many prompts at once on one key-value cache, whose rows advance and rewind independently.
 
-What costs time in decoding is the number of forward passes, not the tokens in one: a pass over 64 rows reads the
-weights as often as a pass over one. So all rows advance together, a pass may carry several tokens of a row (drafts), a
-finished row is replaced by one that waits, and no prompt is computed twice.
+The time of decoding depends on the number of forward passes, hardly on their tokens: each pass reads all weights. So
+all rows advance together, a pass may carry several tokens of a row (a draft), a waiting row replaces a finished one,
+and equal prompts are computed once.
 
-A token's column in the cache is its position in its row. What a row holds is therefore said by one number, its length:
-to go back to an earlier branch a search makes it smaller, and nothing is moved or cleared, because a token sees only
-what stands at its own position and before it.
+The column of a token in the cache is its position in its row, so one number, the length, says what a row holds. To go
+back to an earlier branch, a search makes the length smaller. Nothing is moved or cleared: a token attends only to its
+own position and those before it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
+from arc.models.library_patches import choose_attention
 from arc.models.loading import decoding
 from arc.models.packing import check_full_attention
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """A reply and how probable it is.
+    """A reply and its probability.
 
     Args:
         tokens: int64 (tokens,), end token included if there is one.
@@ -40,38 +41,39 @@ class Reply:
 
 
 def check_generation_settings(max_new_tokens: int, batch_size: int) -> None:
+    """Raise ValueError unless both are at least 1."""
     if max_new_tokens < 1 or batch_size < 1:
         raise ValueError(f"max_new_tokens and batch_size are {max_new_tokens} and {batch_size}: expected at least 1")
 
 
 T = TypeVar("T")
-LOGIT_BYTES = 2**30  # of one pass, in float64: with a whole vocabulary, 64 rows of 100 tokens would take 6 GB
-MASK_BYTES = 2**32  # of one pass, as bool and as numbers: those of a row grow with the square of its length
-PREFILL_TOKENS = 2**14  # of one pass over prompts: more is hardly faster and takes memory
+LOGIT_BYTES = 2**30  # limit of one pass, in float64: with a whole vocabulary, 64 rows of 100 tokens would take 6 GB
+MASK_BYTES = 2**32  # limit of one pass, as bool and as numbers: a mask grows with the square of a row's length
+PREFILL_TOKENS = 2**14  # limit of one pass over prompts: more tokens are hardly faster and take memory
 CACHE_STEP = 256  # columns by which the cache grows
-MASK_STEP = 16  # attention kernels want the length of their masks aligned
-ATTENTION = "own_attention"  # the name under which transformers knows it
+MASK_STEP = 16  # attention kernels need the length of their masks aligned
+ATTENTION = "arc_decoding"  # the name under which transformers knows the attention
 
 
 class UndecodableModelError(ValueError):
-    """A model that cannot be decoded here: of another attention, with numbers that are none, not of its tokenizer."""
+    """A model that cannot be decoded: its attention is not full, it answers with NaN, or its tokenizer is another's."""
 
 
 class NonFiniteAnswersError(UndecodableModelError):
-    """A model that answers with numbers that are none (NaN), as after a training that diverged."""
+    """A model that answers with NaN, as after a training that diverged."""
 
 
 @dataclass
 class Work:
-    """What decoding has cost, counted up by the functions that are given one.
+    """The cost of decoding; the functions that get one add to it.
 
     Args:
-        passes: forward passes, those over prompts included.
+        passes: forward passes, also those over prompts.
         prompt_tokens: tokens of prompts that went through the model.
-        reply_tokens: tokens of replies that went through the model, drafts that did not hold included.
-        seen_tokens: tokens in the cache that passes over replies looked at, each row's once a pass: what such a pass
-            has to read beside the weights.
-        batch_size: rows that fitted in the end, where memory ran out; None: it never did.
+        reply_tokens: tokens of replies that went through the model, also those of wrong drafts.
+        seen_tokens: tokens in the cache that passes over replies attended to, once per row and pass: what such a pass
+            reads besides the weights.
+        batch_size: rows that fit into memory after it ran out; None: it never ran out.
     """
 
     passes: int = 0
@@ -82,18 +84,18 @@ class Work:
 
 
 class Row(Protocol):
-    """What one row of a batch decodes: says what to feed and takes what the model answers."""
+    """One row of a batch: gives the tokens to feed and takes the model's choices."""
 
     prompt: list[int]
     path: list[int]  # tokens after the prompt; the last token of both together has not been fed yet
     is_open: bool
 
     def feed(self) -> list[int]:
-        """The last token, and a draft of what may come after it."""
+        """The last token, and a draft of the tokens that may follow."""
         ...
 
     def take(self, *chosen: np.ndarray) -> None:
-        """What was chosen after each token fed, each (fed, ...); sets the path and `is_open`."""
+        """Take the choices after each fed token, arrays (fed, ...); sets `path` and `is_open`."""
         ...
 
 
@@ -109,14 +111,14 @@ def decode_rows(
     """Advance rows until none is open.
 
     Args:
-        model, engine, batch_size, work: see `search_tools.search_replies`.
-        rows: what is decoded, see `Row`.
-        choose: makes arrays (rows, fed, ...) of logits (rows, fed, vocabulary) and those rows, log probabilities last;
-            each row takes its own.
-        finish: called with each row that has closed.
+        model, engine, batch_size, work: see `search.search_replies`.
+        rows: see `Row`.
+        choose: from logits (rows, fed, vocabulary) and their rows makes arrays (rows, fed, ...), log probabilities
+            last; each row takes its slice.
+        finish: called with each row that has ended.
 
     Raises:
-        ValueError: a model or engine that this cannot decode, or one that answers with NaN.
+        ValueError: a model or engine that cannot be decoded here, or a model that answers with NaN.
         torch.OutOfMemoryError: not even one row fits.
     """
     if engine != "transformers":
@@ -128,17 +130,17 @@ def decode_rows(
     live: list[Row] = []
 
     def run(size: int) -> None:
-        # After memory has run out, rows whose cache is gone are begun again with the path that they had come to.
+        # After memory has run out the cache is gone: open rows start again from the path that they have reached.
         waiting.extend(row for row in live if row.is_open)
         for row in live:
             if not row.is_open:
                 finish(row)
         live.clear()
-        # The longest first: what does not fit shows at once, and the cache seldom has to grow.
+        # The longest rows first: too large a batch fails at once, and the cache seldom grows.
         waiting.sort(key=lambda row: -_length(row))
         decoder = _Decoder(model, min(size, len(waiting)), work or Work())
         while waiting or live:
-            while waiting and (not live or size - len(live) >= max(1, size // 8)):  # not one by one
+            while waiting and (not live or size - len(live) >= max(1, size // 8)):  # several at a time
                 decoder.admit(waiting, live, size - len(live))
             decoder.advance(live, choose)
             for at in reversed(range(len(live))):
@@ -159,7 +161,7 @@ def _length(row: Row) -> int:
 
 
 class _Decoder:
-    """A model and its cache, whose first rows are those that are decoded."""
+    """A model and its cache; the first rows of the cache are the live ones."""
 
     def __init__(self, model: Any, rows: int, work: Work):
         self.model, self.work = model, work
@@ -167,7 +169,7 @@ class _Decoder:
         self.cache = RowCache(rows)
 
     def admit(self, waiting: list[Row], live: list[Row], count: int) -> None:
-        """Move up to `count` rows from waiting to live, with all but their last token computed; equal ones once."""
+        """Move up to `count` rows from waiting to live, and compute all but their last token; equal rows once."""
         prefixes: dict[tuple[int, ...], list[Row]] = {}
         for row in waiting[:count]:
             prefix = (*row.prompt, *row.path)[:-1]
@@ -181,7 +183,7 @@ class _Decoder:
             for row in members[1:]:
                 self.copy(at, first + len(admitted), len(prefix))
                 admitted.append(row)
-        live += admitted  # only now: had memory run out, they would still wait
+        live += admitted  # only now: if memory had run out, they would still wait
         chosen = {id(row) for row in admitted}
         waiting[:] = [row for row in waiting if id(row) not in chosen]
 
@@ -193,16 +195,16 @@ class _Decoder:
             return
         ids = np.zeros((len(prefixes), width), dtype=np.int64)
         for at, prefix in enumerate(prefixes):
-            ids[at, : len(prefix)] = prefix  # padded on the right, where what follows writes over it
+            ids[at, : len(prefix)] = prefix  # padded on the right, where later tokens overwrite the padding
         self.cache.begin_prompts(first, width)
         positions = torch.arange(width, device=self.device).expand(len(prefixes), width)
-        self._forward(ids, positions, None, logits_to_keep=1)  # the logits are not needed
+        self._forward(ids, positions, None, logits_to_keep=1)  # fills the cache; the logits are not used
         self.work.prompt_tokens += sum(map(len, prefixes))
 
     def advance(
         self, live: Sequence[Row], choose: Callable[[torch.Tensor, Sequence[Any]], tuple[np.ndarray, ...]]
     ) -> None:
-        """Feed every row once; rows with a long draft apart from the others, which would be padded to its length."""
+        """Feed every row once. Rows with long drafts get passes of their own: the others would be padded to them."""
         feeds = [row.feed() for row in live]
         shortest = min(map(len, feeds))
         long = [at for at, feed in enumerate(feeds) if len(feed) > 2 * shortest + 32]
@@ -211,29 +213,29 @@ class _Decoder:
             while chosen:
                 longest = max(len(feeds[at]) for at in chosen)
                 seen = max(_length(live[at]) for at in chosen) + longest
-                part = chosen[: affordable_rows(len(chosen), self.model, longest)]
-                part = part[: affordable_masks(len(part), self.model, longest, seen)]
-                chosen = chosen[len(part) :]
-                found = choose(self._step(part, live, feeds), [live[at] for at in part])
-                check_numbers(found[-1])
-                for row, at in enumerate(part):
-                    live[at].take(*(array[row] for array in found))
+                batch = chosen[: affordable_rows(len(chosen), self.model, longest)]
+                batch = batch[: affordable_masks(len(batch), self.model, longest, seen)]
+                chosen = chosen[len(batch) :]
+                choices = choose(self._step(batch, live, feeds), [live[at] for at in batch])
+                check_numbers(choices[-1])
+                for row, at in enumerate(batch):
+                    live[at].take(*(array[row] for array in choices))
 
-    def _step(self, part: Sequence[int], live: Sequence[Row], feeds: Sequence[Sequence[int]]) -> torch.Tensor:
-        # Logits (part, fed, vocabulary).
+    def _step(self, batch: Sequence[int], live: Sequence[Row], feeds: Sequence[Sequence[int]]) -> torch.Tensor:
+        # Logits (batch, fed, vocabulary).
         import torch
 
-        fed = max(len(feeds[at]) for at in part)
-        begins = np.array([_length(live[at]) for at in part], dtype=np.int64)
-        ids = np.zeros((len(part), fed), dtype=np.int64)
-        for row, at in enumerate(part):
+        fed = max(len(feeds[at]) for at in batch)
+        begins = np.array([_length(live[at]) for at in batch], dtype=np.int64)
+        ids = np.zeros((len(batch), fed), dtype=np.int64)
+        for row, at in enumerate(batch):
             ids[row, : len(feeds[at])] = feeds[at]
         columns = begins[:, None] + np.arange(fed)
         places = torch.from_numpy(columns).to(self.device)
         width = round_up(int(columns.max()) + 1, MASK_STEP)
-        self.cache.begin_step(list(part), places, width)
+        self.cache.begin_step(list(batch), places, width)
         mask = torch.arange(width, device=self.device) <= places[:, None, :, None]
-        fed_tokens = sum(len(feeds[at]) for at in part)
+        fed_tokens = sum(len(feeds[at]) for at in batch)
         self.work.reply_tokens += fed_tokens
         self.work.seen_tokens += int(begins.sum()) + fed_tokens
         return self._forward(ids, places, mask, logits_to_keep=0)
@@ -263,48 +265,46 @@ class _Decoder:
 
 
 class RowCache:
-    """Keys and values of a batch whose rows have different lengths, as attention layers of transformers use them.
+    """Keys and values of a batch whose rows have different lengths, for the attention layers of transformers.
 
-    The part of transformers' Cache that attention layers call, `update`, with one difference: where new tokens are
-    written, and what is seen, is said beforehand for each row, so that rows can be filled, rewound and copied on their
-    own (a DynamicCache can only be cropped for all rows at once, a StaticCache writes all rows at one position).
-    The column of a token is its position. Columns behind a row's tokens hold finite leftovers, hidden by the mask.
+    It has the method of transformers' Cache that attention layers call, `update`. The caller says before each pass
+    where the tokens of each row go, so that rows are filled, rewound and copied independently. (A DynamicCache is
+    cropped for all rows at once, a StaticCache writes all rows at one position.) The column of a token is its
+    position. Columns behind a row's tokens hold finite leftovers, which the mask hides.
 
     Args:
         rows: of the batch.
 
     Attributes:
-        layers: keys and values of each layer, each (rows, heads, columns, size of a head); made when they are first
-            needed, and made longer by CACHE_STEP columns where they are too short.
+        layers: keys and values of each layer, each (rows, heads, columns, size of a head); made at the first pass, and
+            longer by CACHE_STEP columns where they are too short.
     """
 
     is_compileable = False
 
     def __init__(self, rows: int):
-        """See the class."""
         self.rows = rows
         self.layers: list[list[torch.Tensor]] = []
         self._is_prompt = False
         self._width = 0
 
     def begin_prompts(self, first: int, width: int) -> None:
-        """The next pass fills rows from `first` on from column 0, and sees nothing else."""
+        """The next pass fills the rows from `first` on, from column 0, and attends to nothing else."""
         self._is_prompt, self._first, self._width = True, first, width
 
     def begin_step(self, rows: list[int], columns: torch.Tensor, width: int) -> None:
-        """The next pass writes into `columns` (rows, fed) of the rows and sees their first `width` columns."""
+        """The next pass writes into `columns` (rows, fed) of the rows and attends to their first `width` columns."""
         import torch
 
         self._is_prompt, self._columns, self._width = False, columns, width
         self._slots = torch.tensor(rows, device=columns.device)[:, None]
-        # Consecutive rows are seen where they are, others have to be gathered.
-        whole = rows == list(range(len(rows)))
-        self._seen = slice(len(rows)) if whole else self._slots[:, 0]
+        # The first rows are read in place, other rows are gathered.
+        self._seen = slice(len(rows)) if rows == list(range(len(rows))) else self._slots[:, 0]
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write what one layer computed, (rows, heads, fed, size of a head), and return all that it sees."""
+        """Write a layer's new keys and values, (rows, heads, fed, size of a head), and return all it attends to."""
         layer = self._layer(layer_idx, keys, values)
         if self._is_prompt:
             for stored, new in zip(layer, (keys, values), strict=True):
@@ -321,7 +321,7 @@ class RowCache:
         layer = self.layers[number]
         missing = self._width - layer[0].shape[2]
         if missing > 0:
-            # Zeros, since a mask does not hide what is not a number. One tensor at a time, to hold little twice.
+            # Zeros, since a mask does not hide NaN. One tensor at a time, so that little is held twice.
             missing = round_up(missing, CACHE_STEP)
             for at, stored in enumerate(layer):
                 grown = stored.new_zeros((*stored.shape[:2], stored.shape[2] + missing, stored.shape[3]))
@@ -336,68 +336,58 @@ class RowCache:
                 stored[target, :, :length] = stored[source, :, :length]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of the cache: models that ask for it are given positions and a mask, and do without it."""
+        """Columns of the cache; models may ask, but use the positions and the mask that they are called with."""
         return self.layers[layer_idx][0].shape[2] if layer_idx < len(self.layers) else 0
 
 
 @contextlib.contextmanager
 def row_attention(model: Any) -> Iterator[None]:
-    """Set an attention that takes masks of `RowCache`, and only masks, for as long as the context lasts.
+    """Give a model an attention for the masks of `RowCache`, for as long as the context lasts.
 
-    Transformers' own copies keys and values for each query head that shares them where there is a mask.
+    With a mask, transformers' attention copies keys and values for each query head that shares them.
 
     Raises:
-        UndecodableModelError: see `own_attention`.
+        UndecodableModelError: see `chosen_attention`.
     """
     attention = _GroupedAttention()
     try:
-        with own_attention(model, attention):
+        with chosen_attention(model, attention):
             yield
     finally:
         attention.forget()
 
 
 @contextlib.contextmanager
-def own_attention(model: Any, attention: Callable[..., tuple[torch.Tensor, None]]) -> Iterator[None]:
-    """Set an attention of transformers' kind for as long as the context lasts.
+def chosen_attention(model: Any, attention: Callable[..., tuple[torch.Tensor, None]]) -> Iterator[None]:
+    """Give a model another attention function for as long as the context lasts.
 
     Args:
         model: of transformers.
-        attention: is given no mask but those that the model is called with.
+        attention: of transformers' interface; it gets only masks that the model is called with.
 
     Raises:
         UndecodableModelError: a model whose attention is not full, or cannot be chosen.
     """
-    from transformers import AttentionInterface
-
-    config = model.config
     try:
-        check_full_attention(config)
+        check_full_attention(model.config)
+        undo = choose_attention(model, ATTENTION, attention)
     except ValueError as error:
-        raise UndecodableModelError(str(error)) from None
-    AttentionInterface.register(ATTENTION, attention)
-    before = config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
+        raise UndecodableModelError(f"{error}: not supported") from None
     try:
-        if config._attn_implementation != ATTENTION:
-            raise UndecodableModelError(
-                f"{config.model_type} models do not let their attention be chosen: not supported"
-            )
         yield
     finally:
-        model.set_attn_implementation(before)
+        undo()
 
 
 class _GroupedAttention:
-    """Attention of transformers' kind whose masks are those of `RowCache`, made ready once a pass for all layers."""
+    """Attention of transformers' interface for the masks of `RowCache`; a mask is prepared once for all layers."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Let go of the last mask."""
-        self._mask: torch.Tensor | None = None
-        self._bias: torch.Tensor | None = None
+        """Free the last mask."""
+        self._prepared: tuple[torch.Tensor, torch.Tensor] | None = None  # a mask, and the bias made of it
 
     def __call__(
         self,
@@ -413,14 +403,14 @@ class _GroupedAttention:
         """Attend.
 
         Args:
-            module, dropout, kwargs: not needed.
+            module, dropout, kwargs: not used.
             query: (rows, query heads, fed, size).
             key, value: (rows, heads, seen, size).
-            attention_mask: what is seen, bool (rows, 1, fed, seen); None: causal, with as many seen as fed.
-            scaling: of the products.
+            attention_mask: bool (rows, 1, fed, seen), True where a query attends; None: causal, as many seen as fed.
+            scaling: factor of the scores.
 
         Returns:
-            (rows, fed, query heads, size), and no weights.
+            (rows, fed, query heads, size), and None for the weights.
         """
         from torch.nn.functional import scaled_dot_product_attention
 
@@ -428,23 +418,23 @@ class _GroupedAttention:
         groups = heads // key.shape[1]
         if attention_mask is None:
             options = {"is_causal": True, "scale": scaling, "enable_gqa": groups > 1}
-            found = scaled_dot_product_attention(query, key, value, **options)
+            out = scaled_dot_product_attention(query, key, value, **options)
         else:
-            # Query heads that share keys become further queries of one head.
+            # Query heads that share keys become more queries of one head.
             folded = query.reshape(rows, key.shape[1], groups * fed, size)
             bias = self._bias_of(attention_mask, groups, query.dtype)
-            found = scaled_dot_product_attention(folded, key, value, attn_mask=bias, scale=scaling)
-            found = found.reshape(rows, heads, fed, value.shape[-1])
-        return found.transpose(1, 2).contiguous(), None
+            out = scaled_dot_product_attention(folded, key, value, attn_mask=bias, scale=scaling)
+            out = out.reshape(rows, heads, fed, value.shape[-1])
+        return out.transpose(1, 2).contiguous(), None
 
     def _bias_of(self, mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
-        # All layers are given the same mask. Of a bool one, torch would make the numbers to add in each layer anew:
-        # three kernels more, in passes whose time is that of launching kernels.
-        if mask is not self._mask or self._bias.dtype != dtype:
+        # All layers get the same mask. From a bool mask torch would make the bias in each layer: three more kernels, in
+        # passes that take as long as launching their kernels.
+        if self._prepared is None or self._prepared[0] is not mask or self._prepared[1].dtype != dtype:
             repeated = mask if mask.shape[2] == 1 else mask.repeat(1, 1, groups, 1)
-            self._bias = mask.new_zeros(repeated.shape, dtype=dtype).masked_fill_(~repeated, -math.inf)
-            self._mask = mask
-        return self._bias
+            bias = mask.new_zeros(repeated.shape, dtype=dtype).masked_fill_(~repeated, -math.inf)
+            self._prepared = mask, bias
+        return self._prepared[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -452,17 +442,21 @@ class _GroupedAttention:
 
 
 def halve_on_out_of_memory(run: Callable[[int], T], batch_size: int, work: Work | None = None) -> T:
-    """Call `run(batch_size)`, and again with half the batch for as long as memory runs out.
+    """Call `run(batch_size)`, and again with half the batch each time memory runs out.
+
+    accelerate's `find_executable_batch_size` frees the memory while the error still holds the tensors, and ends with an
+    error of its own where a batch of 1 does not fit.
 
     Args:
-        run: does the work with batches of the given size; called again, it has to go on where it stopped.
-        batch_size: to begin with.
-        work: told the size that was gone on with, so that the caller can begin with it the next time.
+        run: does the work with batches of the given size; called again, it continues where it stopped.
+        batch_size: the first size.
+        work: gets the size that fits, so that the caller can start with it the next time.
 
     Raises:
         torch.OutOfMemoryError: a batch of 1 does not fit.
     """
     import torch
+    from accelerate.utils.memory import clear_device_cache
 
     while True:
         try:
@@ -470,20 +464,19 @@ def halve_on_out_of_memory(run: Callable[[int], T], batch_size: int, work: Work 
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise
-        # Outside of `except`, where the error still holds the frames and so the tensors that filled the memory.
+        # Outside of `except`: there the error holds the frames, and with them the tensors that filled the memory.
         batch_size //= 2
         print(f"out of memory: going on with batches of {batch_size}")
         if work is not None:
             work.batch_size = batch_size
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache()
 
 
 def check_tokens(model: Any, what: str, rows: Sequence[np.ndarray | None]) -> None:
-    """Refuse token ids that a model has not: on a CUDA device they would end the process.
+    """Refuse token ids that a model does not have: on a CUDA device they would end the process.
 
     Raises:
-        ValueError: a row is empty, or (UndecodableModelError) has such a token. A row of None is passed over.
+        ValueError: a row is empty, or (UndecodableModelError) has such a token. A row of None is skipped.
     """
     size = model.get_input_embeddings().weight.shape[0]
     for number, row in enumerate(rows):
@@ -496,7 +489,7 @@ def check_tokens(model: Any, what: str, rows: Sequence[np.ndarray | None]) -> No
 
 
 def check_numbers(log_probs: Any) -> None:
-    """Refuse what cannot be compared.
+    """Refuse log probabilities that cannot be compared.
 
     Raises:
         NonFiniteAnswersError: a log probability is NaN.
@@ -514,11 +507,11 @@ def affordable_masks(count: int, model: Any, fed: int, seen: int) -> int:
     """How many of `count` rows have attention masks (fed, seen) that fit into MASK_BYTES; at least 1."""
     config = model.config
     groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    # One bool as it comes; for each query head that shares keys, two more and a number: see `_GroupedAttention`.
+    # The bool mask; for each query head that shares keys two more and the bias: see `_GroupedAttention`.
     row = fed * seen * (1 + groups * (2 + model.get_input_embeddings().weight.element_size()))
     return max(1, min(count, MASK_BYTES // row))
 
 
 def round_up(number: int, step: int) -> int:
-    """The next multiple of `step`."""
+    """The least multiple of `step` that is not below `number`."""
     return -(-number // step) * step

@@ -32,31 +32,30 @@ def sample_replies(
     done: Callable[[int, list[Reply]], None] | None = None,
     work: Work | None = None,
 ) -> list[list[Reply]]:
-    """Sampled replies, or greedy ones; samples of one prompt share its computation.
+    """Sampled or greedy replies; samples of one prompt compute it once.
 
-    Every sample has random numbers of its own, one a token, drawn from the seed, the prompt's and the sample's number:
-    what comes out does not depend on the batch size or on which replies end when (apart from the rounding of 16-bit
-    passes). So which token a sample would have at a place is known as soon as the logits there are, and a guess can be
-    verified in one pass: as far as it is what the sample would be, its tokens cost nothing.
+    Each sample has its own random numbers, one a token, from the seed, the prompt's and the sample's number. So the
+    replies do not depend on the batch size or on when others end (apart from the rounding of 16-bit passes). A
+    sample's token is known as soon as its logits are, so one pass can verify a whole guess: the tokens up to its first
+    wrong one cost nothing more.
 
     Args:
-        model, engine, tokenizer, prompts, done, work: see `search_replies`.
-        max_new_tokens: longest reply; one that has not ended by then has no end token.
-        samples: replies of each prompt.
+        model, engine, tokenizer, prompts, done, work: see `search.search_replies`.
+        max_new_tokens: longest reply; a reply that is cut off there has no end token.
+        samples: replies to each prompt.
         temperature: logits are divided by it; 0: greedy.
         seed: of the random numbers, from 0.
         seeds: a number from 0 for each prompt, in place of 0, 1 and so on.
-        guesses: for each prompt what its replies may look like (tokens,), or None. Makes no difference to the result.
-        batch_size: replies decoded at once; a finished one is replaced by the next.
-        draft_tokens: most tokens of a guess that are verified in one pass, after the first.
-        hopeless: called with a reply's tokens now and then; where it says True, that reply ends there, without an end
-            token.
+        guesses: for each prompt a likely reply (tokens,), or None. Changes the time, not the result.
+        batch_size: replies decoded at once; the next reply replaces a finished one.
+        draft_tokens: most tokens of a guess that one pass verifies, after the first pass.
+        hopeless: called with a reply's tokens every few tokens; True ends the reply there, without an end token.
 
     Returns:
         For each prompt its samples, in order. Log probabilities are the model's, at temperature 1.
 
     Raises:
-        ValueError, torch.OutOfMemoryError: see `search_replies`.
+        ValueError, torch.OutOfMemoryError: see `search.search_replies`.
     """
     import torch
 
@@ -86,8 +85,8 @@ def sample_replies(
         draws = np.zeros((len(rows), logits.shape[1], 1))
         if temperature:
             for at, row in enumerate(rows):
-                part = row.draws[len(row.path) :][: logits.shape[1]]
-                draws[at, : len(part), 0] = part
+                ahead = row.draws[len(row.path) :][: logits.shape[1]]
+                draws[at, : len(ahead), 0] = ahead
         tokens, log_probs = draw_tokens(logits, torch.from_numpy(draws).to(logits.device), temperature)
         return tokens.cpu().numpy(), log_probs.cpu().numpy()
 
@@ -105,19 +104,19 @@ def sample_replies(
 
 
 def random_draws(seed: int, numbers: Sequence[int], length: int, sample: int = 0) -> np.ndarray:
-    """The random numbers of samples, one for each token: float64 from 0 to below 1, (numbers, length).
+    """Random numbers of samples, one a token: float64 from 0 to below 1, (numbers, length).
 
     Args:
         seed: from 0.
         numbers: one from 0 for each prompt.
         length: tokens.
-        sample: which of the samples of a prompt.
+        sample: number of the sample among those of its prompt.
     """
     return np.stack([np.random.default_rng([seed, number, sample]).random(length) for number in numbers])
 
 
 def draw_tokens(logits: torch.Tensor, draws: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that random numbers choose, and their log probabilities at temperature 1.
+    """Choose tokens by random numbers; with their log probabilities at temperature 1.
 
     Args:
         logits: (rows, fed, vocabulary).
@@ -132,8 +131,8 @@ def draw_tokens(logits: torch.Tensor, draws: torch.Tensor, temperature: float) -
     logits = logits.double()
     if temperature:
         reached = torch.softmax(logits / temperature, -1).cumsum(-1)
-        # Scaled by the sum, which rounding keeps from being 1; a draw is below 1, so that some token is reached, and
-        # `right` passes over tokens of probability 0.
+        # Draws are scaled by the sum, which rounding moves from 1, so that every draw meets a token. `right` skips
+        # tokens of probability 0.
         tokens = torch.searchsorted(reached, draws * reached[..., -1:], right=True).clamp(max=logits.shape[-1] - 1)
     else:
         tokens = logits.argmax(-1, keepdim=True)
@@ -141,11 +140,11 @@ def draw_tokens(logits: torch.Tensor, draws: torch.Tensor, temperature: float) -
     return tokens[..., 0], log_probs[..., 0]
 
 
-LOOK = 32  # tokens of a reply between two questions whether it is hopeless
+LOOK = 32  # tokens of a reply between two calls of `hopeless`
 
 
 class _Sample:
-    """One sampled reply, apart from the model."""
+    """One sampled reply; see `rows.Row`. It does not call the model."""
 
     def __init__(
         self,
@@ -169,22 +168,22 @@ class _Sample:
         self.is_open = True
 
     def feed(self) -> list[int]:
-        """The token that has not been fed yet, and a draft of what comes after it."""
+        """The last token, which has not been fed yet, and a draft."""
         at = len(self.path)
         self.drafted = self.guess[at : min(at + self.draft, len(self.draws) - 1)]
         return [self.path[-1] if self.path else self.prompt[-1], *self.drafted]
 
     def take(self, tokens: np.ndarray, log_probs: np.ndarray) -> None:
-        """Add what was chosen after each token fed (fed,), as long as that token was itself what was chosen."""
-        before, held = len(self.path), 0
-        for token, log_prob, wanted in zip(tokens.tolist(), log_probs.tolist(), [*self.drafted, None], strict=False):
+        """Add the tokens chosen after each fed token, (fed,), up to the first one that the draft has wrong."""
+        before, right = len(self.path), 0
+        for token, log_prob, drafted in zip(tokens.tolist(), log_probs.tolist(), [*self.drafted, None], strict=False):
             self.path.append(token)
             self.log_prob += log_prob
-            if token != wanted:
+            if token != drafted:
                 break
-            held += 1
+            right += 1
         # At least 1: a guess whose first token is wrong may be right after it.
-        self.draft = min(self.draft_tokens, max(1, 2 * held if held == len(self.drafted) else held))
+        self.draft = min(self.draft_tokens, max(1, 2 * right if right == len(self.drafted) else right))
         self.is_open = self.path[-1] != self.end and len(self.path) < len(self.draws)
         if self.is_open and self.hopeless and len(self.path) // LOOK > before // LOOK:
             self.is_open = not self.hopeless(self.path)

@@ -1,9 +1,4 @@
-"""Replies of a model: found by depth-first search, sampled, and scored.
-
-`search_replies`, `sample_replies` and `score_replies` take token ids and give token ids and log probabilities; what the
-tokens mean, and which reply is best, is decided by arc/decoding/greedy.py. How many prompts advance together on one
-key-value cache is arc/decoding/rows.py.
-"""
+"""Depth-first search: all replies of a model that are at least as probable as a bound."""
 
 from __future__ import annotations
 
@@ -17,10 +12,6 @@ from arc.decoding.rows import Reply, Work, check_generation_settings, check_toke
 
 if TYPE_CHECKING:
     import torch
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Search
 
 
 def search_replies(
@@ -39,37 +30,35 @@ def search_replies(
 ) -> list[list[Reply]]:
     """All replies whose probability is at least `min_prob`, each exactly once, by depth-first search.
 
-    Replies are disjoint events, so there are at most 1 / min_prob of them, and no position has more than that many
-    tokens worth following. A search holds one path in the cache and a stack of branches beside it. Each pass feeds the
-    newest branch, followed by a draft: what stands at those positions in the best guess (the one given, later the most
-    probable reply found). The draft is verified in that one pass; where it holds, all its tokens would have had to be
-    computed anyway, one pass each, and the branches beside it come for nothing. So a right guess costs one pass for
-    the prompt and one for the reply, and a reply that differs from it in one cell a few more.
+    Replies exclude each other, so there are at most 1 / min_prob of them, and no position has more tokens worth
+    following. A search holds one path in the cache and a stack of branches. Each pass feeds the newest branch and a
+    draft: the tokens at the next positions of the best guess (the given one, later the most probable reply so far).
+    One pass verifies the whole draft and shows the branches beside it. So a right guess costs one pass for the prompt
+    and one for the reply; a reply that differs from it in one cell costs a few more.
 
-    What is found does not depend on guesses, drafts or the other prompts of a batch. Probabilities are exact for the
-    arithmetic of the model: in 16 bits, passes of another shape round otherwise, which moves a log probability by
-    about 0.01, and can decide about a reply whose probability is as near to `min_prob` as that.
+    The replies do not depend on guesses, drafts or the other prompts of a batch. In 16 bits, passes of another shape
+    round differently: that moves a log probability by about 0.01, and can decide about a reply as near to `min_prob`.
 
     Args:
-        model: a causal language model of transformers, plain or with a peft adapter, 16-bit or quantised (in training
-            or not: it is switched to decoding and back).
-        engine: "transformers". Unsloth's fast path takes a cache of its own only, with one length for all rows.
+        model: a causal language model of transformers, with or without a peft adapter, 16-bit or quantised; it is
+            switched to decoding and back.
+        engine: "transformers". Unsloth's fast path needs its own cache, with one length for all rows.
         tokenizer: gives the end token.
-        prompts: token ids, each (tokens,), at least one.
-        max_new_tokens: longest reply, end token included; a path that has not ended by then is dropped.
+        prompts: token ids, each (tokens,), at least one token.
+        max_new_tokens: longest reply, with its end token; a longer path is dropped.
         min_prob: the least probability, above 0 and up to 1.
-        guesses: for each prompt a likely reply (tokens,), whole or only its begin, or None.
-        batch_size: prompts searched at once; a finished one is replaced by the next.
+        guesses: for each prompt a likely reply (tokens,), whole or its beginning, or None.
+        batch_size: prompts searched at once; the next prompt replaces a finished one.
         draft_tokens: longest draft after the first pass, 0: none. Does not limit `guesses`.
         done: called with a prompt's number and its replies as soon as they are complete, in any order.
-        work: counts what is done.
+        work: gets the cost.
 
     Returns:
         For each prompt its replies with their end tokens, most probable first.
 
     Raises:
-        ValueError: a setting out of its range, an empty prompt, a model that this cannot decode, or one that answers
-            with numbers that are none.
+        ValueError: a setting out of its range, an empty prompt, a model that cannot be decoded here, or one that
+            answers with NaN.
         torch.OutOfMemoryError: not even one prompt fits.
 
     Source: the idea is the ARChitects' depth-first search with a verified first guess (Franzen et al. 2025, arXiv
@@ -93,7 +82,7 @@ def search_replies(
     ]
 
     def choose(logits: torch.Tensor, rows: Sequence[Any]) -> tuple[np.ndarray, ...]:
-        # One token more than can be worth following, so that rounding loses none.
+        # One token more than can be worth following, so that rounding cannot lose one.
         count = min(logits.shape[-1], int(1 / min_prob) + 1)
         values, tokens = torch.log_softmax(logits, -1, dtype=torch.float64).topk(count, dim=-1)
         return tokens.cpu().numpy(), values.cpu().numpy()
@@ -108,7 +97,7 @@ def search_replies(
 
 
 class _Search:
-    """Depth-first search of the replies to one prompt, apart from the model."""
+    """The search of the replies to one prompt; see `rows.Row`. It does not call the model."""
 
     def __init__(
         self,
@@ -136,40 +125,41 @@ class _Search:
         self.is_open = True
 
     def feed(self) -> list[int]:
-        """The token that has not been fed yet, and a draft of what comes after it."""
+        """The last token, which has not been fed yet, and a draft."""
         at = len(self.path)
         self.drafted = self.guess[at : min(at + self.draft, self.max_new_tokens - 1)]
         return [self.path[-1] if self.path else self.prompt[-1], *self.drafted]
 
     def take(self, tokens: np.ndarray, log_probs: np.ndarray) -> None:
-        """Follow the draft as far as it holds, then go on with the newest branch.
+        """Follow the draft as far as it is right, then go on with the newest branch.
 
         Args:
             tokens: the most probable next tokens after each token fed, int64 (fed, choices).
-            log_probs: theirs, falling, float64 (fed, choices).
+            log_probs: their log probabilities, descending, float64 (fed, choices).
         """
-        held = 0
-        for row, wanted in enumerate([*self.drafted, None]):
-            kept = self._branch(tokens[row], log_probs[row], wanted)
-            if kept is None:
+        right = 0  # tokens of the draft
+        for row, drafted in enumerate([*self.drafted, None]):
+            followed = self._branch(tokens[row], log_probs[row], drafted)
+            if followed is None:
                 break
-            self.path.append(kept[0])
-            self.log_prob = kept[1]
-            held += 1
+            self.path.append(followed[0])
+            self.log_prob = followed[1]
+            right += 1
         # At least 1: a guess whose first token is wrong may be right after it.
-        self.draft = min(self.draft_tokens, max(1, 2 * held if held == len(self.drafted) else held))
+        self.draft = min(self.draft_tokens, max(1, 2 * right if right == len(self.drafted) else right))
         if not self.stack:
             self.is_open = False
             return
         at, token, self.log_prob = self.stack.pop()
-        if at < len(self.path):  # back to another place, where the guess may hold again
+        if at < len(self.path):  # back to an earlier position, where the guess may be right again
             self.draft = self.draft_tokens
-        # Branches that were put on the stack later lie deeper, so the path is still the one that this branch left.
+        # Later branches lie deeper, so up to here the path is still the one that this branch left.
         self.path[at:] = [token]
 
-    def _branch(self, tokens: np.ndarray, log_probs: np.ndarray, wanted: int | None) -> tuple[int, float] | None:
-        # What may come after the path: replies that end here, and branches, of which `wanted` is returned instead.
-        at, kept, branches = len(self.path), None, []
+    def _branch(self, tokens: np.ndarray, log_probs: np.ndarray, drafted: int | None) -> tuple[int, float] | None:
+        # Adds the replies that end here, and puts branches on the stack. Returns the drafted token, if it is probable
+        # enough, with the path's log probability; it gets no branch.
+        at, followed, branches = len(self.path), None, []
         for token, log_prob in zip(tokens.tolist(), log_probs.tolist(), strict=True):
             total = self.log_prob + log_prob
             if total < self.bound:
@@ -178,12 +168,12 @@ class _Search:
                 self._add(total)
             elif at + 2 > self.max_new_tokens:  # no room for it and the end token
                 continue
-            elif token == wanted:
-                kept = token, total
+            elif token == drafted:
+                followed = token, total
             else:
                 branches.append((at, token, total))
         self.stack += reversed(branches)  # the most probable is followed first
-        return kept
+        return followed
 
     def _add(self, log_prob: float) -> None:
         if all(log_prob > reply.log_prob for reply in self.replies):

@@ -12,10 +12,8 @@ the solution, and what its tokens are chosen from is known from one forward pass
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,9 +22,11 @@ from arc.decoding.device_sampling import DeviceSampler
 from arc.decoding.rows import check_numbers
 from arc.decoding.sampling import random_draws
 from arc.models.folded_lora import folded_throughout
+from arc.models.library_patches import plain_class
 from arc.models.loading import Precision
 from arc.models.lora import EMBEDDING_MODULES
 from arc.models.prompt_sharing import solution_logits
+from arc.models.weights import summed_weights
 from arc.runs.processes import process_count, process_index
 
 if TYPE_CHECKING:
@@ -77,71 +77,6 @@ class RolloutModel:
             for name, value in summed_weights(self.trained):
                 if name in own:  # of tied matrices the copy has one
                     own[name].copy_(value)
-
-
-def summed_weights(trained: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Base + adapter of each weight of a peft model, one after the other.
-
-    Yields:
-        Its name in the model without adapters, and the sum, float32 where an adapter is added to it.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    model = trained.base_model.model
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            layer = module.get_base_layer()
-            weight = dequantised(layer).float()
-            for adapter in module.active_adapters:
-                if adapter in module.lora_A:
-                    b, a = module.lora_B[adapter].weight.float(), module.lora_A[adapter].weight.float()
-                    weight = weight.addmm(b, a, alpha=module.scaling[adapter])
-            yield f"{name}.weight", weight
-            if getattr(layer, "bias", None) is not None:
-                yield f"{name}.bias", layer.bias
-            continue
-        for own, value in module.named_parameters(recurse=False):
-            parts = name.split(".")
-            if "lora_A" in parts or "lora_B" in parts or "base_layer" in parts or "original_module" in parts:
-                continue
-            plain = name.replace(".modules_to_save.default", "")
-            if value.dim() and type(value).__name__ != "Params4bit":
-                yield f"{plain}.{own}", value
-
-
-def dequantised(layer: Any) -> torch.Tensor:
-    """A linear layer's weight as its forward pass sees it."""
-    state = getattr(layer.weight, "quant_state", None)
-    if state is None:
-        return layer.weight
-    import bitsandbytes as bnb
-
-    return bnb.functional.dequantize_4bit(layer.weight.data, state)
-
-
-def plain_class(kind: type) -> type:
-    """A model class of transformers as transformers wrote it: Unsloth changes the methods of the classes it knows.
-
-    Args:
-        kind: the class, changed or not.
-    """
-    return kind if "unsloth" not in sys.modules else getattr(plain_module(kind.__module__), kind.__name__)
-
-
-def plain_module(name: str) -> Any:
-    """A module as its file has it, beside the one that Unsloth has changed.
-
-    Args:
-        name: of a module that can be imported.
-    """
-    plain = f"{name}_plain"
-    if plain not in sys.modules:
-        # The file again, under another name, in the same package: its relative imports find what they look for.
-        file = importlib.import_module(name).__file__
-        spec = importlib.util.spec_from_file_location(plain, file)
-        sys.modules[plain] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[plain])
-    return sys.modules[plain]
 
 
 def check_vllm(precision: Precision, target_modules: Sequence[str]) -> None:

@@ -16,16 +16,17 @@ import numpy as np
 
 from arc.decoding.device_sampling import KEPT
 from arc.grpo.prompts import PromptRows
-from arc.grpo.rollouts import make_rollouts, make_stopped_rollouts, plain_module
+from arc.grpo.rollouts import make_rollouts, make_stopped_rollouts
 from arc.grpo.settings import PolicySettings
 from arc.grpo.supervised_mix import MASKED_REPLIES, SupervisedMix, ends_with_training, learned_tokens
+from arc.models.library_patches import decoding_once, let_run_ahead, plain_module, use_one_gpu
 from arc.models.lora import EMBEDDING_MODULES, train_in_float32
 from arc.models.packing import can_pack, check_full_attention, use_packed_attention
 from arc.models.prompt_sharing import reply_log_probs
 from arc.runs.needs import count_weights
 from arc.runs.processes import process_count
 from arc.training.arguments import common_arguments
-from arc.training.batch_planning import compile_layers, let_run_ahead, plan_batches
+from arc.training.batch_planning import compile_layers, plan_batches
 from arc.training.data import StageData
 from arc.training.optimizers import MUON, optimizer_with_embedding_rate
 from arc.training.rows import lazy_dataset, planned_rows
@@ -38,35 +39,6 @@ if TYPE_CHECKING:
 
 
 ROOM_FOR_COPY = 6  # times the plain copy of the model: from this GPU memory on, completions are sampled from one
-
-
-class DecodingOnce:
-    """A tokenizer that decodes rows that are equal once: trl decodes a group's prompt, for its log, once a completion.
-
-    Args:
-        tokenizer: which does all else.
-    """
-
-    def __init__(self, tokenizer: Any):
-        """See the class."""
-        self.tokenizer = tokenizer
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """As the tokenizer: where trl samples by itself."""
-        return self.tokenizer(*args, **options)
-
-    def __getattr__(self, name: str) -> Any:
-        """What else there is."""
-        return getattr(self.tokenizer, name)
-
-    def batch_decode(self, sequences: Any, **options: Any) -> list[str]:
-        """As the tokenizer's; `sequences` are rows of numbers, or a tensor (rows, tokens)."""
-        rows = sequences.cpu().numpy() if hasattr(sequences, "cpu") else [np.asarray(row) for row in sequences]
-        names = [row.tobytes() for row in rows]
-        different = dict(zip(names, rows, strict=True))
-        decoded = self.tokenizer.batch_decode([row.tolist() for row in different.values()], **options)
-        texts = dict(zip(different, decoded, strict=True))
-        return [texts[name] for name in names]
 
 
 def grpo_trainer(
@@ -134,7 +106,7 @@ def grpo_trainer(
         # Its cache is sized by it; a prompt fits max_seq_length with its own reply, not with the longest one.
         vllm_max_model_length=settings.max_seq_length + max_completion_length if settings.use_vllm else None,
     )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one GPU, however many it sees
+    use_one_gpu(arguments)
     arguments.embedding_learning_rate = settings.embedding_learning_rate
     optimizer = None  # trl makes it
     if set(settings.target_modules) & set(EMBEDDING_MODULES) or settings.optim == MUON:
@@ -168,11 +140,8 @@ def grpo_trainer(
     class SharingTrainer(StageTrainer):
         def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
             self.rows = inputs  # for rollouts along the solutions
-            own, self.processing_class = self.processing_class, DecodingOnce(self.processing_class)
-            try:
+            with decoding_once(self):
                 return super()._generate_and_score_completions(inputs)
-            finally:
-                self.processing_class = own
 
         def _generate(self, prompts: list[Any]) -> Any:
             found = super()._generate(prompts)

@@ -26,9 +26,10 @@ from typing import Any
 from arc.decoding.log_probabilities import full_float32
 from arc.merging.plan import load_merge_base, merge_device, plan_merge
 from arc.merging.proof import check_merge, describe_check
+from arc.models.cards import write_model_card
 from arc.models.loading import Precision
 from arc.models.lora import load_adapter
-from arc.models.manifests import read_manifest
+from arc.models.manifests import absolute_reference, apply_umask, read_manifest
 from arc.models.vocabulary import load_tokenizer
 from arc.models.weights import MergeError, saved_dtype
 
@@ -83,7 +84,10 @@ def merge_adapter(
     merged.save_pretrained(str(out))
     load_tokenizer(adapter).save_pretrained(str(out))
     onto = "quantised" if plan.quantised else "16-bit"
-    return {"merge_base": merge_base, "merged_onto": onto, "dtype": str(dtype)[6:]}
+    done = {"merge_base": merge_base, "merged_onto": onto, "dtype": str(dtype)[6:]}
+    write_model_card(out, {**read_manifest(adapter), **done, "base": absolute_reference(plan.base)})
+    apply_umask(out)
+    return done
 
 
 def merge_and_check(

@@ -8,7 +8,7 @@ from typing import Any
 
 from arc.models.loading import Precision, load_model
 from arc.models.manifests import read_manifest
-from arc.models.weights import ADAPTER_WEIGHTS
+from arc.models.weights import ADAPTER_WEIGHTS, dequantised_weight
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,7 @@ def load_merge_base(base: str | Path, precision: Precision | None, device: str =
         for name, module in trained.named_modules():
             if isinstance(module, bnb.nn.Linear4bit):
                 # Rounded to the compute type first, as each forward pass of the training did; then exact in float32.
-                weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).to(
-                    precision.torch_dtype
-                )
+                weight = dequantised_weight(module).to(precision.torch_dtype)
                 model.get_submodule(name).weight.copy_(weight)
             else:
                 for parameter, value in module.named_parameters(recurse=False):

@@ -14,6 +14,7 @@ import numpy as np
 from arc.decoding.greedy import generate_replies
 from arc.decoding.log_probabilities import log_probabilities_of_rows, unsloth_logits
 from arc.models.loading import decoding
+from arc.models.manifests import apply_umask
 from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.encoding import SampleEncoder
 from arc.puzzles.text import format_options
@@ -96,6 +97,7 @@ def record_probe(
         str(path),
         metadata={"keys": json.dumps([str(row.get("key")) for row in rows[: len(probe.rows)]])},
     )
+    apply_umask(path)
 
 
 def read_probe(folder: str | Path) -> Probe | None:

@@ -26,8 +26,8 @@ class InputMaskingDataCollator:
     A row is a dict of one of two forms, with an optional "key" that names it in errors:
 
     - `{"input_ids": (tokens,), "reply_spans": (replies, 2)}`: spans count tokens, end exclusive, end token inside;
-    - `{"text": str}`: tokenised here, the replies found in the text and carried over by character offsets. That is
-      right for any vocabulary, also where digits and line breaks merge; a token belongs to a reply if it starts in it.
+    - `{"text": str}`: tokenised here; character offsets say which tokens are replies. That is right for any vocabulary,
+      also where digits and line breaks merge; a token belongs to a reply if it starts in it.
 
     A worked example with one token per character, "^" for BOS and "$" for the end: the row `^I1O2$I3O4$` has the
     `reply_spans` `[[4, 6], [9, 11]]`. Its labels are `.` (masked) and characters:
@@ -35,9 +35,6 @@ class InputMaskingDataCollator:
     >>> #  ^ I 1 O 2 $ I 3 O 4 $
     >>> #  . . . . 2 $ . . . 4 $    mask_first_n_examples=0
     >>> #  . . . . . . . . . 4 $    mask_first_n_examples=1
-
-    Source: the ARChitects' collator of the same name, which searches token patterns and fails where an output is the
-    only one left; this one is a plain class, works on spans and refuses rows that teach nothing.
 
     Args:
         tokenizer: a transformers tokenizer; its `pad_token_id` pads, and it tokenises rows that come as text.
@@ -47,8 +44,10 @@ class InputMaskingDataCollator:
         query_beg, reply_beg, reply_end: the text format, needed for rows that come as text.
 
     Attributes:
-        packed_for: an engine: its batches are one row of several documents, without padding (see
-            `packing_tools.pack_rows`); None, as made: rows are padded.
+        packed_for: None: rows are padded. An engine: a batch is one row of documents, see `packing.pack_rows`.
+
+    Source: the ARChitects' collator of the same name. It searches token patterns and fails where only one output is
+    left; this one works on spans and refuses rows without anything to learn.
     """
 
     def __init__(
@@ -61,7 +60,6 @@ class InputMaskingDataCollator:
         reply_beg: str = "\n+/-=O",
         reply_end: str | None = None,
     ):
-        """See the class."""
         self.packed_for: str | None = None
         if tokenizer.pad_token_id is None:
             raise ValueError(
@@ -86,11 +84,11 @@ class InputMaskingDataCollator:
         """Make a batch of rows.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, each int64 (rows, tokens), padded on the right; or see
-            `packing_tools.pack_rows`.
+            `input_ids`, `attention_mask` and `labels`, each int64 (rows, tokens), padded on the right; packed: as
+            `packing.pack_rows` returns.
 
         Raises:
-            ValueError: a row has nothing to learn or is cut in the middle of a reply; it is named by its key.
+            ValueError: a row has nothing to learn or ends in the middle of a reply; the message names its key.
         """
         import torch
 
@@ -119,7 +117,7 @@ class InputMaskingDataCollator:
             ValueError: as for a batch.
         """
         name = f"row {row['key']}" if row.get("key") is not None else "a row without a key"
-        if row.get("filler"):  # see trainer_tools.FilledSamples
+        if row.get("filler"):  # of training: it makes batches of all processes equally long
             return np.asarray(row["input_ids"], dtype=np.int64), np.zeros(len(row["input_ids"]), dtype=bool)
         if "input_ids" in row:
             ids = np.asarray(row["input_ids"], dtype=np.int64)

@@ -1,9 +1,9 @@
-"""LoRA on the weights instead of the activations: one product with W + s·B·A, for ranks near the layers' own width.
+"""Folded LoRA: one product with W + s·B·A, for ranks near the width of the layers.
 
-A LoRA layer of rank r multiplies each token by W (out x in), by A (r x in) and by B (out x r), and its backward pass
-each of these again. Where r is about as large as the layer is wide, that is two to three times the work of training W
-itself. Added to W first, once for all tokens of a pass, it is as much work as training W: a pass of n tokens is quicker
-where out·in·(1 + 3·r/n) is less than 3·r·(out + in).
+A LoRA layer of rank r multiplies each token by W (out x in), A (r x in) and B (out x r), and again in the backward
+pass. Where r is about the layer's width, that is two to three times the work of training W itself. Folded, A and B are
+added to W first, once for all tokens of a pass. That is faster for a pass of n tokens where out·in·(1 + 3·r/n) is less
+than 3·r·(out + in).
 """
 
 from __future__ import annotations
@@ -13,47 +13,49 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from arc.models.library_patches import change_class
+from arc.models.weights import add_low_rank
+
 
 def fold_lora(model: Any) -> int:
-    """Have a model's linear LoRA layers add their matrices to the weight before they multiply, in place.
+    """Have the linear LoRA layers of a model add their matrices to the weight before they multiply, in place.
 
-    Only where gradients are computed: decoding, measuring and saving are as before. The sum is rounded to the weight's
-    type, so that in 16 bits a change below half of a weight's last digit is not seen before it has grown: for trainings
-    that change weights a lot, as those of small models from little before; not for small steps on pretrained weights.
+    Only passes with gradients change; decoding, measuring and saving do not. The sum is rounded to the weight's type:
+    in 16 bits a change below half of a weight's last digit has no effect until it grows. Use it for trainings that
+    change weights a lot, such as those of small models; not for small steps on pretrained weights.
 
     Args:
         model: a peft model with one adapter, without dropout, whose base is not quantised.
 
     Returns:
-        How many layers compute so.
+        How many layers were folded.
 
     Raises:
-        ValueError: a model with none, or with layers that cannot.
+        ValueError: a model without LoRA layers, or with layers that cannot be folded.
     """
     from peft.tuners.lora import Linear, LoraLayer
 
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for layer in layers:
         plain = type(layer) in (Linear, _folded_class()) and len(layer.lora_A) == 1 and not layer.lora_variant
-        more = [part for part in layer.lora_dropout.values() if getattr(part, "p", 0)]
-        more += [part for part in layer.lora_B.values() if part.bias is not None]
-        if not plain or more:
+        has_dropout = any(getattr(dropout, "p", 0) for dropout in layer.lora_dropout.values())
+        has_bias = any(linear.bias is not None for linear in layer.lora_B.values())
+        if not plain or has_dropout or has_bias:
             raise ValueError(f"{type(layer).__name__} layers with these settings cannot be folded: only plain LoRA can")
     if not layers:
         raise ValueError("the model has no LoRA layers to fold")
-    for layer in layers:
-        layer.__class__ = _folded_class()
+    change_class(layers, _folded_class())
     return len(layers)
 
 
 @contextmanager
 def folded_throughout(model: Any) -> Iterator[None]:
-    """Have folded layers compute so without gradients too: for passes over many tokens, which are then as the update's.
+    """Fold in passes without gradients too, so that passes over many tokens give the numbers of the update.
 
     Args:
-        model: any; layers that are not folded are left as they are.
+        model: any; layers that are not folded do not change.
     """
-    layers = [module for module in model.modules() if isinstance(module, _folded_class())]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, _folded_class())]
     for layer in layers:
         layer.folds_always = True
     try:
@@ -79,7 +81,6 @@ def _folded_class() -> type:
             (name,) = self.active_adapters
             weight, bias = self.base_layer.weight, self.base_layer.bias
             a, b = self.lora_A[name].weight.to(weight.dtype), self.lora_B[name].weight.to(weight.dtype)
-            # One rounding: the product is summed and added in float32.
-            return torch.nn.functional.linear(x, torch.addmm(weight, b, a, alpha=self.scaling[name]), bias)
+            return torch.nn.functional.linear(x, add_low_rank(weight, a, b, self.scaling[name]), bias)
 
     return FoldedLinear

@@ -1,4 +1,4 @@
-"""Models of the pipeline: masks, vocabulary, loading, LoRA, saving.
+"""Loading a model, in the number formats and with the engine of the run, and switching it to decoding.
 
 Heavy libraries (torch, transformers, peft, unsloth) are imported inside the functions that need them, so that
 `--help` is quick and so that Unsloth, where it is used, comes before the libraries it patches.
@@ -12,24 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from arc.models.library_patches import keep_4bit_layout, uncompiled_layers
 from arc.models.vocabulary import load_tokenizer
 
 if TYPE_CHECKING:
     import torch
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loading and LoRA
-
-
 @dataclass(frozen=True)
 class Precision:
-    """How a base is loaded for training: what the merge must repeat.
+    """How the training loads its base; the merge repeats it.
 
     Args:
         engine: "unsloth" or "transformers".
         dtype: "bfloat16", "float16" or "float32": the type of the frozen weights and of the arithmetic.
-        load_in_4bit: whether the frozen linear layers are quantised to 4-bit NormalFloat, with nested scales.
+        load_in_4bit: the frozen linear layers are quantised to 4-bit NormalFloat, with nested scales.
     """
 
     engine: str
@@ -38,7 +35,7 @@ class Precision:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """`dtype` as torch's own."""
+        """`dtype` as a type of torch."""
         import torch
 
         return getattr(torch, self.dtype)
@@ -47,8 +44,8 @@ class Precision:
 def resolve_precision(engine: str = "auto", dtype: str = "auto", load_in_4bit: bool | None = None) -> Precision:
     """Choose engine and number formats for this machine.
 
-    `auto` is Unsloth in 4 bits where there is CUDA and transformers where there is none; bf16 where the card has it,
-    else fp16 (such as on a T4); float32 on a CPU.
+    `auto` is Unsloth in 4 bits with CUDA, else transformers. The type is bfloat16 on cards that have it, else float16
+    (such as on a T4), and float32 on a CPU.
 
     Raises:
         ValueError: Unsloth was asked for and cannot run here.
@@ -76,7 +73,7 @@ def resolve_precision(engine: str = "auto", dtype: str = "auto", load_in_4bit: b
 
 
 def quantization_config(precision: Precision) -> Any:
-    """The 4-bit settings of the published recipe (and Unsloth's own): NF4, nested scales, 16-bit arithmetic."""
+    """The 4-bit settings of the published recipe and of Unsloth: NF4, nested scales, 16-bit arithmetic."""
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -94,16 +91,13 @@ def several_processes() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def load_model(
-    path: str | Path, precision: Precision, max_seq_length: int = 2048, vllm_rank: int | None = None
-) -> tuple[Any, Any]:
+def load_model(path: str | Path, precision: Precision, max_seq_length: int = 2048) -> tuple[Any, Any]:
     """Load a 16-bit model folder for training or decoding, quantised if `precision` says so.
 
     Args:
         path: a `-prepared` or `-merged` folder.
         precision: engine and formats, see `resolve_precision`.
         max_seq_length: the longest row in tokens (Unsloth sizes its tables by it).
-        vllm_rank: rank of the LoRA with which Unsloth's vLLM shall sample; None: without vLLM. Only for Unsloth.
 
     Returns:
         The model, on the first CUDA device if there is one, and the folder's tokenizer.
@@ -120,7 +114,6 @@ def load_model(
             load_in_4bit=precision.load_in_4bit,
             trust_remote_code=False,
             **({"device_map": {"": torch.cuda.current_device()}} if several_processes() else {}),
-            **({"fast_inference": True, "max_lora_rank": vllm_rank} if vllm_rank else {}),
         )
     else:
         model = _load_transformers(path, precision)
@@ -132,7 +125,7 @@ def _load_transformers(path: str | Path, precision: Precision) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    # Each of several processes has a GPU of its own.
+    # Each process uses its own GPU.
     device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
     quantised = {"quantization_config": quantization_config(precision)} if precision.load_in_4bit else {}
     model = AutoModelForCausalLM.from_pretrained(
@@ -143,10 +136,7 @@ def _load_transformers(path: str | Path, precision: Precision) -> Any:
         use_safetensors=True,
         **quantised,
     )
-    for module in model.modules():
-        # On CPUs with AVX512-BF16 the first forward pass repacks 4-bit weights and later gradients are wrong.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    keep_4bit_layout(model)
     return model
 
 
@@ -154,8 +144,8 @@ def _load_transformers(path: str | Path, precision: Precision) -> Any:
 def decoding(model: Any, engine: str) -> Iterator[Any]:
     """Switch a model in training to decoding and back: evaluation mode, no checkpointing, no compiled layers.
 
-    And no attention by cuDNN, which PyTorch prefers on Hopper GPUs: it makes a plan for each length, and with each
-    token of a reply comes another length.
+    Attention by cuDNN, which PyTorch prefers on Hopper GPUs, is off: it makes a plan for each length, and each token of
+    a reply is a new length.
     """
     import torch
 
@@ -169,19 +159,13 @@ def decoding(model: Any, engine: str) -> Iterator[Any]:
     checkpointed = engine == "transformers" and getattr(model, "is_gradient_checkpointing", False)
     if checkpointed:
         model.gradient_checkpointing_disable()
-    # Layers that were compiled for training would be compiled anew for every kind of pass over a cache.
-    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
-    for module in compiled:
-        module._compiled_call_impl = None
     by_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), uncompiled_layers(model):
             yield model
     finally:
         torch.backends.cuda.enable_cudnn_sdp(by_cudnn)
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
         if checkpointed:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if was_training:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from arc.models.adapter_casts import cast_adapters_together
+from arc.models.cards import write_model_card
 from arc.models.folded_lora import fold_lora
 from arc.models.loading import Precision, quantization_config
-from arc.models.manifests import absolute_reference, write_manifest
+from arc.models.manifests import absolute_reference, apply_umask, write_manifest
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +38,9 @@ def add_lora(
 ) -> Any:
     """Add LoRA to the linear layers and make the embeddings trainable in full.
 
-    `embed_tokens` and `lm_head` among the targets become full matrices (`r` does not apply to them), as Unsloth does:
-    one shared matrix where the model is tied. All trainable weights are float32: in bfloat16 most updates of an
-    embedding at a rate of 1e-5 would round to nothing.
+    `embed_tokens` and `lm_head` among the targets become full matrices, whatever `r`, as with Unsloth; a tied model has
+    one matrix for both. All trainable weights are float32: in bfloat16 most updates of an embedding at a rate of 1e-5
+    would round to nothing.
 
     Args:
         model: as `load_model` gives it.
@@ -50,8 +51,8 @@ def add_lora(
         max_seq_length: the longest row in tokens.
         gradient_checkpointing: recompute activations in the backward pass to save memory.
         fold: add LoRA's matrices to the weights before they multiply, see folded_lora.
-        cast_together: on the Unsloth engine, share one cast of all adapters, see adapter_casts; for measurements
-            without: the numbers are the same.
+        cast_together: on the Unsloth engine, share one cast of all adapters, see adapter_casts. The numbers are the
+            same; measurements turn it off.
 
     Returns:
         A peft model.
@@ -109,7 +110,7 @@ def train_in_float32(model: Any) -> None:
 
 
 def _match_embedding_dtypes(model: Any, dtype: torch.dtype) -> None:
-    # A float32 embedding between 16-bit layers: its output is rounded to their type, the head's input widened to its.
+    # The embeddings are float32, the layers 16-bit: round the embedding's output, widen the head's input.
     import torch
 
     if dtype == torch.float32:
@@ -127,7 +128,7 @@ def _match_embedding_dtypes(model: Any, dtype: torch.dtype) -> None:
 
 
 def set_gradient_checkpointing(model: Any, engine: str, on: bool) -> None:
-    """Have a model in training recompute activations in the backward pass, which saves memory, or keep them.
+    """Turn gradient checkpointing on or off: on, the backward pass computes activations again, which saves memory.
 
     Args:
         model: a peft model.
@@ -137,7 +138,7 @@ def set_gradient_checkpointing(model: Any, engine: str, on: bool) -> None:
     if engine == "unsloth":
         from unsloth import FastLanguageModel
 
-        model._unsloth_gradient_checkpointing = on  # what it goes back to after decoding
+        model._unsloth_gradient_checkpointing = on  # Unsloth's switch for the training after a decoding
         FastLanguageModel.for_training(model, use_gradient_checkpointing=on)
     elif on:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -154,37 +155,38 @@ def save_adapter(
     precision: Precision,
     manifest: dict[str, Any] | None = None,
 ) -> None:
-    """Save adapter, tokenizer and manifest into a folder.
+    """Save adapter, tokenizer, manifest and model card into a folder.
 
     Args:
         model: a peft model.
         tokenizer: the tokenizer that it was trained with.
         path: an existing folder.
-        base: the folder that the adapter was trained on; written into adapter_config.json, so that plain peft finds it.
-        precision: how that base was loaded in training; a merge onto the quantised base repeats it.
-        manifest: what else to record.
+        base: the folder that the adapter was trained on; adapter_config.json names it, so that plain peft finds it.
+        precision: how the training loaded the base; a merge onto the quantised base repeats it.
+        manifest: further entries.
     """
     for config in model.peft_config.values():
         config.base_model_name_or_path = absolute_reference(base)
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)  # a set's order differs from process to process
     for name in ("is_local", "local_files_only"):
-        tokenizer.init_kwargs.pop(name, None)  # how it was loaded is no part of what it is
-    # "auto" would guess from the base's vocabulary whether to save the embeddings: modules_to_save says so already.
+        tokenizer.init_kwargs.pop(name, None)  # how it was loaded, which saving would write down
+    # modules_to_save names the embeddings already; "auto" would guess from the base's vocabulary whether to save them.
     model.save_pretrained(str(path), save_embedding_layers=False)
     tokenizer.save_pretrained(str(path))
     how = {"base": absolute_reference(base), "precision": asdict(precision)}
     if precision.load_in_4bit:
-        # For whoever loads it without this pipeline: transformers.BitsAndBytesConfig(**quantization).
+        # For loading without this pipeline: transformers.BitsAndBytesConfig(**quantization).
         recorded = quantization_config(precision).to_dict()
         how["quantization"] = {name: recorded[name] for name in recorded if name.startswith(("load_in_4", "bnb_4"))}
-    write_manifest(path, {**(manifest or {}), **how})
+    manifest = {**(manifest or {}), **how}
+    write_manifest(path, manifest)
+    write_model_card(path, manifest)
+    apply_umask(path)
 
 
 def load_adapter(model: Any, path: str | Path) -> Any:
-    """Put a saved adapter, to be used and not trained further, onto a base that `load_model` loaded.
-
-    Any engine's adapter goes onto any engine's base.
+    """Put a saved adapter, for use without further training, onto a base that `load_model` loaded, with any engine.
 
     Raises:
         ValueError: no adapter, or its matrices do not fit the base (another size or vocabulary).
@@ -194,7 +196,7 @@ def load_adapter(model: Any, path: str | Path) -> Any:
     if not (Path(path) / "adapter_model.safetensors").is_file():  # peft would look for a pickle instead
         raise ValueError(f"{path} has no adapter_model.safetensors: expected the folder of an adapter")
     try:
-        # Read on the CPU: beside a model in float32, a card of 8 GB has no room for a second copy of whole matrices.
+        # Read on the CPU: beside a float32 model a card of 8 GB has no room for a second copy of the embeddings.
         return PeftModel.from_pretrained(model, str(path), is_trainable=False, torch_device="cpu")
     except RuntimeError as error:
         if "size mismatch" not in str(error):

@@ -1,8 +1,10 @@
-"""Manifests: the JSON beside each artifact that says how it was made."""
+"""Saved folders: the manifest, a JSON file that says how the folder was made, and the mode of the files."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,19 @@ def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:
     """Write what an artifact is and how it was made."""
     text = json.dumps(manifest, indent=2, sort_keys=True, default=str, allow_nan=False)
     (Path(folder) / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def apply_umask(path: str | Path) -> None:
+    """Give a file, or all files of a folder, the mode of any new file: 0666 without the bits of the umask.
+
+    safetensors writes files with mode 0600, which colleagues and containers cannot read.
+    """
+    umask = os.umask(0)  # there is no other way to ask for it
+    os.umask(umask)
+    for file in [Path(path)] if Path(path).is_file() else Path(path).rglob("*"):
+        if file.is_file():
+            with contextlib.suppress(PermissionError):  # a file system without modes
+                file.chmod(0o666 & ~umask)
 
 
 def absolute_reference(model: str | Path) -> str:

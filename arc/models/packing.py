@@ -1,17 +1,23 @@
-"""Rows without padding: several documents one after another in one row, each blind to the others.
+"""Packed rows: several documents one after another in one row without padding, each blind to the others.
 
-A batch of rows of different length is padded to the longest; packed, none of it is wasted. `pack_rows` makes such a
-batch in the form that either engine reads, `use_packed_attention` gives a transformers model the attention for it.
+`pack_rows` makes such a batch for either engine, `use_packed_attention` gives a model the attention for it.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from arc.models.library_patches import (
+    Undo,
+    answer_unsloth_lengths,
+    choose_attention,
+    skip_document_search,
+    undo_all,
+    wrap_unsloth_attention,
+)
 from arc.models.prompt_sharing import SharedPrompts, attend_shared, define_operators
 
 if TYPE_CHECKING:
@@ -20,9 +26,9 @@ if TYPE_CHECKING:
 ATTENTION = "packed_documents"  # the name under which transformers knows `packed_attention`
 IGNORE_INDEX = -100
 DOCUMENTS = "packed_documents"  # in a batch for Unsloth: bounds (or SharedPrompts) and longest, see `pack_rows`
-LENGTH_STEP = 256  # the longest document's length is given in such steps, so that compiled code seldom sees a new one
+LENGTH_STEP = 256  # the longest length is rounded up to such steps, so that compiled code seldom sees a new one
 
-_attend_uncompiled: Callable[..., Any] = attend_shared  # what `use_packed_attention` makes of it
+_attend_uncompiled: Callable[..., Any] = attend_shared  # `use_packed_attention` takes it out of compiled layers
 
 
 def pack_rows(
@@ -30,21 +36,21 @@ def pack_rows(
 ) -> dict[str, Any]:
     """One row of several documents.
 
-    A document's first token is not learned: nothing of its own document comes before it. So as many tokens are learned
-    as in rows of their own. The last document is filled up, behind all that it can see, where the row's length has to
-    be a multiple of something: Unsloth multiplies matrices whose rows are as long as it is, and the fast kernels of a
-    GPU for 16 bits want a multiple of 8.
+    A document's first token is not learned, as in separate rows: no token of its document comes before it. The last
+    document is padded at its end where the row's length must be a multiple of something: the fast 16-bit kernels of a
+    GPU need a multiple of 8. (transformers' DataCollatorWithFlattening neither pads nor rounds lengths, and does not
+    know Unsloth's form.)
 
     Args:
         rows: token ids, int64 (tokens,), and which of them are learned, bool (tokens,), of each document.
-        engine: "transformers" or "unsloth": what says where documents end.
-        filler: the token that the row is filled up with; it is not learned.
+        engine: "transformers" or "unsloth", which read the borders of documents in different forms.
+        filler: the padding token; it is not learned.
         multiple_of: the row's length is rounded up to a multiple of this.
 
     Returns:
         `input_ids`, `labels` and `position_ids`, int64 (1, all tokens), and `use_cache` False; for transformers
         `cu_seq_lens_q` and `cu_seq_lens_k`, int32 (documents + 1,), `max_length_q` and `max_length_k`; for Unsloth
-        `packed_seq_lengths`, int32 (documents,), and the same as DOCUMENTS, for the hook of `use_packed_attention`.
+        `packed_seq_lengths`, int32 (documents,), and DOCUMENTS, for the hook of `use_packed_attention`.
     """
     import torch
 
@@ -70,7 +76,7 @@ def pack_rows(
 
 
 def check_full_attention(config: Any) -> None:
-    """Refuse models that do not see their whole context: attention of our own knows no windows.
+    """Refuse models whose attention has a window, which the attention functions here do not have.
 
     Raises:
         ValueError: such a model.
@@ -82,11 +88,11 @@ def check_full_attention(config: Any) -> None:
 
 
 def can_pack(model: Any, dtype: torch.dtype) -> bool:
-    """Whether rows without padding are fast for a model where it is: on a GPU that has the kernel, in its 16 bits.
+    """Whether this device has a fast kernel for packed rows of a model.
 
     Args:
         model: any.
-        dtype: of its arithmetic.
+        dtype: of its arithmetic; the kernel needs 16 bits.
     """
     import torch
 
@@ -99,91 +105,82 @@ def can_pack(model: Any, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
-def use_packed_attention(model: Any, engine: str = "transformers") -> None:
-    """Give a model an attention that keeps packed documents apart; other batches it treats as before.
+def use_packed_attention(model: Any, engine: str = "transformers") -> Undo:
+    """Give a model an attention that separates packed documents; other batches are computed as before.
 
     Args:
         model: of either engine.
-        engine: "transformers" or "unsloth", which keeps them apart by itself, one after the other where its own kernel
-            for all at once is missing; it gets one.
+        engine: "transformers" or "unsloth". Unsloth separates documents by itself, but without xformers and flash-attn
+            one after the other; here it gets one kernel for all.
+
+    Returns:
+        What undoes it.
 
     Raises:
         ValueError: a model whose attention is not full, or cannot be chosen.
     """
     define_operators()
+    check_full_attention(model.config)
     if engine == "unsloth":
-        check_full_attention(model.config)
         if not any(type(module).forward.__module__.startswith("unsloth.") for module in model.modules()):
             # As on machines without CUDA, where Unsloth leaves the forward pass to transformers.
             raise ValueError(
                 "this model's attention is not Unsloth's, and rows cannot be packed: --engine transformers"
             )
-        for name, module in list(sys.modules.items()):
-            if name.startswith("unsloth.models.") and hasattr(module, "run_attention"):
-                module.run_attention = unsloth_attention(module.run_attention)
-        model.register_forward_pre_hook(_tell_unsloth, with_kwargs=True)
-        return
+        undo = wrap_unsloth_attention(unsloth_attention)
+        hook = model.register_forward_pre_hook(_hand_over_documents, with_kwargs=True)
+        return undo_all([undo, hook.remove])
     import torch
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    config = model.config
-    check_full_attention(config)
-
-    def mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
-        # Without a mask of its own a batch is packed, or rows of one length; causal either way.
-        if attention_mask is None and kwargs.get("q_length") == kwargs.get("kv_length"):
-            return None
-        return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
     global _attend_uncompiled
     _attend_uncompiled = torch.compiler.disable(attend_shared)
-    AttentionInterface.register(ATTENTION, packed_attention)
-    AttentionMaskInterface.register(ATTENTION, mask)
-    model.set_attn_implementation(ATTENTION)
-    if config._attn_implementation != ATTENTION:
-        raise ValueError(f"{config.model_type} models do not let their attention be chosen: rows cannot be packed")
-    model.register_forward_pre_hook(_keep_from_searching, with_kwargs=True)
+    try:
+        undo = choose_attention(model, ATTENTION, packed_attention, _packed_mask)
+    except ValueError as error:
+        raise ValueError(f"{error}: rows cannot be packed") from None
+    return undo_all([undo, skip_document_search(model, _is_packed)])
 
 
-def _keep_from_searching(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    # Without a mask transformers looks for packed documents in the positions, and waits for the device to know. A mask
-    # that is four-dimensional already it takes as it is; `packed_attention` does not look at it.
-    packed = kwargs.get("cu_seq_lens_q") is not None or kwargs.get("shared_prompts") is not None
-    if packed and kwargs.get("attention_mask") is None:
-        kwargs["attention_mask"] = kwargs["position_ids"].new_zeros((1, 1, 1, 1))
-    return args, kwargs
+def _is_packed(kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("cu_seq_lens_q") is not None or kwargs.get("shared_prompts") is not None
 
 
-def _tell_unsloth(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    # Unsloth asks the device for the lengths, and waits for all that it was given before. It keeps the answer for the
-    # other layers: here it finds it there. What `unsloth_attention` reads goes with the lengths themselves: where
-    # activations are recomputed, the answer kept may be a later batch's.
+def _packed_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
+    # A batch without a mask is packed, or its rows have one length; it is causal either way.
+    from transformers.masking_utils import sdpa_mask
+
+    if attention_mask is None and kwargs.get("q_length") == kwargs.get("kv_length"):
+        return None
+    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+
+def _hand_over_documents(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    # `unsloth_attention` finds the documents at the tensor of the lengths. Unsloth's own table of answers may hold a
+    # later batch's where activations are recomputed.
     documents = kwargs.pop(DOCUMENTS, None)
-    answers = getattr(sys.modules.get("unsloth.utils.packing"), "_PACKED_INFO_CACHE", None)
-    lengths = kwargs.get("packed_seq_lengths")
     if documents is not None:
+        lengths = kwargs["packed_seq_lengths"]
         lengths.documents = documents
-        if answers is not None:
-            answers[lengths.device] = {"seq_lengths": lengths, "result": (lengths, *documents), "inference": False}
+        answer_unsloth_lengths(lengths, *documents)
     return args, kwargs
 
 
 def unsloth_attention(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Unsloth's attention, with one kernel for all documents of a packed row where PyTorch's can be used.
+    """Unsloth's attention, with PyTorch's kernel for all documents of a packed row at once where it can be used.
 
     Args:
-        plain: Unsloth's `run_attention`, for all else.
+        plain: Unsloth's `run_attention`, for all other calls.
 
     Returns:
-        What takes its place: of `config`, `context`, and `Q`, `K` and `V` (rows, heads, tokens, size), which gives
-        (rows, tokens, heads, size).
+        A function of `config`, `context`, `Q`, `K` and `V` (rows, heads, tokens, size); it returns (rows, tokens,
+        heads, size).
     """
     if getattr(plain, "knows_documents", False):
         return plain
 
     def attention(*, config: Any, context: Any, Q: torch.Tensor, K: torch.Tensor, V: torch.Tensor) -> torch.Tensor:  # noqa: N803
-        bounds, longest = getattr(context.seq_info[0], "documents", (None, None)) if context.seq_info else (None, None)
+        documents: Any = getattr(context.seq_info[0], "documents", None) if context.seq_info else None
+        bounds, longest = documents or (None, 0)
         if isinstance(bounds, SharedPrompts):
             return attend_shared(Q, K, V, bounds, kernel=has_document_kernel(Q))
         if (
@@ -199,17 +196,17 @@ def unsloth_attention(plain: Callable[..., torch.Tensor]) -> Callable[..., torch
             return plain(config=config, context=context, Q=Q, K=K, V=V)
         return attend_documents(Q, K, V, bounds, longest)
 
-    attention.knows_documents = True
+    vars(attention)["knows_documents"] = True
     return attention
 
 
 def has_document_kernel(query: torch.Tensor) -> bool:
-    """Whether PyTorch's flash attention takes a query, of a GPU that has it."""
+    """Whether PyTorch's flash attention takes this query, and its GPU has the kernel."""
     import torch
 
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
         return False
-    if query.shape[-1] > 256 or query.shape[-1] % 8:  # scaled_dot_product_attention would pad it
+    if query.shape[-1] > 256 or query.shape[-1] % 8:  # scaled_dot_product_attention would pad the heads
         return False
     return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
@@ -225,7 +222,7 @@ def attend_documents(
         key, value: (1, heads, tokens, size).
         bounds: where documents begin, and the end, int32 (documents + 1,).
         longest: tokens of the longest document, or more.
-        scaling: of the scores; default: 1 / sqrt(size).
+        scaling: factor of the scores; default: 1 / sqrt(size).
 
     Returns:
         (1, tokens, query heads, size).
@@ -234,12 +231,13 @@ def attend_documents(
     from torch.nn.functional import scaled_dot_product_attention
 
     if has_document_kernel(query):
-        # The kernel that scaled_dot_product_attention takes too; by its own name it is told where documents end.
-        found = torch.ops.aten._flash_attention_forward(
+        # The kernel of scaled_dot_product_attention, with the borders of documents. Not torch.nn.attention.varlen: with
+        # grouped heads 2.12 needs its argument enable_gqa, which 2.11 does not have.
+        out = torch.ops.aten._flash_attention_forward(
             query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), bounds, bounds, longest,
             longest, 0.0, True, False, scale=scaling,
         )[0]  # fmt: skip
-        return found[None]
+        return out[None]
     parts = []
     for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         document = (slice(None), slice(None), slice(begin, end))
@@ -261,7 +259,7 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int | None = None,
+    max_length_q: int = 0,
     shared_prompts: SharedPrompts | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -272,11 +270,11 @@ def packed_attention(
         query: (rows, query heads, tokens, size).
         key, value: (rows, heads, tokens, size).
         attention_mask: of transformers, or None.
-        dropout: not supported, as in no Llama.
-        scaling: of the scores.
-        cu_seq_lens_q: bounds of the documents, int32 (documents + 1,); None: each row is one.
-        max_length_q: of the longest document, or more.
-        shared_prompts: where the parts of a row of prompt_sharing are.
+        dropout: not supported; no Llama has it.
+        scaling: factor of the scores.
+        cu_seq_lens_q: bounds of the documents, int32 (documents + 1,); None: each row is one document.
+        max_length_q: tokens of the longest document, or more; goes with the bounds.
+        shared_prompts: segments of a row of prompt_sharing.
 
     Returns:
         (rows, tokens, query heads, size), and None for the weights.
@@ -286,7 +284,7 @@ def packed_attention(
     if shared_prompts is not None:
         if has_document_kernel(query):
             return attend_shared(query, key, value, shared_prompts, scaling, kernel=True), None
-        # Compiled layers leave it out: each row divides its tokens otherwise.
+        # Not compiled: each row has other segments.
         return _attend_uncompiled(query, key, value, shared_prompts, scaling, kernel=False), None
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(

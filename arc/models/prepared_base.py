@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from arc.models.manifests import apply_umask
 from arc.models.vocabulary import cut_tokenizer, load_tokenizer
 
 
@@ -56,6 +57,7 @@ def prepare_base(base_model: str | Path, out: str | Path, full_vocab: bool = Fal
     model.generation_config.do_sample = False
     model.save_pretrained(str(out))
     tokenizer.save_pretrained(str(out))
+    apply_umask(out)
     return {"base_model": str(base_model), "vocabulary_before": before, "vocabulary": len(tokenizer)}
 
 

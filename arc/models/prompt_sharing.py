@@ -1,12 +1,14 @@
-"""One row for the completions of several prompts, in which each prompt stands once.
+"""One row for the completions of several prompts, which holds each prompt once.
 
-GRPO trains on groups: several completions of one prompt, which is many times longer than they are. A row for each would
-compute the prompt anew for each; here the completions attend to one copy of it. What comes out is what rows of their
-own give, and so are the gradients: those that a prompt receives from its completions add up. The idea is that of
-"Prefix Grouper: Efficient GRPO Training through Shared-Prefix Forward" (Liu et al. 2025, arXiv:2506.05433).
+GRPO trains on groups: several completions of one prompt that is many times longer. With a row for each completion the
+prompt would be computed again each time; here the completions attend to one copy of it. Results and gradients are
+those of separate rows: a prompt's gradients from its completions add up.
 
     row        prompt A without its last token | prompt B ... | last token of A, reply 1 without its last | ...
-    attention  within each part, causally; besides, from each reply to its whole prompt
+    attention  causal within each segment; and from each reply to its whole prompt
+
+Source: the idea of "Prefix Grouper: Efficient GRPO Training through Shared-Prefix Forward", Liu et al. 2025,
+arXiv:2506.05433.
 """
 
 from __future__ import annotations
@@ -20,19 +22,19 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-LENGTH_STEP = 256  # the longest parts' lengths are given in such steps, so that compiled code seldom sees a new one
-MULTIPLE = 8  # of tokens of a row, see packing_tools.pack_rows
+LENGTH_STEP = 256  # the longest lengths are rounded up to such steps, so that compiled code seldom sees a new one
+MULTIPLE = 8  # a row has a multiple of so many tokens, see packing.pack_rows
 
 
 class SharedPrompts(NamedTuple):
-    """Where the parts of a row are. Bounds are int32 (parts + 1,), from 0 on.
+    """The segments of a row, as bounds: int32 (segments + 1,), from 0.
 
     Args:
-        parts: bounds of all parts, prompts first, then replies.
-        prompts: bounds of the prompts alone: the first of `parts`.
-        owned: bounds, in the row after the prompts, of the replies to each prompt.
-        longest: tokens of the longest part, of the longest prompt and of all replies to one prompt, or more.
-        tokens: of all prompts.
+        parts: bounds of all segments, first the prompts, then the replies.
+        prompts: bounds of the prompts: the first ones of `parts`.
+        owned: bounds of the replies to each prompt together, counted from the end of the prompts.
+        longest: tokens of the longest segment, of the longest prompt and of all replies to one prompt, or more.
+        tokens: tokens of all prompts.
     """
 
     parts: torch.Tensor
@@ -45,15 +47,15 @@ class SharedPrompts(NamedTuple):
 def share_prompts(
     prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray]
 ) -> tuple[dict[str, Any], SharedPrompts, list[int]]:
-    """One row of all prompts that differ, and of all replies; the last one is filled up to a multiple of MULTIPLE.
+    """One row of all different prompts and all replies; the last reply is padded to a multiple of MULTIPLE.
 
     Args:
-        prompts: token ids of each reply's prompt, int64 (tokens,), two at least; equal ones are shared.
-        replies: token ids, int64 (tokens,), one at least.
+        prompts: token ids of each reply's prompt, int64 (tokens,), at least two; equal prompts are shared.
+        replies: token ids, int64 (tokens,), at least one.
 
     Returns:
-        `input_ids` and `position_ids`, int64 (1, tokens); where its parts are; the order in which the replies stand in
-        it. From `SharedPrompts.tokens` on, as many tokens as all replies have are those whose logits predict them.
+        `input_ids` and `position_ids`, int64 (1, tokens); the segments; the order of the replies in the row. The logits
+        from `SharedPrompts.tokens` on predict the tokens of the replies, one after the other.
 
     Raises:
         ValueError: a prompt or a reply that is too short.
@@ -82,11 +84,9 @@ def share_prompts(
         "input_ids": torch.from_numpy(np.concatenate([*heads, *tails]).astype(np.int64))[None],
         "position_ids": torch.from_numpy(np.concatenate(positions).astype(np.int64))[None],
     }
-    longest = tuple(-(-int(each.max()) // LENGTH_STEP) * LENGTH_STEP for each in (lengths, head_lengths, owned_lengths))
-    shared = SharedPrompts(
-        _bounds(lengths), _bounds(head_lengths), _bounds(owned_lengths), longest, int(head_lengths.sum())
-    )
-    return row, shared, order
+    a, b, c = (-(-int(each.max()) // LENGTH_STEP) * LENGTH_STEP for each in (lengths, head_lengths, owned_lengths))
+    bounds = (_bounds(lengths), _bounds(head_lengths), _bounds(owned_lengths))
+    return row, SharedPrompts(*bounds, (a, b, c), int(head_lengths.sum())), order
 
 
 def _bounds(lengths: np.ndarray) -> torch.Tensor:
@@ -104,18 +104,18 @@ def reply_log_probs(
     temperature: float = 1.0,
     width: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log probability of each token of replies, and the entropy of what it was chosen from, in one pass.
+    """Log probability of each token of replies, and the entropy of its distribution, in one pass.
 
     Args:
-        model: a model with packing_tools.use_packed_attention.
+        model: a model with packing.use_packed_attention.
         engine: "transformers" or "unsloth".
         prompts: token ids of each reply's prompt, int64 (tokens,).
         replies: token ids, int64 (tokens,).
         temperature: logits are divided by it.
-        width: columns of what is returned; default: the longest reply.
+        width: columns of the results; default: the longest reply.
 
     Returns:
-        Two float32 (replies, width), 0 after a reply's end; the entropies without a gradient.
+        Two tensors, float32 (replies, width), 0 after a reply's end; the entropies have no gradient.
     """
     import torch
 
@@ -135,14 +135,14 @@ def reply_log_probs(
 def solution_logits(
     model: Any, engine: str, prompts: Sequence[np.ndarray], solutions: Sequence[np.ndarray]
 ) -> torch.Tensor:
-    """Logits that each token of solutions is chosen from, in one pass.
+    """Logits that predict the tokens of solutions, in one pass.
 
     Args:
         model, engine: see `reply_log_probs`.
         prompts, solutions: token ids, int64 (tokens,) each.
 
     Returns:
-        (tokens of all solutions, vocabulary), in their order.
+        (tokens of all solutions, vocabulary), one solution after the other.
     """
     import torch
 
@@ -153,12 +153,11 @@ def solution_logits(
 def _logits_of_replies(
     model: Any, engine: str, prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray]
 ) -> tuple[torch.Tensor, np.ndarray, np.ndarray, np.ndarray]:
-    # The logits of all places of the row that tokens are chosen from; and of each token of each reply, one reply after
-    # the other: the reply's number, the token's column in it, and the place that it is chosen from.
-
+    # The logits of the row after the prompts; and for each token of each reply, one reply after the other: the number
+    # of the reply, the token's column in the reply, and the place of its logits.
     computed, owner = covering_replies(prompts, replies)
     row, shared, order = share_prompts([prompts[at] for at in computed], [replies[at] for at in computed])
-    begins, begin = {}, 0  # of the replies that are computed, in the row after the prompts
+    begins, begin = {}, 0  # where the computed replies begin, counted from the end of the prompts
     for at in order:
         begins[computed[at]] = begin
         begin += len(replies[computed[at]])
@@ -169,41 +168,40 @@ def _logits_of_replies(
     device = model.get_input_embeddings().weight.device if hasattr(model, "get_input_embeddings") else model.device
     batch = {name: value.to(device, non_blocking=True) for name, value in row.items()}
     batch |= engine_arguments(shared, engine, device)
-    kept = row["input_ids"].shape[1] - shared.tokens  # with what fills the row up
-    return model(**batch, logits_to_keep=kept, use_cache=False).logits[0, :begin], rows, columns, places
+    after_prompts = row["input_ids"].shape[1] - shared.tokens  # with the padding of the row
+    return model(**batch, logits_to_keep=after_prompts, use_cache=False).logits[0, :begin], rows, columns, places
 
 
 def covering_replies(prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
-    """Replies that have to be computed: those of which no longer one to the same prompt has all that they depend on.
+    """Replies to compute: a reply is skipped when a longer reply to the same prompt starts with it.
 
-    A reply's tokens are chosen after its prompt and the tokens before them; so a reply that is another one up to its
-    last token needs no place of its own. Of a group that mostly agrees, few are left.
+    The last token may differ: the logits that predict a reply depend on its prompt and on its tokens but the last.
 
     Args:
         prompts: token ids of each reply's prompt, int64 (tokens,).
         replies: token ids, int64 (tokens,).
 
     Returns:
-        The numbers of replies that are computed, ascending, and for each reply the number of the one that covers it.
+        The numbers of the replies to compute, ascending, and for each reply the number of the one that covers it.
     """
-    kept: dict[bytes, list[tuple[int, bytes]]] = {}  # of each prompt: number and tokens of what is computed
+    computed: dict[bytes, list[tuple[int, bytes]]] = {}  # by prompt: number and tokens of the replies to compute
     owner = [0] * len(replies)
     for number in sorted(range(len(replies)), key=lambda at: -len(replies[at])):
         tokens = np.asarray(replies[number], dtype=np.int64)
-        before, group = tokens[:-1].tobytes(), kept.setdefault(prompts[number].tobytes(), [])
-        found = next((at for at, others in group if others.startswith(before)), None)
-        if found is None:
-            found = number
+        before, group = tokens[:-1].tobytes(), computed.setdefault(prompts[number].tobytes(), [])
+        cover = next((at for at, others in group if others.startswith(before)), None)
+        if cover is None:
+            cover = number
             group.append((number, tokens.tobytes()))
-        owner[number] = found
+        owner[number] = cover
     return sorted(set(owner)), owner
 
 
 def engine_arguments(shared: SharedPrompts, engine: str, device: torch.device) -> dict[str, Any]:
-    """What a model of either engine is called with besides ids and positions, see packing_tools.use_packed_attention.
+    """The arguments of a forward pass besides ids and positions, see packing.use_packed_attention.
 
     Args:
-        shared: where the parts of the row are.
+        shared: the segments of the row.
         engine: "transformers" or "unsloth".
         device: of the model.
     """
@@ -226,14 +224,14 @@ def attend_shared(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shared: SharedPrompts, scaling: float | None = None,
     *, kernel: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """Causal attention within each part of a row, and of each reply to its prompt.
+    """Causal attention within each segment of a row, and from each reply to its prompt.
 
     Args:
         query: (1, query heads, tokens, size).
         key, value: (1, heads, tokens, size).
-        shared: where the parts are.
-        scaling: of the scores; default: 1 / sqrt(size).
-        kernel: use PyTorch's flash attention, see packing_tools.has_document_kernel.
+        shared: the segments.
+        scaling: factor of the scores; default: 1 / sqrt(size).
+        kernel: use PyTorch's flash attention, see packing.has_document_kernel.
 
     Returns:
         (1, tokens, query heads, size).
@@ -243,7 +241,7 @@ def attend_shared(
 
         if not torch.compiler.is_compiling():
             define_operators()
-        q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         attend = torch.ops.arc_finetuning.attend_shared
         return attend(q, k, v, *shared[:3], shared.longest, shared.tokens, scaling)[0][None]
     return _attend_part_by_part(query, key, value, shared, scaling)
@@ -257,25 +255,27 @@ def _attend_part_by_part(
 
     bounds, owned = shared.parts.tolist(), shared.owned.tolist()
     count = len(shared.prompts) - 1
-    found = []
+    results = []
     for number, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        own, before = slice(begin, end), slice(begin, begin)
+        segment, before = slice(begin, end), slice(begin, begin)
         if number >= count:
             owner = int(np.searchsorted(owned, begin - shared.tokens, side="right")) - 1
             before = slice(bounds[owner], bounds[owner + 1])
-        keys, values = (torch.cat([part[:, :, before], part[:, :, own]], dim=2) for part in (key, value))
+        keys, values = (torch.cat([each[:, :, before], each[:, :, segment]], dim=2) for each in (key, value))
         places = torch.arange(keys.shape[2], device=query.device)
         seen = places <= (places[-1] - (end - begin) + 1 + torch.arange(end - begin, device=query.device))[:, None]
-        found.append(
+        results.append(
             scaled_dot_product_attention(
-                query[:, :, own], keys, values, attn_mask=seen, scale=scaling,
+                query[:, :, segment], keys, values, attn_mask=seen, scale=scaling,
                 enable_gqa=query.shape[1] > key.shape[1],
             )
         )  # fmt: skip
-    return torch.cat(found, dim=2).transpose(1, 2).contiguous()
+    return torch.cat(results, dim=2).transpose(1, 2).contiguous()
 
 
 def _kernels() -> tuple[Any, Any]:
+    # Private operators: torch.nn.attention.varlen has no backward pass for given sums, and takes grouped heads in 2.11
+    # or in 2.12 and later, but not in both by one call.
     import torch
 
     return torch.ops.aten._flash_attention_forward, torch.ops.aten._flash_attention_backward
@@ -283,13 +283,13 @@ def _kernels() -> tuple[Any, Any]:
 
 @functools.cache
 def define_operators() -> None:
-    """Make known to torch, once, what `attend_shared` calls: to compiled layers it is one operation, whatever the row.
+    """Register the operators that `attend_shared` calls; for compiled layers each is one operation, whatever the row.
 
-    Two calls of the kernel: each part to itself, and the replies to their prompts. Softmax over both together is the
-    mean of the two results, weighted by their sums of exponentials, whose logarithms the kernel gives. In the backward
-    pass each call gives its own share of the gradients, which depend on the whole result and the whole sum only.
+    The kernel is called twice: for each segment to itself, and for the replies to their prompts. Softmax over both is
+    the mean of the two results, weighted by their sums of exponentials; the kernel returns the logarithms of the sums.
+    In the backward pass each call gives its share of the gradients, from the whole result and the whole sum.
     """
-    import torch  # here: it is not imported with this file
+    import torch
     from torch import library
 
     rest = "Tensor parts, Tensor prompts, Tensor owned, SymInt[] longest, SymInt tokens, float? scaling"
@@ -326,7 +326,7 @@ def define_operators() -> None:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         _, back = _kernels()
         gradient = gradient.contiguous()
-        # The states of a random generator, for a dropout that there is not.
+        # The state of a random generator, for a dropout of 0.
         state, offset = (torch.zeros(shape, dtype=torch.uint64, device=q.device) for shape in ((2,), ()))
         dq, dk, dv = back(
             gradient, q, k, v, out, sums, parts, parts, longest[0], longest[0], 0.0, True, state, offset, scale=scaling
@@ -338,7 +338,7 @@ def define_operators() -> None:
         dq[tokens:] += more_q
         dk[:tokens] += more_k
         dv[:tokens] += more_v
-        return dq.contiguous(), dk.contiguous(), dv.contiguous()  # as q, k and v need not be
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
     @backward.register_fake
     def _(gradient: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:

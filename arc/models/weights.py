@@ -1,4 +1,4 @@
-"""Weights of a base plus its adapter, computed one tensor at a time from the files."""
+"""Base + adapter: the sums of weights, in memory and from files, and what a 4-bit weight stands for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-BLOCK = 2**22  # weights that are compared at once
+BLOCK = 2**22  # weights that are summed and compared at once
 
 
 def saved_dtype(folder: str | Path) -> torch.dtype:
@@ -25,50 +25,95 @@ def saved_dtype(folder: str | Path) -> torch.dtype:
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
-class AdapterSum:
-    """Base + adapter in float64, weight by weight: read from the adapter's files without peft.
+def dequantised_weight(layer: Any) -> torch.Tensor:
+    """The weight of a linear layer, (out, in); of a 4-bit layer as its forward pass computes with it."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return layer.weight
+    import bitsandbytes as bnb
 
-    The model's state names the weights; of tied ones, the embedding stands for both.
+    return bnb.functional.dequantize_4bit(layer.weight.data, state)
+
+
+def add_low_rank(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+    """W + scaling * B A, rounded once to the type of W: the product is summed and added in float32.
+
+    peft's `get_delta_weight` rounds the product, the scaled product and the sum, each by itself: other bytes.
+
+    Args:
+        weight: W, (out, in).
+        a, b: LoRA's matrices, (rank, in) and (out, rank), of the same type.
+        scaling: their factor.
+    """
+    return weight.addmm(b, a, alpha=scaling)
+
+
+def summed_weights(trained: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Base + adapter of each weight of a peft model in memory, one after the other.
+
+    Yields:
+        The name in the model without adapters, and the sum; float32 where an adapter is added.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in trained.base_model.model.named_modules():
+        if isinstance(module, LoraLayer):
+            layer = module.get_base_layer()
+            weight = dequantised_weight(layer).float()
+            for adapter in module.active_adapters:
+                if adapter in module.lora_A:
+                    a, b = (part[adapter].weight.float() for part in (module.lora_A, module.lora_B))
+                    weight = add_low_rank(weight, a, b, module.scaling[adapter])
+            yield f"{name}.weight", weight
+            if getattr(layer, "bias", None) is not None:
+                yield f"{name}.bias", layer.bias
+        elif not {"lora_A", "lora_B", "base_layer", "original_module"} & set(name.split(".")):
+            plain = name.replace(".modules_to_save.default", "")
+            for parameter, value in module.named_parameters(recurse=False):
+                if value.dim() and type(value).__name__ != "Params4bit":
+                    yield f"{plain}.{parameter}", value
+
+
+class AdapterSum:
+    """Base + adapter in float64, weight by weight, from the adapter's files and without peft: what a merge must equal.
+
+    Args:
+        model: the base. Its state names the weights; the embedding stands for both of two tied ones.
+        adapter: the folder of the adapter.
+
+    Raises:
+        MergeError: the adapter holds a tensor that has no place in the model, or is of an unknown kind.
     """
 
     def __init__(self, model: Any, adapter: str | Path):
-        """See the class.
-
-        Raises:
-            MergeError: the adapter holds what has no place in the model, or what this reading does not know.
-        """
         self.adapter = Path(adapter)
         self.config = json.loads((self.adapter / "adapter_config.json").read_text(encoding="utf-8"))
         self.base = state_without_ties(model)
         self._head, self._embedding = _embedding_names(model)
         self._tied = bool(model.config.tie_word_embeddings)
-        self._low_rank: dict[str, dict[str, str]] = {}  # weight -> part -> tensor of the adapter
-        self._added: dict[str, str] = {}  # bias -> tensor of the adapter that is added, scaled
+        self._low_rank: dict[str, dict[str, str]] = {}  # weight -> "A.weight" and so on -> tensor of the adapter
         self._full: dict[str, str] = {}  # weight -> tensor of the adapter that replaces it
         self._refuse_unknown()
         self._sort_tensors()
 
     def _refuse_unknown(self) -> None:
-        config = self.config
-        known = ("use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "alpha_pattern", "layer_replication")
-        known += ("trainable_token_indices", "target_parameters", "alora_invocation_tokens")
-        used = [name for name in known if config.get(name)]
-        if config.get("peft_type") != "LORA" or used:
-            what = ", ".join(used) or config.get("peft_type")
-            raise MergeError(f"{self.adapter} uses {what}, which this check cannot add up: expected plain LoRA")
+        unknown = (
+            "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "alpha_pattern", "layer_replication", "lora_bias",
+            "trainable_token_indices", "target_parameters", "alora_invocation_tokens",
+        )  # fmt: skip
+        used = [name for name in unknown if self.config.get(name)]
+        if self.config.get("peft_type") != "LORA" or used:
+            kind = ", ".join(used) or self.config.get("peft_type")
+            raise MergeError(f"{self.adapter} uses {kind}, which this check cannot add up: expected plain LoRA")
 
     def _sort_tensors(self) -> None:
-        from safetensors import safe_open
-
-        with safe_open(str(self.adapter / ADAPTER_WEIGHTS), "pt") as file:
-            names = list(file.keys())
-        for tensor in names:
+        with self._open() as file:
+            tensors = list(file.keys())
+        for tensor in tensors:
             name = tensor.removeprefix("base_model.model.")
             module, _, rest = name.partition(".lora_")
             if rest in ("A.weight", "B.weight", "embedding_A", "embedding_B"):
                 self._low_rank.setdefault(self._place(f"{module}.weight", tensor), {})[rest] = tensor
-            elif rest == "B.bias":
-                self._added[self._place(f"{module}.bias", tensor)] = tensor
             else:
                 name = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
                 other = self._full.setdefault(self._place(name, tensor), tensor)
@@ -84,22 +129,26 @@ class AdapterSum:
         if incomplete:
             raise MergeError(f"{self.adapter} has half of a low-rank change only for {incomplete[0]}")
 
-    def _are_equal(self, one: str, other: str) -> bool:
-        import torch
+    def _open(self) -> Any:
         from safetensors import safe_open
 
-        with safe_open(str(self.adapter / ADAPTER_WEIGHTS), "pt") as file:
+        return safe_open(str(self.adapter / ADAPTER_WEIGHTS), "pt")
+
+    def _are_equal(self, one: str, other: str) -> bool:
+        import torch
+
+        with self._open() as file:
             return one == other or torch.equal(file.get_tensor(one), file.get_tensor(other))
 
     def _place(self, name: str, tensor: str) -> str:
         # A tied model has one matrix for both names.
-        name = self._embedding if self._tied and name == self._head else name
-        if name not in self.base:
+        place = self._embedding if self._tied and name == self._head else name
+        if place is None or place not in self.base:
             raise MergeError(f"{self.adapter} holds {tensor}, for which the base has no weight {name}")
-        return name
+        return place
 
     def scale(self, rank: int) -> float:
-        """What a low-rank product is multiplied with: alpha / sqrt(rank) (rsLoRA) or alpha / rank."""
+        """The factor of a low-rank product: alpha / sqrt(rank) (rsLoRA) or alpha / rank."""
         return self.config["lora_alpha"] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def blocks(self, name: str) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
@@ -110,57 +159,44 @@ class AdapterSum:
             product of rank r errs by at most r + 2 roundings of |B| |A| (here: of the product of the norms of B's rows
             and A's columns, which is no less), the addition by one of the sum.
         """
-        from safetensors import safe_open
-
         base = self.base[name]
         unit = 2.0**-24  # largest relative error of one rounding to float32
-        with safe_open(str(self.adapter / ADAPTER_WEIGHTS), "pt") as file:
-
-            def load(tensor: str) -> torch.Tensor:
-                return file.get_tensor(tensor).to(base.device).double()
-
-            left = right = full = None
-            scale = 1.0
+        with self._open() as file:
+            full = None
             if name in self._full:
                 full = file.get_slice(self._full[name])
                 if list(full.get_shape()) != list(base.shape):
                     raise MergeError(
                         f"{self._full[name]} of {self.adapter} is {full.get_shape()}, the base's {list(base.shape)}"
                     )
-            if name in self._low_rank:
-                parts = self._low_rank[name]
-                a, b = (load(parts[part]) for part in sorted(parts))
-                scale = self.scale(a.shape[0])
-                # An embedding is looked up by rows: its change is stored the other way round.
-                left, right = (a.T, b.T) if "embedding_A" in parts else (b, a)
-                if (left.shape[0], right.shape[1]) != tuple(base.shape):
-                    raise MergeError(
-                        f"the change of {name} in {self.adapter} is {[left.shape[0], right.shape[1]]}, the base's "
-                        f"{list(base.shape)}"
-                    )
-            added = load(self._added[name]) * self.scale(self._rank_of(name)) if name in self._added else None
+            change = self._factors(file, name) if name in self._low_rank else None
             for rows in row_blocks(base):
                 whole = base[rows] if full is None else full[rows].to(base.device)
                 total = whole.double()
                 slack = total.new_zeros(())
-                if left is not None:
+                if change is not None:
+                    left, right, scale = change
                     total = total + scale * (left[rows] @ right)
                     norms = left[rows].norm(dim=1)[:, None] * right.norm(dim=0)[None]
                     slack = unit * ((left.shape[1] + 2) * abs(scale) * norms + total.abs())
-                elif added is not None:
-                    total = total + added[rows]
-                    slack = 4 * unit * (total.abs() + added[rows].abs())
                 yield rows, total, slack
 
-    def _rank_of(self, bias: str) -> int:
-        from safetensors import safe_open
-
-        parts = self._low_rank[bias.removesuffix(".bias") + ".weight"]
-        with safe_open(str(self.adapter / ADAPTER_WEIGHTS), "pt") as file:
-            return int(file.get_slice(parts["A.weight"]).get_shape()[0])
+    def _factors(self, file: Any, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
+        # The change of a weight as left @ right * scale: float64 (rows, rank), (rank, columns).
+        base, parts = self.base[name], self._low_rank[name]
+        a, b = (file.get_tensor(parts[part]).to(base.device).double() for part in sorted(parts))
+        # An embedding is looked up by rows: its change is stored transposed.
+        left, right = (a.T, b.T) if "embedding_A" in parts else (b, a)
+        if (left.shape[0], right.shape[1]) != tuple(base.shape):
+            raise MergeError(
+                f"the change of {name} in {self.adapter} is {[left.shape[0], right.shape[1]]}, the base's "
+                f"{list(base.shape)}"
+            )
+        return left, right, self.scale(a.shape[0])
 
 
 def row_blocks(tensor: torch.Tensor) -> Iterator[slice]:
+    """Slices of a tensor's rows, each of at most BLOCK weights."""
     if tensor.ndim == 0 or tensor.shape[0] == 0:
         yield slice(None)
         return
@@ -171,9 +207,9 @@ def row_blocks(tensor: torch.Tensor) -> Iterator[slice]:
 
 def _embedding_names(model: Any) -> tuple[str | None, str | None]:
     # Names of the head's and of the embedding's weight in the model's state.
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    return tuple(f"{names[id(module)]}.weight" if id(module) in names else None for module in (head, embedding))
+    return names.get(id(head)), names.get(id(embedding))
 
 
 def state_without_ties(model: Any) -> dict[str, torch.Tensor]:

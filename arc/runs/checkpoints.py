@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from arc.models.manifests import apply_umask
 from arc.puzzles.files import flush, write_atomically
 
 MARKER = "complete.json"  # in a checkpoint: the size in bytes of each of its files
@@ -28,6 +29,7 @@ def checkpoint_folder(arguments: Any, state: Any) -> Path:
 def mark_complete(folder: Path) -> None:
     """Flush a checkpoint's files to the disk, then write the marker that names each with its size, in one move."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MARKER, f"{MARKER}.tmp"))
+    apply_umask(folder)
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     for path in (*files, *(path for path in folder.rglob("*") if path.is_dir()), folder):
         flush(path)

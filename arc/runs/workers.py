@@ -10,19 +10,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from arc.models.library_patches import change_train_loader
+
 
 def spare_workers(trainer: Any) -> None:
-    # Processes that make batches: a signal to the whole group is for the one that trains, which ends them in order.
-    make = trainer.get_train_dataloader
+    """Make a trainer's loader processes ignore stop signals, which a terminal or launcher sends to the whole group.
 
-    def get_train_dataloader() -> Any:
-        loader = make()
-        inner = getattr(loader, "base_dataloader", loader)  # accelerate's wraps PyTorch's
-        if inner.num_workers:
-            inner.worker_init_fn = leaving_signals(inner.worker_init_fn)
-        return loader
+    The process that trains handles the signal and ends them in order.
+    """
 
-    trainer.get_train_dataloader = get_train_dataloader
+    def leave_signals(loader: Any) -> None:
+        if loader.num_workers:
+            loader.worker_init_fn = leaving_signals(loader.worker_init_fn)
+
+    change_train_loader(trainer, leave_signals)
 
 
 @functools.cache

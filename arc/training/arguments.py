@@ -1,4 +1,4 @@
-"""The arguments of the trainers, in transformers' names, and what can be checked of them before a model is loaded."""
+"""The arguments of the trainers, in transformers' names, and their checks before a model is loaded."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def check_arguments(run: StageContext[RunSettings]) -> None:
     settings, precision = run.settings, run.precision
     divide_step(settings)
     if getattr(settings, "compile_layers", None) and precision.engine == "unsloth":
-        raise ValueError("--compile_layers is for --engine transformers: Unsloth has compiled parts of its own")
+        raise ValueError("--compile_layers is for --engine transformers: Unsloth compiles by itself")
     if settings.fold_lora:
         if precision.engine == "unsloth" or precision.load_in_4bit:
             raise ValueError("--fold_lora is for --engine transformers and weights that are not in 4 bits")

@@ -189,33 +189,3 @@ def faster_way(plan: BatchPlan, precision: Precision, memory: int) -> str | None
         "note: --engine transformers --load_in_4bit false is another training, in 16 bits, and faster on a GPU with so "
         "much memory: 1.5 times on one H200 in benchmarks/README.md"
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What keeps the host from waiting
-
-
-def let_run_ahead(optimizer: Any) -> None:
-    """Keep an optimizer of bitsandbytes from waiting for the device after each of its tensors, in place.
-
-    Its kernels run in the order in which they are started, as all of a stream's do: the waits change no number. Paged
-    optimizers, whose state moves between memories, are left as they are, and so are those of other libraries.
-    """
-    import sys
-    import types
-
-    module = sys.modules.get("bitsandbytes.optim.optimizer")
-    if module is None or not isinstance(optimizer, module.Optimizer8bit) or optimizer.is_paged:
-        return
-    if "step" in vars(optimizer):  # done already
-        return
-    step = optimizer.step
-
-    def run_ahead(self: Any, closure: Any = None) -> Any:
-        wait, module.sync_gpu = module.sync_gpu, lambda tensor: None
-        try:
-            return step(closure)
-        finally:
-            module.sync_gpu = wait
-
-    optimizer.step = types.MethodType(run_ahead, optimizer)  # a method: schedulers of torch look into it

@@ -1,4 +1,4 @@
-"""Curves of a training: its log, and the picture of it."""
+"""The log of a training as curves: metrics.jsonl, and the picture of it."""
 
 from __future__ import annotations
 
@@ -8,39 +8,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-PANELS = (
-    ("loss", ("loss", "eval_loss")),
-    ("share of puzzles solved", ("eval_exact_match", "rewards/exact_match/mean")),
-    ("reward", ("reward", "reward_std")),
-    (
-        "share of groups and completions",
-        (
-            "frac_reward_zero_std",
-            "completions/clipped_ratio",
-            "completions/stopped_ratio",
-            "completions/repetition_excess",
-        ),
-    ),
-    ("entropy, divergence (nats)", ("entropy", "kl", "eval_kl")),
-    ("tokens per second", ("tokens_per_s",)),
-)
-COLUMNS = 3  # of the picture
-LABELS = {
-    "loss": "training",
-    "eval_loss": "held out",
-    "eval_exact_match": "held out, greedy",
-    "rewards/exact_match/mean": "training samples",
-    "reward": "mean",
-    "reward_std": "spread (standard deviation)",
-    "frac_reward_zero_std": "groups without signal",
-    "completions/clipped_ratio": "completions cut off",
-    "completions/stopped_ratio": "completions ended by a wrong token",
-    "completions/repetition_excess": "repetition beyond the solutions'",
-    "entropy": "entropy of the policy",
-    "kl": "KL to the start, training samples",
-    "eval_kl": "KL to the start, held out",
-    "tokens_per_s": "training",
+# Title of a panel -> name in metrics.jsonl -> label of the line.
+PANELS = {
+    "loss": {"loss": "training", "eval_loss": "held out"},
+    "share of puzzles solved": {
+        "eval_exact_match": "held out, greedy",
+        "rewards/exact_match/mean": "training samples",
+    },
+    "reward": {"reward": "mean", "reward_std": "spread (standard deviation)"},
+    "share of groups and completions": {
+        "frac_reward_zero_std": "groups without signal",
+        "completions/clipped_ratio": "completions cut off",
+        "completions/stopped_ratio": "completions ended by a wrong token",
+        "completions/repetition_excess": "repetition beyond the solutions'",
+    },
+    "entropy, divergence (nats)": {
+        "entropy": "entropy of the policy",
+        "kl": "KL to the start, training samples",
+        "eval_kl": "KL to the start, held out",
+    },
+    "tokens per second": {"tokens_per_s": "training"},
 }
+LABELS = {name: label for lines in PANELS.values() for name, label in lines.items()}
+COLUMNS = 3  # of the picture
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -55,7 +45,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def plot_metrics(metrics: str | Path, out: str | Path) -> None:
-    """Draw the curves of a metrics.jsonl into a PNG: those of PANELS of which there is any.
+    """Draw the curves of a metrics.jsonl into a PNG.
 
     Args:
         metrics: the file, one JSON object a line with "step" and numbers.
@@ -76,17 +66,17 @@ def plot_metrics(metrics: str | Path, out: str | Path) -> None:
 
 
 def find_curves(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """What there is to draw of a metrics.jsonl's records: title of PANELS -> name -> points (step, value)."""
+    """The curves of a metrics.jsonl's records: title of PANELS -> name -> points (step, value); without empty ones."""
     curves = {}
-    for title, names in PANELS:
-        found = {n: [(r["step"], r[n]) for r in records if isinstance(r.get(n), (int, float))] for n in names}
-        if any(found.values()):
-            curves[title] = {n: points for n, points in found.items() if points}
+    for title, names in PANELS.items():
+        lines = {n: [(r["step"], r[n]) for r in records if isinstance(r.get(n), (int, float))] for n in names}
+        if any(lines.values()):
+            curves[title] = {name: points for name, points in lines.items() if points}
     return curves
 
 
 def draw_curves(axis: Any, title: str, lines: dict[str, list[tuple[int, float]]]) -> None:
-    """Draw one panel: the lines of a title of `find_curves` into matplotlib's axis."""
+    """Draw one panel of `find_curves` into an axis of matplotlib."""
     for name, points in lines.items():
         steps, values = zip(*points, strict=True)
         axis.plot(steps, values, label=LABELS[name], marker="." if len(points) < 30 else None, linewidth=1.2)

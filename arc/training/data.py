@@ -1,4 +1,4 @@
-"""The rows of a stage: what is trained on and what is held out, as tokens."""
+"""The data of a stage: the samples of its training, and the held-out puzzles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from arc.training.stage import StageContext
 
 @dataclass
 class StageData:
-    """Rows of a stage: what is trained on, what is held out, and how rows become tokens."""
+    """The data of a stage.
+
+    Attributes:
+        split: puzzles to train on, and those that are held out.
+        samples: the rows of the training.
+        encoder, tokenizer: turn puzzles into tokens.
+        heldout: the puzzles to measure on: new ones of trained tasks, or of held-out tasks where there are none.
+    """
 
     split: Holdout
     samples: TrainingSamples
@@ -33,7 +40,7 @@ class StageData:
 
     @property
     def puzzles(self) -> ArcDataset:
-        """What is trained on: those of `split.train` that fit."""
+        """The puzzles of the samples: those to train on that fit `max_seq_length`."""
         return self.samples.views.ds
 
     def steps_per_epoch(self, settings: RunSettings) -> int:
@@ -47,11 +54,11 @@ class StageData:
         return math.ceil(self.steps_per_epoch(settings) * settings.num_train_epochs)
 
     def prompts(self, count: int, max_tokens: int) -> list[dict[str, Any]]:
-        """Up to `count` held-out rows that end where the reply begins, as the encoder gives them."""
+        """The first `count` held-out puzzles as rows that end where the reply begins."""
         return self.encoder.encode(self.heldout, self.heldout.keys[:count], max_tokens=max_tokens, reply=False)
 
     def heldout_rows(self, max_tokens: int) -> list[dict[str, Any]]:
-        """All held-out rows with their replies."""
+        """All held-out puzzles as rows with their replies."""
         return self.encoder.encode(self.heldout, self.heldout.keys, max_tokens=max_tokens)
 
 
@@ -69,7 +76,7 @@ def augmentation(settings: RunSettings) -> dict[str, Any]:
 
 
 def stage_tokenizer(run: StageContext[RunSettings]) -> Any:
-    """The tokenizer of a stage: its parent's, cut as the prepared base's will be where that is not made yet."""
+    """The tokenizer of the model that a stage starts from; cut here if the prepared base does not exist yet."""
     tokenizer = load_tokenizer(run.parent)
     if run.to_prepare is not None and not run.settings.full_vocab:
         from transformers import AutoConfig
@@ -81,11 +88,11 @@ def stage_tokenizer(run: StageContext[RunSettings]) -> Any:
 
 
 def load_data(run: StageContext[RunSettings], solved_only: bool = False) -> StageData:
-    """Load and split the data and make the rows that are trained on. What is left out is counted and printed.
+    """Load and split the puzzles and make the samples. What is left out is counted and printed.
 
     Args:
-        run: gives the settings and what is started from.
-        solved_only: train on puzzles with solutions only; else the others are trained on by their demonstrations.
+        run: gives the settings and the model that the stage starts from.
+        solved_only: train on puzzles with solutions only; else puzzles without are trained on by their demonstrations.
 
     Raises:
         ValueError, FileNotFoundError: bad data, or nothing that fits `max_seq_length`.
@@ -107,28 +114,21 @@ def load_data(run: StageContext[RunSettings], solved_only: bool = False) -> Stag
         )
     if len(samples) == 0:
         raise ValueError(f"no puzzle fits --max_seq_length {settings.max_seq_length}: raise it, or lower --sizes")
-    heldout = _measured_on(split, encoder, settings)
-    return StageData(split, samples, encoder, tokenizer, heldout)
-
-
-def fitting(heldout: ArcDataset, encoder: SampleEncoder, max_tokens: int) -> ArcDataset:
-    """The held-out puzzles that have solutions and fit the longest row; the others are counted and printed."""
-    heldout = with_solutions(heldout, "held out")
-    long = set(encoder.too_long(heldout, heldout.keys, max_tokens, turned=False))
-    if not long:
-        return heldout
-    print(f"held out: {len(long)} of {len(heldout.keys)} puzzles do not fit --max_seq_length and are not measured")
-    return heldout.change_keys([key for key in heldout.keys if key not in long])
+    return StageData(split, samples, encoder, tokenizer, _measured_on(split, encoder, settings))
 
 
 def heldout_puzzles(settings: RunSettings, tokenizer: Any) -> tuple[ArcDataset, SampleEncoder]:
-    """What a stage with these settings measures on: new puzzles of trained tasks, else those of held-out tasks."""
+    """The puzzles that a stage with these settings measures on, and their encoder; see `StageData.heldout`."""
     encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
-    split = load_split(replace(settings, extra_dataset_dirs=[]), quiet=True)  # of what is held out they change nothing
+    split = load_split(replace(settings, extra_dataset_dirs=[]), quiet=True)  # they hold nothing out
     return _measured_on(split, encoder, settings), encoder
 
 
 def _measured_on(split: Holdout, encoder: SampleEncoder, settings: RunSettings) -> ArcDataset:
-    # New puzzles of trained tasks tell whether training works; whole held-out tasks are kept for the evaluation.
-    heldout = split.seen if len(split.seen.keys) else split.unseen
-    return tasks_in_turn(fitting(heldout, encoder, settings.max_seq_length), settings.holdout_seed)
+    # New puzzles of trained tasks show whether training works; whole held-out tasks are for the evaluation.
+    heldout = with_solutions(split.seen if len(split.seen.keys) else split.unseen, "held out")
+    long = set(encoder.too_long(heldout, heldout.keys, settings.max_seq_length, turned=False))
+    if long:
+        print(f"held out: {len(long)} of {len(heldout.keys)} puzzles do not fit --max_seq_length and are not measured")
+        heldout = heldout.change_keys([key for key in heldout.keys if key not in long])
+    return tasks_in_turn(heldout, settings.holdout_seed)

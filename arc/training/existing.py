@@ -1,16 +1,23 @@
-"""What a stage has made already: whether its adapter and its merge exist and are what these settings make."""
+"""What a stage has written already, and whether these settings would write the same: adapter, merge, checkpoints."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from arc.models.manifests import absolute_reference, read_manifest
+from arc.puzzles.files import write_atomically
 from arc.puzzles.splits import load_split
 from arc.runs.artifacts import existing, find_damage, fingerprint, read_manifest_or_nothing
-from arc.runs.freshness import changed_settings, find_outdated, stale_base
-from arc.runs.settings import RunSettings
+from arc.runs.checkpoints import complete_checkpoints
+from arc.runs.freshness import changed_removed, changed_settings, find_outdated, stale_base
+from arc.runs.settings import RunSettings, course_settings, default_course
+from arc.training.data import StageData
 from arc.training.stage import StageContext
+
+COURSE = "course.json"  # beside the checkpoints: what decides the course of their training
 
 
 def is_trained(run: StageContext[RunSettings]) -> bool:
@@ -124,3 +131,44 @@ def where_the_parent_is(run: StageContext[RunSettings]) -> Path | str:
     if Path(named).is_absolute() and not Path(named).is_dir():
         raise FileNotFoundError(f"{run.lora} was trained on {named}, which is not there: bring it back to merge")
     return named
+
+
+def check_course(run: StageContext[RunSettings], data: StageData) -> None:
+    """Refuse the checkpoints of a run with other settings or data; with --overwrite, add them to `run.to_move`.
+
+    Raises:
+        ValueError: the checkpoints do not fit, and --overwrite is not set.
+    """
+    path = run.work / COURSE
+    if run.work in run.to_move or not path.is_file() or not complete_checkpoints(run.work, quiet=True):
+        return
+    try:
+        # An earlier version without a setting did what is the default now.
+        before = default_course(type(run.settings)) | json.loads(path.read_text(encoding="utf-8"))
+        course = _course(run, data)
+        changed = sorted(name for name in course if name in before and before[name] != course[name])
+        changed += changed_removed(before, course)
+    except (ValueError, TypeError):
+        changed = [f"{path} cannot be read"]
+    if not changed:
+        return
+    problem = f"{run.work} holds checkpoints of a run with other settings ({', '.join(changed)})"
+    if not run.settings.overwrite:
+        raise ValueError(f"{problem}: use those, or --overwrite, which moves them aside and starts anew")
+    print(f"{problem}: it will be moved aside")
+    run.to_move.append(run.work)
+
+
+def write_course(run: StageContext[RunSettings], data: StageData) -> None:
+    """Write the file beside the checkpoints."""
+    write_atomically(run.work / COURSE, json.dumps(_course(run, data), indent=2) + "\n")
+
+
+def _course(run: StageContext[RunSettings], data: StageData) -> dict[str, Any]:
+    course = course_settings(asdict(run.settings)) | {
+        "precision": asdict(run.precision),
+        "puzzles": data.split.train.content_hash(),
+    }
+    if run.to_prepare is None:
+        course["the model that it starts from"] = fingerprint(run.parent)
+    return json.loads(json.dumps(course))

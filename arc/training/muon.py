@@ -1,8 +1,8 @@
 """Muon for the matrices of the layers, AdamW for all else: `--optim muon`.
 
-Muon makes of each matrix's momentum the nearest matrix whose singular values are all alike, so that a step changes all
-directions, also those in which gradients are small. torch.optim.Muon takes one matrix after the other: for the 168 of a
-LoRA on 12 layers, some 4,000 launches of small kernels a step. Here all matrices of a shape are computed together.
+Muon replaces the momentum of a matrix by the nearest matrix with equal singular values. A step then changes all
+directions, also those with small gradients. torch.optim.Muon computes one matrix after the other: about 4,000 launches
+of small kernels a step for the 168 matrices of a LoRA on 12 layers. Here all matrices of a shape are computed together.
 """
 
 from __future__ import annotations
@@ -20,18 +20,16 @@ SMALLEST = 1e-7  # norm that a matrix is divided by
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """Matrices with the same singular vectors and singular values near 1 (0.7 to 1.2), by Newton-Schulz iterations.
-
-    Zeros stay zeros.
+    """Set all singular values to about 1 (0.7 to 1.2) and keep the singular vectors, by Newton-Schulz iterations.
 
     Args:
-        matrices: (count, rows, columns), of a floating type in which is computed.
+        matrices: (count, rows, columns), of a floating type, in which it computes. Zeros stay zeros.
 
     Returns:
         The same shape and type.
 
     Source:
-        https://kellerjordan.github.io/posts/muon/; as in torch.optim.Muon, but for many matrices at once.
+        https://kellerjordan.github.io/posts/muon/; torch.optim.Muon, which differs in taking one matrix at a time.
     """
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
@@ -45,25 +43,25 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def has_bfloat16() -> bool:
-    """Whether the GPU computes in bfloat16 by itself."""
+    """Whether the GPU has bfloat16 arithmetic, without emulation."""
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class Muon(torch.optim.Optimizer):
     """Muon and AdamW as one optimizer, with one state and one list of groups, for schedules and checkpoints.
 
-    In groups whose `use_muon` is true, matrices are stepped by Muon with Nesterov momentum; what is no matrix, and all
-    of the other groups, by torch.optim.AdamW. A matrix's update is scaled by 0.2 * sqrt(max(rows, columns)), so that
-    its root mean square is about that of AdamW's: learning rates and weight decay mean the same to both. On GPUs that
-    have it the iterations are computed in bfloat16, elsewhere, where that is slower, in float32.
+    In groups with `use_muon`, Muon with Nesterov momentum steps the matrices; torch.optim.AdamW steps all else. An
+    update of Muon is scaled by 0.2 * sqrt(max(rows, columns)): its root mean square is then about AdamW's, so that
+    learning rates and weight decay mean the same to both. The iterations are computed in bfloat16 on GPUs that have
+    it, else in float32.
 
     Args:
-        params: parameters, or groups of them; a group may set each of the other arguments.
+        params: parameters, or groups of them, which may set each of the other arguments.
         lr: learning rate.
         betas, eps, fused: of AdamW.
         weight_decay: decoupled, of both.
         momentum: of Muon.
-        use_muon: whether matrices are stepped by Muon.
+        use_muon: whether Muon steps the matrices.
 
     Source:
         Liu et al. 2025, "Muon is Scalable for LLM Training", arXiv:2502.16982; torch.optim.Muon with
@@ -82,7 +80,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step all parameters that have a gradient; returns what the closure does, None without one."""
+        """Step all parameters that have a gradient. Returns the result of the closure, None without one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -99,12 +97,12 @@ class Muon(torch.optim.Optimizer):
                     shapes.setdefault(key, []).append(parameter)
                 else:
                     others.append(parameter)
-            for alike in shapes.values():
-                self._step_matrices(alike, group)
+            for parameters in shapes.values():
+                self._step_matrices(parameters, group)
             if others:
                 rest.append({**group, "params": others})
         if rest:
-            adamw = torch.optim.AdamW(rest)  # made anew, as groups may have changed; it costs no kernel
+            adamw = torch.optim.AdamW(rest)  # a new one each time, as groups may change; that costs no kernel
             adamw.state = self.state
             adamw.step()
         return loss
@@ -120,7 +118,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(means, gradients, 1 - momentum)
         updates = torch.stack(torch._foreach_lerp(gradients, means, momentum))
         updates = orthogonalise(updates.bfloat16() if updates.is_cuda and has_bfloat16() else updates.float())
-        # Of the parameters' type and laid out as they are: else each is a kernel of its own below.
+        # With the type and the layout of the parameters: else the additions below take one kernel each.
         updates = updates.contiguous().to(parameters[0].dtype)
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])

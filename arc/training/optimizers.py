@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from arc.training.batch_planning import let_run_ahead
+from arc.models.library_patches import let_run_ahead
 from arc.training.trials import TIMED_ROUNDS, synchronised_time
 
 MUON = "muon"  # the only value of --optim that transformers does not know

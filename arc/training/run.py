@@ -33,9 +33,8 @@ from arc.runs.settings import RunSettings, user_errors
 from arc.runs.signals import StopSignals
 from arc.runs.troubles import NonFiniteError, machine_errors
 from arc.training.arguments import check_arguments
-from arc.training.course import check_course, write_course
 from arc.training.data import StageData
-from arc.training.existing import is_merged, is_trained, where_the_parent_is
+from arc.training.existing import check_course, is_merged, is_trained, where_the_parent_is, write_course
 from arc.training.stage import S, StageContext
 
 SAVE_SECONDS = 300.0  # of training between checkpoints, unless --save_steps is set
@@ -98,7 +97,7 @@ class StageRun(StageContext[S]):
                     self.lock.release()
                     raise
             wait_for_everyone()
-            if self.to_prepare is not None:  # the main process has made it
+            if self.to_prepare is not None:  # the main process has prepared it
                 self.starts_from, self.to_prepare = self.to_prepare, None
 
     def _take_over(self, data: StageData) -> None:
@@ -177,7 +176,7 @@ class StageRun(StageContext[S]):
         if checkpoint is not None:
             print(f"continuing from {checkpoint}")
             if is_main():
-                with self.machine_errors("deleting what is left of older checkpoints"):
+                with self.machine_errors("deleting older checkpoints"):
                     delete_older(self.work)
             before = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
             if _is_over(before):
@@ -246,9 +245,9 @@ class StageRun(StageContext[S]):
             metrics = self.work / "metrics.jsonl"
             if metrics.is_file():
                 shutil.copy(metrics, beside / metrics.name)
-                with _worth_less_than_the_training("no picture of the curves"):
+                with _never_fatal("no picture of the curves"):
                     plot_metrics(metrics, beside / "loss.png")
-            with _worth_less_than_the_training("what the trained model answers is not recorded"):
+            with _never_fatal("what the trained model answers is not recorded"):
                 rows = data.heldout_rows(self.settings.max_seq_length)[:PROBE_ROWS] or make_probe_rows(data.tokenizer)
                 record_probe(model, self.precision.engine, data.tokenizer, rows, beside / PROBE)
         print(f"saved {self.lora}")
@@ -329,7 +328,7 @@ def _print_summary(state: Any, before: dict[str, Any], seconds: float) -> None:
 
 
 @contextlib.contextmanager
-def _worth_less_than_the_training(without: str) -> Iterator[None]:
+def _never_fatal(without: str) -> Iterator[None]:
     # Hours of training must not be lost to a plot, or to a forward pass that a library has changed.
     try:
         yield

@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from arc.models.collator import InputMaskingDataCollator
+from arc.models.library_patches import let_run_ahead, use_one_gpu
 from arc.models.packing import can_pack, use_packed_attention
 from arc.runs.processes import process_count
 from arc.runs.settings import RunSettings, SupervisedSettings
 from arc.training.arguments import common_arguments, loader_processes
-from arc.training.batch_planning import faster_way, let_run_ahead, plan_batches
+from arc.training.batch_planning import faster_way, plan_batches
 from arc.training.data import StageData
 from arc.training.optimizers import MUON, optimizer_class, optimizer_seconds, optimizer_with_embedding_rate
 from arc.training.rows import EpochSampler, FilledSamples, lazy_dataset, planned_rows
@@ -191,7 +192,7 @@ def _engine_trainer(run: StageContext[SupervisedSettings], measured: bool) -> tu
             max_length=settings.max_seq_length,
             **arguments,
         )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # one process uses one GPU, however many it sees
+    use_one_gpu(arguments)
     return Base, arguments
 
 

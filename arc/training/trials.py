@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Generic
@@ -27,7 +28,7 @@ TIMED_ROUNDS = 2  # the shortest counts
 Batch = dict[str, Any]
 
 
-class Trial(Generic[S]):
+class Trial(ABC, Generic[S]):
     """Forward and backward passes of a model that is about to be trained. They leave no trace.
 
     Subclasses define the passes: `longest`, `typical`, `tokens`, `tokens_per_step` and `loss`.
@@ -51,25 +52,25 @@ class Trial(Generic[S]):
         self.more = more + (0 if "paged" in run.settings.optim else optimizer_bytes(counts, run.settings.optim))
         self.more += 4 * counts.trained if process_count() > 1 else 0
 
+    @abstractmethod
     def longest(self, size: int) -> Any:
         """A batch of `size` samples of the greatest possible length."""
-        raise NotImplementedError
 
+    @abstractmethod
     def typical(self, size: int) -> list[Any]:
         """A few batches of `size` samples in training order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tokens(self, batch: Any) -> int:
         """Tokens of a batch, to compare batches by."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tokens_per_step(self, plan: BatchPlan) -> float:
         """Tokens of a step of this process."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, batch: Any) -> torch.Tensor:
         """The forward pass."""
-        raise NotImplementedError
 
     def fits(self, size: int, passes: int, must: bool = False) -> tuple[int | None, bool]:
         """GPU memory in bytes of passes of `size` of the longest rows, and whether all processes have it.

@@ -14,7 +14,7 @@ GROUPS = [prompt for prompt in tiny_prompts() for _ in range(3)]
 
 
 def on_host(model, prompts, length, temperature, seed=0, seeds=None):
-    """The samples of search_tools.sample_replies, and how probable they are."""
+    """The samples of `sampling.sample_replies`, and how probable they are."""
     found = sample_replies(
         model, "transformers", TOKENIZER, prompts, max_new_tokens=length, temperature=temperature, seed=seed,
         seeds=seeds,

@@ -184,9 +184,8 @@ def test_an_adapter_without_rslora_and_without_a_probe_passes(tmp_path, bases):
     [
         (["q_proj", "embed_tokens", "lm_head"], {}),
         (["q_proj", "o_proj"], {"bias": "lora_only"}),
-        (["q_proj", "o_proj"], {"lora_bias": True, "lora_alpha": 2}),
     ],
-    ids=["embeddings", "trained biases", "low-rank biases"],
+    ids=["embeddings", "trained biases"],
 )
 def test_other_adapters_are_added_up(tmp_path, targets, options):
     from peft import LoraConfig, get_peft_model

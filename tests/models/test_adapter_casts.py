@@ -16,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from arc.models import adapter_casts as adapter_casts_module
-from arc.models.adapter_casts import KERNELS, MOST_MEMORY, READER, cast_adapters_together, cast_function
+from arc.models.adapter_casts import MOST_MEMORY, cast_adapters_together, cast_function
+from arc.models.library_patches import UNSLOTH_KERNELS as KERNELS
+from arc.models.library_patches import UNSLOTH_READER as READER
 from arc.models.loading import Precision, decoding
 from arc.models.lora import LINEAR_MODULES, add_lora, train_in_float32
 from tests import tiny_models
@@ -360,7 +362,8 @@ import unsloth, numpy as np, torch
 from accelerate.utils import send_to_device
 sys.path.insert(0, sys.argv[1])
 from arc.models import adapter_casts as adapter_casts_module
-from arc.models.loading import Precision, add_lora, load_model, set_gradient_checkpointing
+from arc.models.loading import Precision, load_model
+from arc.models.lora import add_lora, set_gradient_checkpointing
 from arc.models.packing import pack_rows, use_packed_attention
 torch.use_deterministic_algorithms(True, warn_only=True)
 precision = Precision("unsloth", "bfloat16", True)

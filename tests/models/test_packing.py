@@ -235,7 +235,8 @@ import os, sys
 os.environ["UNSLOTH_RETURN_LOGITS"] = "1"
 import unsloth, numpy as np, torch
 sys.path.insert(0, sys.argv[1])
-from arc.models.loading import Precision, add_lora, load_model
+from arc.models.loading import Precision, load_model
+from arc.models.lora import add_lora
 from arc.models.packing import DOCUMENTS, pack_rows, use_packed_attention
 precision = Precision("unsloth", "bfloat16", True)
 model, tokenizer = load_model(sys.argv[2], precision, 512)

@@ -278,7 +278,8 @@ UNSLOTH = """
 import sys
 import unsloth, numpy as np, torch
 sys.path.insert(0, sys.argv[1])
-from arc.models.loading import Precision, add_lora, load_model
+from arc.models.loading import Precision, load_model
+from arc.models.lora import add_lora
 from arc.models.packing import use_packed_attention
 from arc.models.prompt_sharing import reply_log_probs
 precision = Precision("unsloth", "bfloat16", True)

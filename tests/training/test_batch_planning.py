@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import base_finetune
 from arc.models.collator import InputMaskingDataCollator
+from arc.models.library_patches import let_run_ahead
 from arc.models.loading import Precision
 from arc.models.lora import add_lora
 from arc.training import optimizers, trials
@@ -20,7 +21,6 @@ from arc.training.batch_planning import (
     divisions_that_fit,
     divisors,
     faster_way,
-    let_run_ahead,
     plan_batches,
 )
 from arc.training.stage import BatchPlan

@@ -1,0 +1,352 @@
+"""Every change that this project makes to other libraries: why, for which versions, and how it is undone.
+
+A function returns its undo, a function without arguments, or is a context manager. Where a library offers a hook
+(transformers' attention and mask functions, torch's forward hooks), the hook is used. The versions: torch 2.11 to
+2.13, transformers 5.17, trl 1.14, peft 0.21, bitsandbytes 0.50, Unsloth 2026.10. Where a library no longer has what
+a patch replaces, the patch changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+Undo = Callable[[], None]
+Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+UNSLOTH_KERNELS = "unsloth.kernels.fast_lora"  # the module where Unsloth's layers look up UNSLOTH_READER
+UNSLOTH_READER = "get_lora_parameters"
+
+
+def replace_attribute(owner: Any, name: str, new: Any) -> Undo:
+    """Set an attribute of a module or object.
+
+    Returns:
+        The undo: it brings back the attribute as it was, unless something else has replaced it since.
+    """
+    was_there, before = name in vars(owner), getattr(owner, name, None)
+    setattr(owner, name, new)
+
+    def undo() -> None:
+        if vars(owner).get(name) is not new:
+            return
+        if was_there:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+    return undo
+
+
+def undo_all(undos: Iterable[Undo]) -> Undo:
+    """One undo of several, the last one first."""
+    stack = contextlib.ExitStack()
+    for undo in undos:
+        stack.callback(undo)
+    return stack.close
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# transformers
+
+
+def choose_attention(
+    model: Any, name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None = None
+) -> Undo:
+    """Give a model another attention function, by transformers' hooks AttentionInterface and AttentionMaskInterface.
+
+    Args:
+        model: of transformers.
+        name: what transformers calls the function from now on.
+        attention: of transformers' interface: gets queries, keys, values and the mask.
+        mask: makes the mask; None: the attention gets only masks that the model is called with.
+
+    Raises:
+        ValueError: the model computes its attention by itself.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(name, attention)
+    if mask is not None:
+        AttentionMaskInterface.register(name, mask)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+
+    def undo() -> None:
+        model.set_attn_implementation(before)
+
+    if model.config._attn_implementation != name:
+        undo()
+        raise ValueError(f"{model.config.model_type} models do not let their attention be chosen")
+    return undo
+
+
+def skip_document_search(model: Any, is_packed: Callable[[dict[str, Any]], bool]) -> Undo:
+    """Keep transformers from searching the positions of a packed row for the borders of its documents.
+
+    The search waits for the device. transformers leaves a mask with four dimensions as it is, so a forward hook gives
+    it an empty one; the attention of packed rows does not look at it.
+
+    Args:
+        model: of transformers.
+        is_packed: tells from the keyword arguments of a forward pass whether its row is packed.
+    """
+
+    def add_mask(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if is_packed(kwargs) and kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = kwargs["position_ids"].new_zeros((1, 1, 1, 1))
+        return args, kwargs
+
+    return model.register_forward_pre_hook(add_mask, with_kwargs=True).remove
+
+
+def change_train_loader(trainer: Any, change: Callable[[Any], None]) -> Undo:
+    """Change the loader of batches of a trainer when the trainer makes it.
+
+    transformers makes the loader inside `train` and has no setting for what its processes do first.
+
+    Args:
+        trainer: of transformers, trl or Unsloth.
+        change: called with torch's loader, which accelerate's wraps.
+    """
+    make = trainer.get_train_dataloader
+
+    def get_train_dataloader() -> Any:
+        loader = make()
+        change(getattr(loader, "base_dataloader", loader))
+        return loader
+
+    return replace_attribute(trainer, "get_train_dataloader", get_train_dataloader)
+
+
+def use_one_gpu(arguments: Any) -> Undo:
+    """Have a trainer use one GPU, however many its process sees: transformers would divide each batch among them.
+
+    Args:
+        arguments: transformers' TrainingArguments, whose count of GPUs is a private attribute.
+    """
+    return replace_attribute(arguments, "_n_gpu", min(1, arguments.n_gpu))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# torch
+
+
+@contextlib.contextmanager
+def uncompiled_layers(model: Any) -> Iterator[None]:
+    """Run the layers of a model without their compiled code (torch keeps it in a private attribute).
+
+    Layers that were compiled for training would be compiled again for every kind of pass over a cache.
+    """
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# bitsandbytes
+
+
+def keep_4bit_layout(model: Any) -> Undo:
+    """Keep 4-bit weights as they are stored.
+
+    On CPUs with AVX512-BF16 the first forward pass of bitsandbytes repacks them, and later gradients are wrong.
+    """
+    name = "support_avx512bf16_for_cpu"
+    return undo_all(replace_attribute(m, name, False) for m in model.modules() if hasattr(m, name))
+
+
+def let_run_ahead(optimizer: Any) -> Undo:
+    """Keep an 8-bit optimizer of bitsandbytes from waiting for the device after each tensor.
+
+    A stream runs its kernels in the order of their launch, so the waits change no number. Paged optimizers, whose state
+    moves between memories, and optimizers of other libraries are left as they are.
+    """
+    module = sys.modules.get("bitsandbytes.optim.optimizer")
+    if module is None or not isinstance(optimizer, module.Optimizer8bit) or optimizer.is_paged:
+        return undo_all([])
+    if "step" in vars(optimizer):  # done already
+        return undo_all([])
+    step = optimizer.step
+
+    def run_ahead(self: Any, closure: Any = None) -> Any:
+        undo = replace_attribute(module, "sync_gpu", lambda tensor: None)
+        try:
+            return step(closure)
+        finally:
+            undo()
+
+    return replace_attribute(
+        optimizer, "step", types.MethodType(run_ahead, optimizer)
+    )  # torch's schedulers want a method
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# peft
+
+
+def change_class(modules: Iterable[Any], new: type) -> Undo:
+    """Give modules a subclass of their class.
+
+    peft chooses the class of a layer when it adds the adapter; there is no hook for another forward pass that leaves
+    out the base layer's.
+    """
+
+    def back(module: Any, old: type) -> Undo:
+        return lambda: setattr(module, "__class__", old)  # noqa: B010 - in an expression
+
+    undos = []
+    for module in modules:
+        undos.append(back(module, type(module)))
+        module.__class__ = new
+    return undo_all(undos)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Unsloth
+
+
+def wrap_unsloth_attention(wrap: Wrap) -> Undo:
+    """Wrap Unsloth's attention, `run_attention`.
+
+    Without xformers and flash-attn, Unsloth attends to the documents of a packed row one after the other. Each of its
+    model modules has imported the function by name, so each gets the wrapped one.
+
+    Args:
+        wrap: makes the new function of Unsloth's; gives back one that it has made already.
+    """
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("unsloth.models.")]
+    return undo_all(
+        replace_attribute(module, "run_attention", wrap(vars(module)["run_attention"]))
+        for module in modules
+        if "run_attention" in vars(module)
+    )
+
+
+def answer_unsloth_lengths(lengths: torch.Tensor, bounds: Any, longest: int) -> None:
+    """Tell Unsloth the lengths of a batch's documents, for which it would wait for the device.
+
+    Unsloth keeps its answer for the other layers of the pass in a private table; this writes the answer there first.
+    Unsloth itself overwrites it with the next batch, which is the undo.
+
+    Args:
+        lengths: tokens of each document, int32 (documents,); the tensor that the model is called with.
+        bounds: where documents begin, and the end.
+        longest: tokens of the longest document, or more.
+    """
+    answers = getattr(sys.modules.get("unsloth.utils.packing"), "_PACKED_INFO_CACHE", None)
+    if answers is not None:
+        answers[lengths.device] = {"seq_lengths": lengths, "result": (lengths, bounds, longest), "inference": False}
+
+
+def wrap_unsloth_reader(wrap: Wrap) -> Undo | None:
+    """Wrap the function by which Unsloth's layers read their adapters, see adapter_casts.
+
+    Args:
+        wrap: makes the new function of Unsloth's; gives back one that it has made already.
+
+    Returns:
+        The undo; None where this Unsloth reads adapters in another way, or is not loaded.
+    """
+    kernels = sys.modules.get(UNSLOTH_KERNELS)
+    if not hasattr(kernels, UNSLOTH_READER):
+        return None
+    return replace_attribute(kernels, UNSLOTH_READER, wrap(getattr(kernels, UNSLOTH_READER)))
+
+
+def plain_class(kind: type) -> type:
+    """A model class of transformers as transformers wrote it; Unsloth replaces methods of the classes that it knows.
+
+    Args:
+        kind: the class, changed or not.
+    """
+    return kind if "unsloth" not in sys.modules else getattr(plain_module(kind.__module__), kind.__name__)
+
+
+def plain_module(name: str) -> Any:
+    """A module as its file has it, beside the one that Unsloth has changed; `forget_plain_modules` is the undo.
+
+    Unsloth keeps no reference to the classes of trl and transformers that it replaces. The file runs again under
+    another name in the same package, so that its relative imports work.
+
+    Args:
+        name: of a module that can be imported.
+    """
+    plain = f"{name}_plain"
+    if plain not in _plain_modules:
+        file = importlib.import_module(name).__file__
+        spec = importlib.util.spec_from_file_location(plain, str(file))
+        assert spec is not None and spec.loader is not None, f"{file} is no Python file"
+        _plain_modules[plain] = sys.modules[plain] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[plain])
+    return _plain_modules[plain]
+
+
+_plain_modules: dict[str, Any] = {}
+
+
+def forget_plain_modules() -> None:
+    """Take the modules that `plain_module` has made out of `sys.modules`."""
+    while _plain_modules:
+        sys.modules.pop(_plain_modules.popitem()[0], None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# trl
+
+
+@contextlib.contextmanager
+def decoding_once(trainer: Any) -> Iterator[None]:
+    """Have a trainer decode equal rows once: for its log, trl decodes a group's prompt once a completion.
+
+    trl has no setting for it. For as long as the context lasts, the trainer's tokenizer is a `DecodingOnce`.
+    """
+    tokenizer = trainer.processing_class
+    trainer.processing_class = DecodingOnce(tokenizer)
+    try:
+        yield
+    finally:
+        trainer.processing_class = tokenizer
+
+
+class DecodingOnce:
+    """A tokenizer that decodes equal rows once.
+
+    Args:
+        tokenizer: does everything else.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Tokenise."""
+        return self.tokenizer(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        """Any other attribute of the tokenizer."""
+        return getattr(self.tokenizer, name)
+
+    def batch_decode(self, sequences: Any, **options: Any) -> list[str]:
+        """Texts of token ids: lists of numbers, or a tensor (rows, tokens)."""
+        rows = sequences.cpu().numpy() if hasattr(sequences, "cpu") else [np.asarray(row) for row in sequences]
+        keys = [row.tobytes() for row in rows]
+        different = dict(zip(keys, rows, strict=True))
+        decoded = self.tokenizer.batch_decode([row.tolist() for row in different.values()], **options)
+        texts = dict(zip(different, decoded, strict=True))
+        return [texts[key] for key in keys]
