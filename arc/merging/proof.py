@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 # stored, learning rates 1e-5 to 1e-2) the merge's KL was 0.74 to 1.10 times that of the rounding. The extremes are
 # float16's, where 0.05% of the weights are so decided. A factor of 4 allows twice the distance in the answers.
 # Independent random errors would be no yardstick: on 36 of the models their KL was 0.3 to 16 times the merge's. Where
-# an adapter's changes are below half an ulp, rounding takes them back. Such errors all point against what was learned. A
-# right merge has them too; that they are large shows in `kl` beside `adapter_kl`.
+# an adapter's changes are below half an ulp, rounding takes them back. Such errors all point against what was learned.
+# A right merge has them too; that they are large shows in `kl` beside `adapter_kl`.
 KL_FACTOR = 4.0
 KL_FLOOR = 1e-9  # nats a token: how far two orders of summation in float32 may be apart (below 1e-12 on those models)
 

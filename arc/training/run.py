@@ -254,9 +254,7 @@ class StageRun(StageContext[S]):
 
     def merge(self) -> None:
         """Merge the adapter into its base, unless the merge exists, and prove that the result is their sum."""
-        import gc
-
-        import torch
+        from accelerate.utils import clear_device_cache
 
         leave()
         try:
@@ -273,9 +271,7 @@ class StageRun(StageContext[S]):
                 parent = where_the_parent_is(self)
                 if self.merged.exists():
                     move_aside(self.merged)
-            gc.collect()  # the memory of the trained model
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            clear_device_cache(garbage_collection=True)  # the memory of the trained model
             begin = time.perf_counter()
             with self._merge_errors(), self.machine_errors("merging"), new_folder(self.merged) as beside:
                 done = merge_and_check(self.lora, beside, base=parent, merge_base=self.settings.merge_base)
