@@ -13,11 +13,11 @@ LOCK, LOCK_HOLDER = ".lock", ".lock.by"
 
 
 class OutputLock:
-    """Keeps a second run off an output folder; a process that died holds nothing.
+    """Allows only one run at a time for an output folder. The lock of a process that died is free.
 
     Args:
-        folder: the output folder; made when the lock is taken.
-        script: who takes it, for the other's message.
+        folder: the output folder; created when the lock is taken.
+        script: the script that takes it, for the message of a second run.
     """
 
     def __init__(self, folder: Path, script: str):
@@ -29,7 +29,7 @@ class OutputLock:
         """Take the lock, unless this run has it.
 
         Raises:
-            BlockingIOError: another process has it (an OSError: a user can mend it).
+            BlockingIOError: another process has it.
         """
         import filelock
 

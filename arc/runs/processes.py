@@ -1,11 +1,11 @@
-"""Several processes of one host that do one run together: who writes, how all wait for each other, how all end.
+"""Several processes of one host in one run: the main process writes, all wait for each other, all end together.
 
-A launcher (torchrun, accelerate launch) starts a script once for each GPU. `start` joins these processes; from then on
-only the main one prints and writes. Where there is no launcher, everything here does what one process needs: nothing.
+A launcher (torchrun, accelerate launch) starts a script once for each GPU. `start` joins these processes. From then on
+only the main process prints and writes. Without a launcher, the functions here do nothing.
 
-The processes agree with each other through a group of their own over gloo, beside the one that training uses: waiting
-for a base to be prepared may take longer than a time-out of NCCL. A process that fails says so in the launcher's store,
-which a thread of each other process watches: so nobody waits for a process that is gone, and one message is printed.
+The processes communicate through another gloo group beside the one of the training, because waiting for a base to be
+prepared may take longer than NCCL's time-out. A process that fails records it in the launcher's store. A thread of
+each process watches the store, so that none waits for a process that has ended, and only one message is printed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _together: _Together | None = None
 
 
 def process_count() -> int:
-    """How many processes do this run."""
+    """Number of processes of this run."""
     return 1 if _together is None else _together.count
 
 
@@ -70,12 +70,12 @@ def is_main() -> bool:
 
 
 def start() -> None:
-    """Join the processes that a launcher started, once; does nothing without a launcher or with one process.
+    """Join the processes of a launcher, once. Does nothing without a launcher or with one process.
 
-    The others than the main process print nothing from then on, and each computes on the GPU of its number.
+    From then on only the main process prints. Each process uses the GPU with its number.
 
     Raises:
-        ValueError: more processes than GPUs, or on several hosts, or a model that is to be divided among them.
+        ValueError: more processes than GPUs, several hosts, or accelerate is configured to divide the model.
     """
     global _together
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -125,7 +125,7 @@ def start() -> None:
 
 
 def wait_for_everyone() -> None:
-    """Go on when all processes have come here."""
+    """Wait until all processes have called this."""
     if _together is not None:
         import torch
 
@@ -133,7 +133,7 @@ def wait_for_everyone() -> None:
 
 
 def agree(*numbers: int) -> tuple[int, ...]:
-    """The largest that any process gives, of each number; all processes get the same."""
+    """The maximum of each number over all processes; all get the same result."""
     if _together is None:
         return numbers
     import torch
@@ -144,10 +144,10 @@ def agree(*numbers: int) -> tuple[int, ...]:
 
 
 def gather(value: Any) -> list[Any]:
-    """What each process gives, in the order of their numbers; all processes get all of it.
+    """The values of all processes, in the order of their numbers; all get the same list.
 
     Args:
-        value: anything that can be pickled; it comes from this program's own processes.
+        value: of this process; anything that can be pickled.
     """
     if _together is None:
         return [value]
@@ -159,12 +159,12 @@ def gather(value: Any) -> list[Any]:
 
 
 def share(items: Sequence[Any]) -> list[Any]:
-    """This process's part of what all do together: every item is in one part, parts differ by one in length."""
+    """This process's share of the items: each item is in one share, and shares differ by at most one item."""
     return list(items[process_index() :: process_count()])
 
 
 def leave() -> None:
-    """Part from the other processes: when all have come here, the main one goes on alone and the others end.
+    """Leave the group: when all processes have called this, the main process goes on alone and the others end.
 
     Raises:
         SystemExit: with 0, in all processes but the main one.
@@ -190,7 +190,7 @@ def leave() -> None:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Print a message and end the program; of processes that fail together, the first prints and gives the code.
+    """Print a message and end the program. If several processes fail, the first one prints and decides the code.
 
     Args:
         message: for stderr.
@@ -276,14 +276,14 @@ def _end_quietly() -> None:
 
 
 def divide_batch(size: int, accumulation: int, processes: int | None = None) -> tuple[int, int]:
-    """How a step's samples are divided, so that all processes together do as many as one process would.
+    """Divide the samples of a step among the processes, so that the step has as many samples as with one process.
 
-    The passes of a step are divided among the processes; where that leaves a remainder, smaller passes are made.
+    The forward passes of a step are divided among the processes. If that leaves a remainder, the passes become smaller.
 
     Args:
-        size: samples of a forward pass, as set: none will be larger.
+        size: samples of a forward pass, as set; the result is not larger.
         accumulation: forward passes of a step, as set.
-        processes: default: those that there are.
+        processes: their number; default: the processes of this run.
 
     Returns:
         Samples of a forward pass and forward passes of a step, of each process.

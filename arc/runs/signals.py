@@ -18,14 +18,14 @@ SAME_SIGNAL = 1.0  # seconds in which a second signal is the first one's copy: `
 
 
 class StopSignals:
-    """Context manager: SIGTERM and SIGINT are noted, to stop at a good place; a second one acts at once.
+    """Context manager: records SIGTERM and SIGINT, so that the training stops after a step. A second one acts at once.
 
-    Meant to be put around the training only, since nothing else looks at what was noted. Does nothing outside the main
-    thread, and leaves a signal alone that this process was told to ignore.
+    For the training only, because only `guard` looks at the record. Does nothing outside the main thread. A signal that
+    this process ignores stays ignored.
 
     Attributes:
         received: the first signal, or None.
-        saves: whether whoever stops will save a checkpoint first; for the printed line. `guard` sets it.
+        saves: whether a checkpoint is saved before the stop; for the printed line. `guard` sets it.
     """
 
     def __init__(self) -> None:
@@ -69,17 +69,17 @@ class StopSignals:
             signal.raise_signal(number)
 
     def agree(self) -> bool:
-        """Whether a signal was received by any of the processes that work together; all note it then."""
+        """Whether any process of this run has received a signal; then all processes record it."""
         [number] = agree(int(self.received or 0))
         if number and self.received is None:
             self.received = signal.Signals(number)
         return self.received is not None
 
     def end_if_received(self, folder: str | Path) -> None:
-        """After the training: end the program if it was stopped, as a program does that a signal ended.
+        """End the program after the training if a signal has stopped it.
 
         Args:
-            folder: of the checkpoints; the newest is named.
+            folder: of the checkpoints; the message names the newest.
 
         Raises:
             SystemExit: with 128 + the signal's number (143 for SIGTERM, 130 for SIGINT).

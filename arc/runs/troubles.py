@@ -1,4 +1,4 @@
-"""Troubles of the machine: full disks, too little memory, lost processes, losses that are no numbers."""
+"""Troubles of the machine: full disks, too little memory, ended processes, losses that are not finite."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from arc.runs.processes import fail
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or a weight is infinite or no number; what was learned is lost, what was saved before is not.
+    """A loss or a weight is infinite or NaN. The training is lost, but not the checkpoints before it.
 
     Args:
-        what: what is not finite.
-        step: the optimizer step after which it was seen.
+        what: the quantity that is not finite, for the message.
+        step: the optimizer step after which this was noticed.
     """
 
     def __init__(self, what: str, step: int):
@@ -59,16 +59,16 @@ def machine_errors(
 ) -> Iterator[None]:
     """Turn trouble of the machine (memory, disk, permissions, NaN) into one message and exit code 1.
 
-    All else passes through untouched, and so does the trouble where ARC_TRACEBACK is set in the environment.
+    Other errors pass through. If ARC_TRACEBACK is set in the environment, all errors pass through.
 
     Args:
-        doing: what the block does, to be read after "while": "training", "merging".
-        settings: names and present values, from which to advise; empty where none of them helps, as in a merge.
-        folder: what is written to; the file system whose free space is told.
-        checkpoint: gives the newest complete checkpoint, if there is one; called only when something is wrong.
-        artifacts: folders that may be finished by then; those that are there are named.
-        measuring: names of functions that measure on held-out puzzles: memory that ran out inside one of them is
-            theirs, and another setting helps.
+        doing: the work of the block, read after "while": "training", "merging".
+        settings: names and values of settings, for the advice; empty if no setting helps, as in a merge.
+        folder: the output folder; the message names its free space.
+        checkpoint: returns the newest complete checkpoint; called only after an error.
+        artifacts: folders that may be finished; the message names those that exist.
+        measuring: names of functions that measure on held-out puzzles. If memory ran out inside one of them, another
+            setting helps.
     """
     try:
         yield
@@ -95,7 +95,7 @@ def explain(
     folder: str | Path,
     measuring: Sequence[str] = MEASURING,
 ) -> str | None:
-    """What trouble of the machine an error is and what to do about it, as text; None if it is none.
+    """A message that says which trouble an error is and what to do about it; None if it is no trouble of the machine.
 
     Args:
         error, doing, settings, folder, measuring: see `machine_errors`.
@@ -125,7 +125,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, in the words of any allocator."""
+    """Whether an error says that memory ran out, in the words of any allocator.
+
+    accelerate's `should_reduce_batch_size` misses CUBLAS_STATUS_ALLOC_FAILED, ENOMEM, and CUDA's error without a full
+    stop.
+    """
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     # torch.OutOfMemoryError is a RuntimeError, and its message says so; torch need not be imported to know it.
