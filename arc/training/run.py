@@ -254,7 +254,7 @@ class StageRun(StageContext[S]):
 
     def merge(self) -> None:
         """Merge the adapter into its base, unless the merge exists, and prove that the result is their sum."""
-        from accelerate.utils import clear_device_cache
+        from accelerate.utils.memory import clear_device_cache
 
         leave()
         try:

@@ -132,7 +132,7 @@ class Trial(ABC, Generic[S]):
 
     def release(self) -> None:
         """Free the gradients, and on CUDA the memory that the allocator caches."""
-        from accelerate.utils import clear_device_cache
+        from accelerate.utils.memory import clear_device_cache
 
         for parameter in self.model.parameters():
             parameter.grad = None
