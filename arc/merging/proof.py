@@ -103,8 +103,8 @@ class _Stored:
 def check_weights(model: Any, adapter: str | Path, merged: str | Path) -> dict[str, Any]:
     """Prove that every weight of a merged model is base + adapter, rounded once.
 
-    The sum is made anew in float64, from the adapter's files. A stored weight may differ from it by half an ulp of its
-    own type, and by what a sum in float32 may err.
+    The sum is computed again in float64, from the adapter's files. A stored weight may differ from it by half an ulp of
+    the stored type, and by the error of a sum in float32.
 
     Args:
         model: the merge base, as `load_merge_base` gives it.
@@ -112,8 +112,8 @@ def check_weights(model: Any, adapter: str | Path, merged: str | Path) -> dict[s
         merged: the folder of the merged model.
 
     Returns:
-        `weights` (how many), `largest_weight_error` in half ulps of the stored type, less what a sum in float32 may err
-        (so at most 1), and `largest_weight_error_in`, the tensor.
+        `weights`, their number; `largest_weight_error` in half ulps of the stored type, less the error of a sum in
+        float32 (so at most 1); `largest_weight_error_in`, the tensor.
 
     Raises:
         MergeError: a tensor is missing, left over, of another shape or type, or off; the worst is named.
@@ -317,9 +317,9 @@ def _load_merged(merged: str | Path, device: Any) -> Any:
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         raise MergeError(f"plain transformers cannot load {merged}: {str(error).strip().splitlines()[-1]}") from None
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        found = sorted(str(name) for name in report.get(what) or [])
-        if found:
-            raise MergeError(f"{merged} loads with {what.replace('_', ' ')}: {', '.join(found[:3])}")
+        names = sorted(str(name) for name in report.get(what) or [])
+        if names:
+            raise MergeError(f"{merged} loads with {what.replace('_', ' ')}: {', '.join(names[:3])}")
     return model.eval()
 
 
@@ -337,11 +337,11 @@ def check_vocabulary(adapter: str | Path, merged: str | Path, rows: Sequence[np.
     ours, theirs = load_tokenizer(adapter), load_tokenizer(merged)
     if len(ours) != len(theirs):
         raise MergeError(f"the tokenizer of {merged} has {len(theirs):,} tokens, the adapter's {len(ours):,}")
-    known, found = ours.get_vocab(), theirs.get_vocab()
-    for token, number in known.items():
-        if found.get(token) != number:
+    expected_ids, ids = ours.get_vocab(), theirs.get_vocab()
+    for token, number in expected_ids.items():
+        if ids.get(token) != number:
             raise MergeError(
-                f"token {token!r} is {found.get(token)} in the tokenizer of {merged}, {number} in the adapter's"
+                f"token {token!r} is {ids.get(token)} in the tokenizer of {merged}, {number} in the adapter's"
             )
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "all_special_ids"):
         expected, got = getattr(ours, name), getattr(theirs, name)

@@ -146,10 +146,10 @@ def find_parent(stage: Stage, settings: RunSettings, without_prepared: bool = Fa
 
 def stale_base(prepared: Path, settings: RunSettings) -> str | None:
     """Why a prepared base does not fit the settings, in words; None if it fits."""
-    made = read_manifest(prepared)
-    if not made:
+    manifest = read_manifest(prepared)
+    if not manifest:
         return None
-    base, full_vocab = made.get("base_model"), made.get("settings", {}).get("full_vocab", settings.full_vocab)
+    base, full_vocab = manifest.get("base_model"), manifest.get("settings", {}).get("full_vocab", settings.full_vocab)
     other = (
         f"{prepared} was prepared from {base} with full_vocab {str(full_vocab).lower()}, asked for is "
         f"{settings.base_model} with full_vocab {str(settings.full_vocab).lower()}: use those flags, another "
@@ -158,7 +158,7 @@ def stale_base(prepared: Path, settings: RunSettings) -> str | None:
     if full_vocab != settings.full_vocab:
         return other
     if settings.base_model is not None and Path(settings.base_model).is_dir():
-        table = made.get("base_files")
+        table = manifest.get("base_files")
         changed = find_changed_file(Path(settings.base_model), table) if table else None
         if changed and str(settings.base_model) == base:
             return (

@@ -376,9 +376,13 @@ def _run_checks(settings: RunSettings) -> dict[str, tuple[bool, str]]:
         check(name, is_seed(getattr(settings, name)), SEED)
     check("save_steps", settings.save_steps is None or settings.save_steps >= 0, WHOLE_FROM_0)
     check("max_steps", settings.max_steps == -1 or settings.max_steps >= 1, f"{WHOLE_FROM_1}, or -1 for no limit")
-    own = settings.samples_per_step
+    samples = settings.samples_per_step
     micro = settings.micro_batch_size
-    check("micro_batch_size", micro is None or (micro >= 1 and own % micro == 0), f"a divisor of the {own} of a step")
+    check(
+        "micro_batch_size",
+        micro is None or (micro >= 1 and samples % micro == 0),
+        f"a divisor of the {samples} of a step",
+    )
     check("max_seq_length", settings.max_seq_length >= 16, "a whole number from 16")
     check("weight_decay", math.isfinite(settings.weight_decay) and settings.weight_decay >= 0, "a number from 0")
     check("adam_beta2", 0 <= settings.adam_beta2 < 1, "a share from 0 to below 1")
