@@ -58,13 +58,13 @@ class DataSettings:
         None, "base puzzles to train on, of dataset_dir; default: all that its files yield, no example used twice"
     )
     extra_dataset_dirs: list[str] = setting(
-        [], "more folders of task files, all of which is trained on besides: other datasets, generated puzzles"
+        [], "more folders of task files to train on (other datasets, generated puzzles); nothing of them is held out"
     )
-    sizes: list[int] = setting([6], "demonstration pairs of a puzzle; several: taken in turn")
-    grid_sizes: list[int] = setting([], "keep only pairs whose sides lie between these two bounds; default: all")
-    dataset_seed: int = setting(42, "seed of how examples form puzzles")
+    sizes: list[int] = setting([6], "demonstration pairs of a puzzle; several numbers are taken in turn")
+    grid_sizes: list[int] = setting([], "smallest and largest side of a grid; other pairs are left out; default: all")
+    dataset_seed: int = setting(42, "seed of the choice of examples for each puzzle")
     # Held out: no stage trains on what the evaluation uses
-    holdout_examples: int = setting(64, "puzzles held out, spread evenly over the tasks that are trained on")
+    holdout_examples: int = setting(64, "puzzles held out, spread evenly over the trained tasks")
     holdout_tasks: int = setting(0, "whole tasks held out")
     holdout_seed: int = setting(42, "seed of the split")
 
@@ -78,35 +78,35 @@ class RunSettings(DataSettings):
     """Settings of all stages: folders, how a run is done, LoRA, training. Each stage adds its own."""
 
     # Where
-    base_model: str | None = setting(None, "folder or hub name to start from; default: the parent stage's -merged")
-    output_dir: str = setting("output", "folder of all artifacts; stages find each other's there")
+    base_model: str | None = setting(None, "folder or hub name to start from; default: the merge of the stage before")
+    output_dir: str = setting("output", "folder of all artifacts, the same for all stages")
     artifact_prefix: str = setting("Llama-3.2-1B", "first part of the artifacts' names")
     # How
     engine: str = setting("auto", "unsloth, transformers, or auto: unsloth where there is CUDA")
     load_in_4bit: bool | None = setting(None, "quantise the frozen base; default: on unsloth only")
-    dtype: str = setting("auto", "bfloat16, float16, float32, or auto: what this machine has")
+    dtype: str = setting("auto", "bfloat16, float16, float32, or auto: the best that this machine supports")
     full_vocab: bool = setting(False, "keep the whole vocabulary instead of one token per cell")
     merge_base: str = setting(
         "quantised",
-        "merge onto the base as it was trained on (quantised) or onto its 16-bit weights (original), which a next "
-        "stage that quantises again needs to keep small changes",
+        "quantised: merge onto the 4-bit base of the training; original: onto its 16-bit weights, which keeps small "
+        "changes if the next stage quantises again",
     )
     seed: int = setting(42, "seed of order and augmentation")
     dry_run: bool = setting(False, "check settings, data, model folder and masks, then stop")
     overwrite: bool = setting(
         False,
-        "make damaged or outdated artifacts of this stage anew; the old ones are moved aside, never deleted",
+        "make damaged or outdated artifacts of this stage again; the old ones are renamed, never deleted",
     )
     # Views
-    tp: str = setting("all", "transposed views: all, true (one drawn a sample) or false")
-    rt: str = setting("all", "rotated views: all, true (one drawn a sample) or false")
+    tp: str = setting("all", "transposed views: all, true (drawn for each sample) or false")
+    rt: str = setting("all", "rotated views: all, true (drawn for each sample) or false")
     perm: bool = setting(True, "a new colour permutation for each sample and epoch")
-    perm_share: float = setting(1.0, "share of the samples whose colours are permuted; the others keep their own")
-    keep_background: bool = setting(False, "colour permutations leave 0 alone")
+    perm_share: float = setting(1.0, "share of the samples whose colours are permuted")
+    keep_background: bool = setting(False, "colour permutations do not change colour 0")
     shfl_ex: bool = setting(True, "a new order of the demonstrations for each sample and epoch")
     max_seq_length: int = setting(1536, "longest row in tokens; demonstrations are dropped to fit")
     # LoRA
-    lora_r: int = setting(512, "rank; embed_tokens and lm_head are trained in full whatever the rank")
+    lora_r: int = setting(512, "rank; it does not apply to embed_tokens and lm_head, which are trained in full")
     lora_alpha: float = setting(24.0, "the update is scaled by alpha / sqrt(r)")
     lora_dropout: float = setting(0.0, "dropout in front of the LoRA matrices")
     use_rslora: bool = setting(True, "rank-stabilised scaling; false: alpha / r")
@@ -130,30 +130,30 @@ class RunSettings(DataSettings):
     # How a step is computed, which makes no difference to what is learned (batch_planning)
     micro_batch_size: int | None = setting(
         None,
-        "samples of one forward pass on each GPU, a divisor of a step's; default: as many as fit its memory, on a CPU "
-        "per_device_train_batch_size",
+        "samples of one forward pass on each GPU; must divide the samples of a step; default: as many as fit the GPU's "
+        "memory, on a CPU per_device_train_batch_size",
     )
     gradient_checkpointing: bool | None = setting(
-        None, "recompute activations, slower and with less memory; default: where there is no room without, and on CPUs"
+        None, "recompute activations: slower, less memory; default: where memory is short, and on CPUs"
     )
     fold_lora: bool = setting(
         False,
-        "add LoRA's matrices to a layer's weight before it multiplies (engine transformers, not in 4 bits): faster for "
-        "ranks near the layers' width; in 16 bits blind to changes below a weight's last digit",
+        "add LoRA's matrices to a layer's weight before the product (engine transformers, not in 4 bits): faster for "
+        "ranks near the layers' width; in 16 bits, changes below a weight's last digit are lost",
     )
     # Watching
     logging_steps: int = setting(10, "steps between log lines")
     eval_steps: int = setting(500, "steps between measurements on the held-out puzzles; 0: never")
-    eval_puzzles: int = setting(32, "held-out puzzles that are decoded for the exact match; 0: none")
+    eval_puzzles: int = setting(32, "held-out puzzles decoded for the exact match; 0: none")
     per_device_eval_batch_size: int = setting(8, "held-out puzzles measured or decoded at once")
     save_steps: int | None = setting(
-        None, "steps between checkpoints; default: as many as are done in five minutes; 0: no checkpoints"
+        None, "steps between checkpoints; default: a checkpoint every five minutes; 0: no checkpoints"
     )
     save_total_limit: int = setting(2, "checkpoints kept")
     report_to: str = setting("none", "none, tensorboard, wandb, ...")
     dataloader_num_workers: int | None = setting(
         None,
-        "processes that make batches ahead; 0: the main one does; default: 2 where a step has 32 samples or more on "
+        "processes that make batches; 0: the main process makes them; default: 2 if a step has 32 samples or more on "
         "each GPU (stages 1 and 2, engine transformers), else 0",
     )
 
@@ -169,10 +169,12 @@ class SupervisedSettings(RunSettings):
 
     padding_free: bool | None = setting(
         None,
-        "samples of a forward pass in one row without padding, each blind to the others; default: on GPUs that can",
+        "put the samples of a forward pass into one row without padding, with separate attention; default: on GPUs "
+        "that support it",
     )
     compile_layers: bool | None = setting(
-        None, "compile the layers (engine transformers), which takes a minute; default: where it pays on a GPU"
+        None,
+        "compile the layers (engine transformers), which takes a minute; default: on a GPU if that saves time",
     )
 
 

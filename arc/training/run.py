@@ -22,18 +22,9 @@ from arc.models.lora import save_adapter
 from arc.models.manifests import read_manifest, write_manifest
 from arc.models.prepared_base import prepare_base
 from arc.models.weights import MergeError
-from arc.runs.artifacts import (
-    INCOMPLETE,
-    Stage,
-    file_table,
-    find_parent,
-    made_from,
-    move_aside,
-    new_folder,
-    provenance,
-    versions,
-)
+from arc.runs.artifacts import INCOMPLETE, Stage, file_table, move_aside, new_folder, provenance, versions
 from arc.runs.checkpoints import complete_checkpoints, delete_older, refuse_pickles
+from arc.runs.freshness import find_parent, made_from
 from arc.runs.guard import generation_steps, guard
 from arc.runs.lock import OutputLock
 from arc.runs.needs import count_weights, disk_needs, find_shortages, format_duration, memory_needs, read_free
@@ -263,9 +254,7 @@ class StageRun(StageContext[S]):
 
     def merge(self) -> None:
         """Merge the adapter into its base, unless the merge exists, and prove that the result is their sum."""
-        import gc
-
-        import torch
+        from accelerate.utils.memory import clear_device_cache
 
         leave()
         try:
@@ -282,9 +271,7 @@ class StageRun(StageContext[S]):
                 parent = where_the_parent_is(self)
                 if self.merged.exists():
                     move_aside(self.merged)
-            gc.collect()  # the memory of the trained model
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            clear_device_cache(garbage_collection=True)  # the memory of the trained model
             begin = time.perf_counter()
             with self._merge_errors(), self.machine_errors("merging"), new_folder(self.merged) as beside:
                 done = merge_and_check(self.lora, beside, base=parent, merge_base=self.settings.merge_base)
