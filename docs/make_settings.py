@@ -46,16 +46,22 @@ def default_of(field) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
+def sentence_of(field) -> str:
+    """What `--help` says of a field."""
+    return field.metadata.get("help", "").replace("|", "\\|")
+
+
 def page() -> str:
     """The page's text."""
     text = HEAD
     for title, settings, parents in SECTIONS:
-        inherited = {(field.name, default_of(field)) for parent in parents for field in fields(parent)}
+        inherited = {
+            (field.name, default_of(field), sentence_of(field)) for parent in parents for field in fields(parent)
+        }
         text += f"\n## {title}\n\n| setting | default | |\n| --- | --- | --- |\n"
         for field in fields(settings):
-            if (field.name, default_of(field)) not in inherited:
-                help_text = field.metadata.get("help", "").replace("|", "\\|")
-                text += f"| `{field.name}` | {default_of(field)} | {help_text} |\n"
+            if (field.name, default_of(field), sentence_of(field)) not in inherited:
+                text += f"| `{field.name}` | {default_of(field)} | {sentence_of(field)} |\n"
     return text
 
 

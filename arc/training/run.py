@@ -73,7 +73,7 @@ class StageRun(StageContext[S]):
             if self.precision.load_in_4bit and read_manifest(parent).get("merged_onto") == "quantised":
                 print(
                     "note: the parent was merged onto its quantised base and is quantised again here, which rounds "
-                    "small changes away; merged with --merge_base original it keeps them (benchmarks/README.md)"
+                    "small changes away; merged with --merge_base original it keeps them (docs/artifacts.md)"
                 )
 
     def begin(self, data: StageData) -> None:
@@ -285,7 +285,7 @@ class StageRun(StageContext[S]):
         print(f"saved {self.merged}: merged onto the {done['merged_onto']} base in {time.perf_counter() - begin:.0f} s")
         if done["merged_onto"] == "quantised":
             print(
-                "note: a next stage that quantises this model again loses its small changes (benchmarks/README.md); to "
+                "note: a next stage that quantises this model again loses its small changes (docs/artifacts.md); to "
                 "keep them, run this again with --merge_base original --overwrite"
             )
 
@@ -335,7 +335,7 @@ def _never_fatal(without: str) -> Iterator[None]:
 
 
 def _is_over(state: dict[str, Any]) -> bool:
-    # Whether a training, by the state of its newest checkpoint, is done or was stopped for a reason (policy_guards).
+    # Whether a training, by the state of its newest checkpoint, is done or was stopped for a reason (grpo/guard.py).
     guards = (state.get("stateful_callbacks") or {}).values()
     stopped = any(isinstance(kept, dict) and kept.get("reason") for kept in guards)
     return state["global_step"] == state["max_steps"] or stopped
