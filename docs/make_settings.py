@@ -46,22 +46,19 @@ def default_of(field) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
-def sentence_of(field) -> str:
-    """What `--help` says of a field."""
-    return field.metadata.get("help", "").replace("|", "\\|")
+def row_of(field) -> str:
+    """A field's row of the table: name, default, and the sentence of `--help`."""
+    sentence = field.metadata.get("help", "").replace("|", "\\|")
+    return f"| `{field.name}` | {default_of(field)} | {sentence} |\n"
 
 
 def page() -> str:
     """The page's text."""
     text = HEAD
     for title, settings, parents in SECTIONS:
-        inherited = {
-            (field.name, default_of(field), sentence_of(field)) for parent in parents for field in fields(parent)
-        }
+        inherited = {row_of(field) for parent in parents for field in fields(parent)}
         text += f"\n## {title}\n\n| setting | default | |\n| --- | --- | --- |\n"
-        for field in fields(settings):
-            if (field.name, default_of(field), sentence_of(field)) not in inherited:
-                text += f"| `{field.name}` | {default_of(field)} | {sentence_of(field)} |\n"
+        text += "".join(row for row in map(row_of, fields(settings)) if row not in inherited)
     return text
 
 
