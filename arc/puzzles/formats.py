@@ -1,7 +1,7 @@
 """Formats of datasets: folders of task files, re-arc, Kaggle's files, neoneye's collection.
 
-Each function gives puzzles and, where their order matters, keys; `ArcDataset.load_from_...` makes a dataset of them. A
-new format is a function here and a method there.
+A new format is a function here that returns puzzles (and keys, if their order matters), and a `load_from_...` method of
+`ArcDataset`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _check_sizes(sizes: Iterable[int]) -> list[int]:
 
 
 def _unique_names(files: Sequence[Path]) -> list[str]:
-    """The puzzles' or tasks' names of files, which must differ."""
+    """Task or puzzle names of files. ValueError: two are equal."""
     first: dict[str, Path] = {}
     names = [clean_name(file.stem) for file in files]
     for file, name in zip(files, names, strict=True):
@@ -69,26 +69,19 @@ def read_folder(
     if grid_sizes is not None and not (len(grid_sizes) == 2 and 1 <= grid_sizes[0] <= grid_sizes[1]):
         raise ValueError(f"grid_sizes is {grid_sizes}, expected (low, high) with 1 <= low <= high")
     files = list_json(path)
-    names = _unique_names(files)
-    maker = _Maker(str(path), names, *read_tasks(files), sizes, seed, bounds=grid_sizes)
+    maker = _Maker(str(path), _unique_names(files), *read_tasks(files), sizes, seed, bounds=grid_sizes)
     return maker.make("{}-{:03d}".format, n=n)
 
 
 def read_rearc(
-    path: str | os.PathLike[str],
-    n: int,
-    sizes: Sequence[int],
-    seed: int,
-    others: Mapping[str, Loaded] | None,
-    shuffle: bool,
+    path: str | os.PathLike[str], n: int, sizes: Sequence[int], seed: int, others: Mapping[str, Loaded], shuffle: bool
 ) -> Loaded:
     """See `ArcDataset.load_from_rearc`; `others` are the puzzles and keys of its `mix_datasets`."""
     sizes = _check_sizes(sizes)
     if n < 1:
         raise ValueError(f"n is {n}, expected at least 1 round")
     files = list_rearc(path)
-    names = _unique_names(files)
-    maker = _Maker(str(path), names, *read_tasks(files), sizes, seed, rounds=n)
+    maker = _Maker(str(path), _unique_names(files), *read_tasks(files), sizes, seed, rounds=n)
     data, keys = maker.make("rearc-{}{:02x}".format, shuffle=shuffle)
     return _mixed_in(data, keys, others, n, seed, shuffle) if others else (data, keys)
 
@@ -109,11 +102,9 @@ def read_solutions(file: str | os.PathLike[str], data: PuzzleData) -> PuzzleData
     solutions = parse_json(read_bytes(path), path)
     if not isinstance(solutions, dict):
         raise ValueError(f"{path}: found {show(solutions)}, expected {{id: [grid for each test input]}}")
-    missing = [puzzle for puzzle in data.challenge if solutions.get(puzzle) is None]
-    if missing:
-        raise ValueError(
-            f"{path}: no solutions of {len(missing):,} puzzles, such as {show_name(missing[0])}, expected all"
-        )
+    if missing := [puzzle for puzzle in data.challenge if solutions.get(puzzle) is None]:
+        such = f"{len(missing):,} puzzles, such as {show_name(missing[0])}"
+        raise ValueError(f"{path}: no solutions of {such}, expected all")
     with _named(path):
         return collect(data.challenge, {puzzle: solutions[puzzle] for puzzle in data.challenge})
 
@@ -137,14 +128,10 @@ def read_neoneye(path: str | os.PathLike[str]) -> PuzzleData:
     return collect(puzzles, solutions)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Puzzles made of tasks' pairs
-
-
 def cycle_sizes(sizes: Sequence[int], pairs: int, rng: np.random.Generator) -> np.ndarray:
-    """Sizes of puzzles that `pairs` pairs are enough for, a test each included, int64 (puzzles,).
+    """Sizes of the puzzles that a number of pairs is enough for, with one test each: int64 (puzzles,).
 
-    Seeded orders of `sizes`, one after another. Sizes that are larger than the remaining pairs are skipped.
+    Seeded orders of `sizes` follow one another. Sizes above the remaining pairs are skipped.
     """
     most = pairs // (min(sizes) + 1)
     plan = rng.permuted(np.tile(np.array(sizes, dtype=np.int64), (most, 1)), axis=1).ravel()
@@ -171,7 +158,7 @@ class _Maker(NamedTuple):
     bounds: Sequence[int] | None = None  # of the sides of the grids
 
     def _choose(self, task: int, left_out: dict[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of a task: the pairs' inputs and the official test grids (numbers in the store), and its puzzles' sizes."""
+        """A task's inputs and official test grids (numbers in the store), and the sizes of its puzzles."""
         file, store = self.files[task], self.store
         inputs, tests = file.first + 2 * np.arange(file.pairs), np.zeros(0, dtype=np.int64)
         if self.bounds is not None:
@@ -204,7 +191,7 @@ class _Maker(NamedTuple):
         Args:
             name: a puzzle's id from its task's name and its round.
             n: how many puzzles; None: all.
-            shuffle: whether the order within a round is seeded; else it is that of the tasks.
+            shuffle: whether the order within a round is seeded; else the tasks' order.
         """
         left_out = dict.fromkeys(("pairs outside grid_sizes", "pairs that fill no puzzle", "tasks without a puzzle"), 0)
         grids: list[np.ndarray] = []  # numbers in the store, in the order of the puzzles

@@ -1,7 +1,7 @@
 """Grids in one flat array, puzzles as small windows on it, and the checks that every grid passes.
 
-A folder of 192,628 pairs is then a handful of arrays and not a million Python objects. Messages name the puzzle, pair
-and row, counted from 1.
+So a folder of 192,628 pairs is a handful of arrays, not a million Python objects. Errors name the puzzle, pair and row,
+counted from 1.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class GridStore:
         cells.flags.writeable = False  # grids that are handed out are windows on it
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled by its arrays, so that they are read-only again after loading."""
+        """Pickle the arrays alone: `__init__` makes them read-only again."""
         return GridStore, (self.cells, self.offsets, self.heights, self.widths)
 
     def grid(self, index: int) -> np.ndarray:
@@ -70,7 +70,7 @@ class GridStore:
 
 
 class Window(Sequence):
-    """Some items of a store, made when they are asked for: an object for every pair would cost more than its cells."""
+    """Some items of a store, created on access: an object for every pair would cost more than its cells."""
 
     __slots__ = ("_count", "first", "store")
     grids_each = 1  # grids of one item
@@ -141,7 +141,7 @@ class Puzzle(TypedDict):
 
 
 class PuzzleData(NamedTuple):
-    """Puzzles of one store, by id, and what is known of where they come from."""
+    """Puzzles of one store, by id, and where they come from."""
 
     store: GridStore
     challenge: dict[str, Puzzle]
@@ -175,22 +175,21 @@ def show(value: Any) -> str:
 
 
 def show_name(name: Any) -> str:
-    """A puzzle's or file's name for a message: as it is, or a short picture of it if it is long or not printable."""
+    """A puzzle's or file's name for a message, shortened if it is long or not printable."""
     return name if isinstance(name, str) and len(name) <= 60 and name.isprintable() else show(name)
 
 
 def is_unicode(name: str) -> bool:
-    """Whether a name can be written as UTF-8; JSON and file systems can give halves of surrogate pairs."""
+    """Whether a name can be written as UTF-8: JSON and file systems can give lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def check_grid(grid: Any, where: str) -> np.ndarray:
-    """A grid as uint8 (height, width), 1..30 each way, cells 0..9; else a ValueError whose message `where` opens."""
+    """A grid as uint8 (height, width), 1..30 each way, cells 0..9. ValueError otherwise; `where` opens its message."""
     if isinstance(grid, np.ndarray):
         if grid.ndim != 2 or grid.dtype.kind not in "iu":
-            raise ValueError(
-                f"{where}: found an array {grid.shape} of {grid.dtype}, expected (height, width) of integers"
-            )
+            array = f"an array {grid.shape} of {grid.dtype}"
+            raise ValueError(f"{where}: found {array}, expected (height, width) of integers")
         if 0 < grid.shape[0] <= MAX_SIDE and 0 < grid.shape[1] <= MAX_SIDE and 0 <= grid.min() and grid.max() <= 9:
             return grid.astype(np.uint8)
         grid = grid.tolist()  # for the row in the message
@@ -229,7 +228,7 @@ def check_pairs(pairs: Sequence[Any], where: str) -> list[np.ndarray]:
 
 
 class CheckedPuzzle(NamedTuple):
-    """Checked grids: demonstrations' inputs and outputs in turn, test inputs, and their outputs if they are known."""
+    """Checked grids: demonstrations' inputs and outputs in turn, test inputs, and their outputs if known."""
 
     train: list[np.ndarray]
     test: list[np.ndarray]
@@ -237,11 +236,7 @@ class CheckedPuzzle(NamedTuple):
 
 
 def check_puzzle(value: Any, where: str) -> CheckedPuzzle:
-    """The grids of {"train": pairs, "test": pairs with or without outputs}.
-
-    Raises:
-        ValueError: anything else; `where` opens the message.
-    """
+    """The grids of {"train": pairs, "test": pairs with or without outputs}. ValueError otherwise, as `check_grid`."""
     if not isinstance(value, Mapping) or "train" not in value or "test" not in value:
         raise ValueError(f'{where}: found {show(value)}, expected {{"train": pairs, "test": pairs}}')
     for name in ("train", "test"):
@@ -259,7 +254,7 @@ def check_puzzle(value: Any, where: str) -> CheckedPuzzle:
 
 
 def collect(challenge: Mapping[str, Any], solutions: Mapping[str, Any]) -> PuzzleData:
-    """Bring puzzles into one store: windows on other stores are moved, everything else is checked and copied.
+    """Bring puzzles into one store. Windows on other stores are moved; everything else is checked and copied.
 
     Args:
         challenge: puzzle id -> {"train": pairs, "test": pairs or inputs}.

@@ -1,4 +1,4 @@
-"""Which puzzles are held out: a seeded choice that depends on the names of tasks and puzzles alone."""
+"""The choice of held-out puzzles: seeded, it depends on the names of tasks and puzzles alone."""
 
 from __future__ import annotations
 
