@@ -1,4 +1,4 @@
-"""What a model answers to test inputs: candidate grids from all views, scored under all views."""
+"""The answers of a model to test inputs: candidate grids from all views, scored under all views."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Answer:
     """A model's answer to one test input.
 
     Args:
-        views: number of views that fit the context. 0: not even the first one does, so there is no answer.
+        views: number of views that fit the context; 0: not even the first one, so there is no answer.
         shortened: number of views that lost demonstrations to fit.
         left_out: number of views that do not fit with one demonstration; 0 where the first one does not.
         greedy: grid of the greedy reply to the first view; None: the reply is no grid.
@@ -50,7 +50,7 @@ class _View:
 
 
 def count_rows(dataset: ArcDataset, views: int) -> int:
-    """Rows that one model decodes and scores: what `answer_puzzles` counts on the progress bar."""
+    """Rows that one model decodes and scores: the total of the progress bar."""
     return sum(_rows_of(dataset, key, views) for key in dataset.keys)
 
 
@@ -64,8 +64,8 @@ def answer_puzzles(
 ) -> dict[str, Answer]:
     """Answers of one model to all test inputs.
 
-    First come the greedy replies to the first views. They are the guesses with which a search of the other views
-    begins. Then, chunk by chunk, come candidates from all views and their scores under all views.
+    First come the greedy replies to the first views: guesses that make the search of the other views faster. Then,
+    chunk by chunk, come candidates from all views and their scores under all views.
 
     Args:
         replies: of the model.
@@ -114,13 +114,9 @@ def _fitting_views(replies: Replies, dataset: ArcDataset, key: str, settings: An
 
 
 def _answer_chunk(
-    replies: Replies,
-    dataset: ArcDataset,
-    settings: Any,
-    views: dict[str, list[_View]],
-    greedy: dict[str, Reply],
-    answers: dict[str, Answer],
-) -> None:
+    replies: Replies, dataset: ArcDataset, settings: Any,
+    views: dict[str, list[_View]], greedy: dict[str, Reply], answers: dict[str, Answer],
+) -> None:  # fmt: skip
     # Fills in the answers to some test inputs.
     def grid_of(reply: Reply, key: str) -> np.ndarray | None:
         text = replies.tokenizer.decode(reply.tokens, skip_special_tokens=False)
@@ -137,7 +133,12 @@ def _answer_chunk(
         answers[key].greedy_log_prob = greedy[key].log_prob
         prompts += [view.prompt for view in key_views]
         guesses += [view.guess if grid is None else reply_of(grid, view.key) for view in key_views]
-    decoded = iter(_decode(replies, settings, prompts, guesses))
+    if settings.decoding == "search":
+        decoded = iter(replies.searched(prompts, guesses, settings.min_prob))
+    elif settings.decoding == "sample":
+        decoded = iter(replies.sampled(prompts, guesses, settings.samples, settings.temperature))
+    else:
+        decoded = iter([[reply] for reply in replies.greedy(prompts, guesses)])
     to_score: list[tuple[np.ndarray, list[np.ndarray]]] = []  # prompts, and the replies to score after each
     known: dict[tuple[str, str], float] = {}  # (prompt, reply) -> log probability that decoding has computed
     for key, key_views in views.items():
@@ -145,15 +146,12 @@ def _answer_chunk(
         if all(reply.tokens.tobytes() != greedy[key].tokens.tobytes() for reply in of_view[0]):
             # However improbable it is: a model that is sure of nothing still has a first guess.
             of_view[0].append(greedy[key])
-        for view, found in zip(key_views, of_view, strict=True):
-            known |= {(token_hash(view.prompt), token_hash(reply.tokens)): reply.log_prob for reply in found}
-        candidates = answers[key].candidates = gather_candidates(
-            [
-                [(grid_of(reply, view.key), reply.log_prob) for reply in found]
-                for view, found in zip(key_views, of_view, strict=True)
-            ]
-        )
-        to_score += [(view.prompt, [reply_of(each.grid, view.key) for each in candidates]) for view in key_views]
+        grids = []
+        for view, view_replies in zip(key_views, of_view, strict=True):
+            known |= {(token_hash(view.prompt), token_hash(reply.tokens)): reply.log_prob for reply in view_replies}
+            grids.append([(grid_of(reply, view.key), reply.log_prob) for reply in view_replies])
+        candidates = answers[key].candidates = gather_candidates(grids)
+        to_score += [(view.prompt, [reply_of(one.grid, view.key) for one in candidates]) for view in key_views]
         solution = dataset[key]["solution"]
         if solution is not None:
             to_score.append((key_views[0].prompt, [reply_of(solution, key_views[0].key)]))
@@ -164,14 +162,6 @@ def _answer_chunk(
             candidate.scored = [of_view[number] for of_view in by_view]
         if dataset[key]["solution"] is not None:
             answers[key].truth = next(scores)[0]
-
-
-def _decode(replies: Replies, settings: Any, prompts: list[np.ndarray], guesses: list[np.ndarray]) -> list[list[Reply]]:
-    if settings.decoding == "search":
-        return replies.searched(prompts, guesses, settings.min_prob)
-    if settings.decoding == "sample":
-        return replies.sampled(prompts, guesses, settings.samples, settings.temperature)
-    return [[reply] for reply in replies.greedy(prompts, guesses)]
 
 
 def _score(

@@ -1,6 +1,6 @@
 """The replies of a model to prompts, each computed once: a cache on the disk holds them.
 
-So an evaluation that was killed goes on where it was, and one with more views computes only the new ones.
+So a killed evaluation goes on where it was, and one with more views computes only the new ones.
 """
 
 from __future__ import annotations
@@ -33,10 +33,6 @@ Save = Callable[[int, Any], None]  # (number of a prompt, its replies as JSON): 
 
 class Replies:
     """One model's replies. Cached ones are not computed again, and no weights are loaded for them.
-
-    Args:
-        model: the model.
-        settings: of evaluate_arc.py.
 
     Raises:
         ValueError: the context has no room for a prompt and the longest reply, or the tokenizer has no end token.
@@ -72,7 +68,7 @@ class Replies:
 
     @property
     def model(self) -> Any:
-        """The model, loaded when it is first needed."""
+        """The model, loaded on first use."""
         if self._model is None:
             with user_errors(), self.progress.paused():
                 self._model = load_evaluated(self.evaluated, self.context)
@@ -94,7 +90,7 @@ class Replies:
             torch.cuda.empty_cache()
 
     def greedy(self, prompts: Rows, guesses: Rows) -> list[Reply]:
-        """The greedy reply to each prompt. It is cut short once it can no longer become a grid."""
+        """The greedy reply to each prompt, cut short once it can no longer become a grid."""
 
         def compute(missing: list[int], save: Save) -> None:
             self._sample(missing, prompts, guesses, save, samples=1, temperature=0.0)
@@ -103,7 +99,7 @@ class Replies:
         return [replies[0] for replies in self._load_or_compute(names, compute, least=1)]
 
     def sampled(self, prompts: Rows, guesses: Rows, samples: int, temperature: float) -> list[list[Reply]]:
-        """Random samples of replies to each prompt, without repetitions."""
+        """Different random samples of replies to each prompt."""
         seed = self.settings.seed
 
         def compute(missing: list[int], save: Save) -> None:
@@ -218,7 +214,7 @@ class Replies:
 
 
 def token_hash(tokens: np.ndarray) -> str:
-    """A hash of token ids, which names prompts and replies in the cache."""
+    """A hash of token ids: names prompts and replies in the cache."""
     return hashlib.sha256(np.asarray(tokens, dtype=np.int64).tobytes()).hexdigest()[:32]
 
 

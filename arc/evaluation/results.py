@@ -1,4 +1,4 @@
-"""One evaluation: the answers of all models, how they are judged, and the files that hold the results."""
+"""One evaluation: the answers of all models, their scores, and the files of results."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ NOT_THE_RESULT = ("output_dir", "cache_dir", "batch_size")  # settings that do n
 def evaluate(models: Sequence[Replies], puzzles: Puzzles, settings: Any) -> dict[str, Any]:
     """Evaluate models one after the other.
 
-    With several processes, each answers its share of the puzzles, and all use one cache. The main process gets all
-    answers; the others end here.
+    Each of several processes answers its share of the puzzles; all use one cache. The main process gathers all answers;
+    the others end here.
 
     Args:
         models: the replies of each model; their cache is opened here.
@@ -43,7 +43,7 @@ def evaluate(models: Sequence[Replies], puzzles: Puzzles, settings: Any) -> dict
         settings: of evaluate_arc.py.
 
     Returns:
-        What `results.json` holds; see `write_results`.
+        The content of `results.json`; see `write_results`.
     """
     dataset = puzzles.dataset
     entries = {key: _puzzle_entry(puzzles, key) for key in dataset.keys}
@@ -200,15 +200,12 @@ def write_results(results: dict[str, Any], dataset: ArcDataset, folder: str | Pa
     - "table": see `scores.score_table`; "rules": see `scores.rule_table`.
     A grid is a list of rows. Figures that need a solution are null where there is none.
 
-    A results.json of another evaluation is first moved aside, with its submissions and report.
+    Files of another evaluation in the folder are moved aside first.
 
     Args:
         results: see `evaluate`.
         dataset: the puzzles, as they were loaded.
-        folder: is created if it is not there.
-
-    Returns:
-        The files.
+        folder: created if missing.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

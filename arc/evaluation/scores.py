@@ -1,4 +1,4 @@
-"""Scores of an evaluation: shares of solved test inputs, their intervals, and changes from one model to the next."""
+"""Scores of an evaluation: shares of solved test inputs, intervals, and changes from one model to the next."""
 
 from __future__ import annotations
 
@@ -16,12 +16,7 @@ MEANS = ("score", "cell_accuracy", "prob_truth", "prob_greedy")
 
 
 def wilson_interval(count: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95% interval of a share of independent trials.
-
-    Args:
-        count: number of successes.
-        n: number of trials.
-        z: quantile of the normal distribution.
+    """95% interval of a share: `count` successes in n independent trials; z: quantile of the normal distribution.
 
     Source: Wilson 1927. Unlike the normal approximation it is right near 0 and 1.
     """
@@ -36,10 +31,7 @@ def wilson_interval(count: float, n: int, z: float = 1.959964) -> tuple[float, f
 def bootstrap_interval(values: Sequence[float], groups: Sequence[str] | None = None, seed: int = 0) -> list[float]:
     """95% interval of a mean by resampling groups, because test inputs of one puzzle are not independent.
 
-    Args:
-        values: numbers, (n,).
-        groups: the group of each value; None: each value is a group.
-        seed: of the draws.
+    `groups` names the group of each value; None: each value is a group.
     """
     if not len(values):
         return [0.0, 1.0]
@@ -56,13 +48,8 @@ def bootstrap_interval(values: Sequence[float], groups: Sequence[str] | None = N
 def mean_interval(values: Sequence[float], groups: Sequence[str], least: float = 0.0) -> list[float]:
     """95% interval of a mean by `bootstrap_interval`, with a margin where all values are equal.
 
-    Resampling equal values gives an interval of width 0. The margin is Wilson's bound for no success in as many trials
-    as there are groups.
-
-    Args:
-        values: numbers from `least` to 1, (n,).
-        groups: the group of each value.
-        least: smallest possible value.
+    Resampling equal values gives a width of 0. The margin is Wilson's bound for no success in as many trials as there
+    are groups. Values range from `least` to 1.
     """
     low, high = bootstrap_interval(values, groups)
     if low == high:
@@ -136,9 +123,7 @@ def _measured(name: str, values: Sequence[Any], interval: Any) -> dict[str, Any]
 def rule_table(models: Sequence[str], puzzles: dict[str, dict[str, Any]], rules: Sequence[str]) -> list[dict[str, Any]]:
     """The score of each selection rule, and how often the solution was among the candidates.
 
-    Args:
-        models, puzzles: see `score_table`; an answer's "rules" says for each rule which of its guesses are right.
-        rules: names of rules.
+    An answer's "rules" says for each rule which of its guesses are right.
 
     Returns:
         For each model a dict: model, n, found, and for each rule {"exact_1", "exact_2"}; None without solutions.

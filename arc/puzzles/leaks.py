@@ -41,8 +41,8 @@ def _table(ds: ArcDataset) -> _Table:
     """The demonstrations of all puzzles, then their tests."""
     columns = []
     for name, puzzle in ds.challenge.items():
-        pairs, tests, outputs = puzzle["train"], puzzle["test"], ds.solutions.get(name)
-        columns.append((pairs.first, len(pairs), tests.first, len(tests), -1 if outputs is None else outputs.first))
+        pairs, tests, solved = puzzle["train"], puzzle["test"], ds.solutions.get(name)
+        columns.append((pairs.first, len(pairs), tests.first, len(tests), -1 if solved is None else solved.first))
     train, train_count, test, test_count, solution = np.array(columns, dtype=np.int64).reshape(-1, 5).T
 
     def spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
