@@ -12,7 +12,6 @@ new. It needs numpy, never torch; the caller passes the tokenizer. The methods a
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +19,7 @@ import numpy as np
 
 from arc.puzzles import formats, submissions
 from arc.puzzles.fingerprints import puzzle_fingerprint
-from arc.puzzles.grids import MAX_SIDE, Grids, Pairs, Puzzle, PuzzleData, Queries, collect
+from arc.puzzles.grids import MAX_SIDE, Grids, Pairs, PathLike, Puzzle, PuzzleData, Queries, collect
 from arc.puzzles.holdout import choose_heldout
 from arc.puzzles.keys import (
     View,
@@ -67,12 +66,9 @@ class ArcDataset:
     """
 
     def __init__(
-        self,
-        challenge: Mapping[str, Any],
-        solutions: Mapping[str, Any] | None = None,
-        keys: Iterable[str] | None = None,
-        is_orig: bool = False,
-    ):
+        self, challenge: Mapping[str, Any], solutions: Mapping[str, Any] | None = None,
+        keys: Iterable[str] | None = None, is_orig: bool = False,
+    ):  # fmt: skip
         """Check puzzles and copy them into one store. Puzzles of another ArcDataset are not copied.
 
         Args:
@@ -117,13 +113,9 @@ class ArcDataset:
 
     @classmethod
     def load_from_local_json(
-        cls,
-        path: str | os.PathLike[str],
-        n: int | None = None,
-        sizes: Sequence[int] = (6,),
-        seed: int = 42,
+        cls, path: PathLike, n: int | None = None, sizes: Sequence[int] = (6,), seed: int = 42,
         grid_sizes: Sequence[int] | None = None,
-    ) -> ArcDataset:
+    ) -> ArcDataset:  # fmt: skip
         """Load a folder of task files: each a list of pairs, or an official {"train", "test"} puzzle.
 
         A list of pairs is cut into puzzles in a seeded order; no pair is used twice. An official file is one puzzle.
@@ -148,14 +140,9 @@ class ArcDataset:
 
     @classmethod
     def load_from_rearc(
-        cls,
-        path: str | os.PathLike[str],
-        n: int,
-        sizes: Sequence[int],
-        seed: int,
-        mix_datasets: Mapping[str, ArcDataset] | None = None,
-        shuffle: bool = True,
-    ) -> ArcDataset:
+        cls, path: PathLike, n: int, sizes: Sequence[int], seed: int,
+        mix_datasets: Mapping[str, ArcDataset] | None = None, shuffle: bool = True,
+    ) -> ArcDataset:  # fmt: skip
         """Load a re-arc folder: metadata.json names the tasks, tasks/NAME.json is a list of pairs.
 
         Args:
@@ -178,7 +165,7 @@ class ArcDataset:
         return cls._of(*formats.read_rearc(path, n, sizes, seed, others, shuffle), is_orig=True)
 
     @classmethod
-    def load_from_json(cls, challenges_file: str | os.PathLike[str]) -> ArcDataset:
+    def load_from_json(cls, challenges_file: PathLike) -> ArcDataset:
         """Load a challenge file of Kaggle's format: {id: {"train": pairs, "test": inputs}}. The keys are sorted.
 
         Raises:
@@ -186,7 +173,7 @@ class ArcDataset:
         """
         return cls._of(formats.read_challenges(challenges_file), None, is_orig=True)
 
-    def load_solutions(self, solutions_file: str | os.PathLike[str]) -> ArcDataset:
+    def load_solutions(self, solutions_file: PathLike) -> ArcDataset:
         """This dataset with the solutions of a Kaggle file: {id: grids}; other puzzles' solutions are ignored.
 
         Raises:
@@ -195,7 +182,7 @@ class ArcDataset:
         return self._derived(self.keys, self.is_orig, formats.read_solutions(solutions_file, self._data()))
 
     @classmethod
-    def load_from_neoneye(cls, path: str | os.PathLike[str]) -> ArcDataset:
+    def load_from_neoneye(cls, path: PathLike) -> ArcDataset:
         """Load a dataset of neoneye's collection: data/*/*.json, of each puzzle the highest version (_vN).
 
         Raises:
@@ -297,9 +284,8 @@ class ArcDataset:
 
             puzzles.sort(key=longest, reverse=reverse)
         elif isinstance(split_seed, str) or kwargs:
-            raise ValueError(
-                f'split_seed is {split_seed!r} with {sorted(kwargs)}, expected a seed alone, or "len" and options'
-            )
+            found = f"{split_seed!r} with {sorted(kwargs)}"
+            raise ValueError(f'split_seed is {found}, expected a seed alone, or "len" and options')
         else:
             puzzles = [puzzles[i] for i in seeded_rng(split_seed).permutation(len(puzzles))]
         groups = [puzzles[len(puzzles) * i // n : len(puzzles) * (i + 1) // n] for i in range(n)]
@@ -333,23 +319,14 @@ class ArcDataset:
             keys[1 if puzzle in seen else 2 if puzzle in unseen else 0].append(key)
         return Holdout(*(self._derived(group, self.is_orig) for group in keys))
 
-    def views(
-        self,
-        seed: int,
-        tp: bool | str = False,
-        rt: bool | str = False,
-        perm: bool = False,
-        keep_background: bool = False,
-        shfl_ex: bool = False,
-        perm_share: float = 1.0,
-    ) -> Views:
-        """Augmented views of the keys, see `Views`."""
-        return Views(self, seed, tp, rt, perm, keep_background, shfl_ex, perm_share)
+    def views(self, seed: int, **options: Any) -> Views:
+        """Augmented views of the keys; `options` are those of `Views` from `tp` on."""
+        return Views(self, seed, **options)
 
     def augment_keys(self, keys: Sequence[str], seed: int | None = None, n: int = 1, **options: Any) -> list[str]:
         """Keys of augmented views in upstream's order: n draws of each symmetry of each key, keys running fastest.
 
-        `options` are those of `Views` from `tp` on. Seed None: seeded by the system.
+        `options` are those of `Views`. Seed None: seeded by the system.
 
         Source: ARChitects' augment_keys, whose draws of `tp` and `rt` are repeated n times; here every draw is new.
         """
@@ -415,13 +392,11 @@ class ArcDataset:
         text = f"ArcDataset({len(self.keys):,} keys of {len(self.challenge):,} puzzles of {len(tasks):,} tasks"
         text += f", {len(self.solutions):,} with solutions"
         if self.challenge:
-            windows = [window for puzzle in self.challenge for window in self._windows(puzzle)]
-            sides = [side[window.grids] for side in (self.store.heights, self.store.widths) for window in windows]
-            heights, widths = np.concatenate(sides[: len(windows)]), np.concatenate(sides[len(windows) :])
+            windows = [window.grids for puzzle in self.challenge for window in self._windows(puzzle)]
+            heights, widths = (np.concatenate([s[w] for w in windows]) for s in (self.store.heights, self.store.widths))
             sizes = sorted({len(puzzle["train"]) for puzzle in self.challenge.values()})
-            sizes_text = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
-            text += f"; {sizes_text} demonstrations; "
-            text += f"grids {heights.min()}x{widths.min()} to {heights.max()}x{widths.max()}"
+            text += f"; {sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"; {sizes[0]}"
+            text += f" demonstrations; grids {heights.min()}x{widths.min()} to {heights.max()}x{widths.max()}"
         if self.left_out:
             text += "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items())
         return text + ")"
@@ -508,14 +483,9 @@ class ArcDataset:
 
     @staticmethod
     def fmt_train(
-        train: Iterable[Mapping[str, Any]],
-        preprompt: str,
-        query_beg: str,
-        reply_beg: str,
-        reply_end: str,
-        lines_sep: str,
-        tf: Sequence[str] | None = None,
-    ) -> str:
+        train: Iterable[Mapping[str, Any]], preprompt: str, query_beg: str, reply_beg: str, reply_end: str,
+        lines_sep: str, tf: Sequence[str] | None = None,
+    ) -> str:  # fmt: skip
         """The preprompt and all demonstrations."""
         options: dict[str, Any] = {"lines_sep": lines_sep, "transforms": tf or ()}
         return preprompt + format_pairs(train, query_beg, reply_beg, reply_end, **options)
@@ -538,13 +508,9 @@ class ArcDataset:
         return format_view(key, self.resolve(key), self.store, **fmt_opts)
 
     def get_task(
-        self,
-        key: str,
-        max_tokens: int | None = None,
-        len_name: str | None = None,
-        tokenizer: Any = None,
+        self, key: str, max_tokens: int | None = None, len_name: str | None = None, tokenizer: Any = None,
         **fmt_opts: Any,
-    ) -> tuple[str, dict[str, str]]:
+    ) -> tuple[str, dict[str, str]]:  # fmt: skip
         """The text of a view, cut to `max_tokens` by dropping demonstrations from the end.
 
         Args:
@@ -579,27 +545,17 @@ class ArcDataset:
 
     @classmethod
     def max_new_tokens(
-        cls,
-        reply_end: str,
-        lines_sep: str,
-        max_size: int = MAX_SIDE,
-        safety_margin: int = 1,
-        tokenizer: Any = None,
+        cls, reply_end: str, lines_sep: str, max_size: int = MAX_SIDE, safety_margin: int = 1, tokenizer: Any = None,
         **_: Any,
-    ) -> int:
+    ) -> int:  # fmt: skip
         """Tokens of the longest possible reply, plus a margin. Other format options are ignored."""
         largest = np.zeros((max_size, max_size), dtype=np.uint8)
         return count_tokens(cls.fmt_output(largest, reply_end, lines_sep=lines_sep), tokenizer) + safety_margin
 
     def get_length(
-        self,
-        key: str,
-        len_name: str,
-        max_of_transposed: bool = False,
-        max_tokens: int | None = None,
-        tokenizer: Any = None,
-        **fmt_opts: Any,
-    ) -> int:
+        self, key: str, len_name: str, max_of_transposed: bool = False, max_tokens: int | None = None,
+        tokenizer: Any = None, **fmt_opts: Any,
+    ) -> int:  # fmt: skip
         """Tokens of the entry `len_name` of a view's task, BOS included; without format options, cells alone.
 
         Args:

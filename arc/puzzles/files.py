@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arc.puzzles.grids import MAX_SIDE, GridStore, check_pairs, check_puzzle, is_unicode, show
+from arc.puzzles.grids import MAX_SIDE, GridStore, PathLike, check_pairs, check_puzzle, is_unicode, show
 
 MAX_FILE_BYTES = 100_000_000  # far above any file of puzzles, and parsed within the memory of a small machine
 CACHE_VERSION = 1
@@ -171,7 +171,7 @@ def parse_task_file(data: bytes, path: Path) -> tuple[np.ndarray, np.ndarray, np
     return store.cells, store.heights, store.widths, counts
 
 
-def list_json(folder: str | os.PathLike[str], pattern: str = "*.json") -> list[Path]:
+def list_json(folder: PathLike, pattern: str = "*.json") -> list[Path]:
     """The folder's .json files by name, hidden ones aside.
 
     Raises:
@@ -199,7 +199,7 @@ def list_json(folder: str | os.PathLike[str], pattern: str = "*.json") -> list[P
     return files
 
 
-def list_rearc(folder: str | os.PathLike[str]) -> list[Path]:
+def list_rearc(folder: PathLike) -> list[Path]:
     """The task files of a re-arc folder by name: metadata.json names the tasks, tasks/NAME.json is a list of pairs.
 
     Raises:
@@ -312,7 +312,7 @@ def read_tasks(files: Sequence[Path]) -> tuple[GridStore, list[TaskFile]]:
 
 
 def write_atomically(
-    path: str | os.PathLike[str], content: str | bytes | Callable[[Path], None], *, several_writers: bool = False
+    path: PathLike, content: str | bytes | Callable[[Path], None], *, several_writers: bool = False
 ) -> None:
     """Write a file at once: a reader, or a run after a crash, sees the old file or the whole new one.
 

@@ -7,7 +7,6 @@ A new format is a function here that returns puzzles (and keys, if their order m
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from arc.puzzles.grids import (
     Grids,
     GridStore,
     Pairs,
+    PathLike,
     Puzzle,
     PuzzleData,
     Queries,
@@ -60,7 +60,7 @@ def _unique_names(files: Sequence[Path]) -> list[str]:
 
 
 def read_folder(
-    path: str | os.PathLike[str], n: int | None, sizes: Sequence[int], seed: int, grid_sizes: Sequence[int] | None
+    path: PathLike, n: int | None, sizes: Sequence[int], seed: int, grid_sizes: Sequence[int] | None
 ) -> Loaded:
     """See `ArcDataset.load_from_local_json`."""
     sizes = _check_sizes(sizes)
@@ -74,7 +74,7 @@ def read_folder(
 
 
 def read_rearc(
-    path: str | os.PathLike[str], n: int, sizes: Sequence[int], seed: int, others: Mapping[str, Loaded], shuffle: bool
+    path: PathLike, n: int, sizes: Sequence[int], seed: int, others: Mapping[str, Loaded], shuffle: bool
 ) -> Loaded:
     """See `ArcDataset.load_from_rearc`; `others` are the puzzles and keys of its `mix_datasets`."""
     sizes = _check_sizes(sizes)
@@ -86,7 +86,7 @@ def read_rearc(
     return _mixed_in(data, keys, others, n, seed, shuffle) if others else (data, keys)
 
 
-def read_challenges(file: str | os.PathLike[str]) -> PuzzleData:
+def read_challenges(file: PathLike) -> PuzzleData:
     """See `ArcDataset.load_from_json`."""
     path = Path(file)
     challenge = parse_json(read_bytes(path), path)
@@ -96,7 +96,7 @@ def read_challenges(file: str | os.PathLike[str]) -> PuzzleData:
         return collect(challenge, {})
 
 
-def read_solutions(file: str | os.PathLike[str], data: PuzzleData) -> PuzzleData:
+def read_solutions(file: PathLike, data: PuzzleData) -> PuzzleData:
     """The puzzles with the solutions of a file; see `ArcDataset.load_solutions`."""
     path = Path(file)
     solutions = parse_json(read_bytes(path), path)
@@ -109,7 +109,7 @@ def read_solutions(file: str | os.PathLike[str], data: PuzzleData) -> PuzzleData
         return collect(data.challenge, {puzzle: solutions[puzzle] for puzzle in data.challenge})
 
 
-def read_neoneye(path: str | os.PathLike[str]) -> PuzzleData:
+def read_neoneye(path: PathLike) -> PuzzleData:
     """See `ArcDataset.load_from_neoneye`."""
     newest: dict[tuple[Path, str], tuple[int, Path]] = {}
     for file in list_json(Path(path) / "data", "*/*.json"):
@@ -117,15 +117,11 @@ def read_neoneye(path: str | os.PathLike[str]) -> PuzzleData:
         stem, number = (file.stem[: version.start()], int(version[1])) if version else (file.stem, 1)
         newest[file.parent, stem] = max(newest.get((file.parent, stem), (number, file)), (number, file))
     files = sorted(file for _, file in newest.values())
-    puzzles, solutions = {}, {}
+    puzzles = {}
     for name, file in zip(_unique_names(files), files, strict=True):
-        puzzle = check_puzzle(parse_json(read_bytes(file), file), str(file))
-        pairs = zip(puzzle.train[0::2], puzzle.train[1::2], strict=True)
-        train = [{"input": grid, "output": output} for grid, output in pairs]
-        puzzles[name] = {"train": train, "test": [{"input": grid} for grid in puzzle.test]}
-        if puzzle.solution:
-            solutions[name] = puzzle.solution
-    return collect(puzzles, solutions)
+        puzzles[name] = parse_json(read_bytes(file), file)
+        check_puzzle(puzzles[name], str(file))  # `collect` would name the puzzle, not the file
+    return collect(puzzles, {})
 
 
 def cycle_sizes(sizes: Sequence[int], pairs: int, rng: np.random.Generator) -> np.ndarray:
@@ -171,11 +167,9 @@ class _Maker(NamedTuple):
             inputs = inputs[rng.permutation(len(inputs))]
             plan = cycle_sizes(self.sizes, len(inputs), rng)[: self.rounds]
             if self.rounds is not None and len(plan) < self.rounds:
-                raise ValueError(
-                    f"{self.place}: task {self.names[task]} has {file.pairs} pairs, enough for {len(plan)} rounds "
-                    f"with sizes {tuple(self.sizes)} and a test each, expected {self.rounds}: lower n, or generate "
-                    "more pairs"
-                )
+                rounds = f"enough for {len(plan)} rounds with sizes {tuple(self.sizes)} and a test each"
+                task_pairs = f"{self.place}: task {self.names[task]} has {file.pairs} pairs"
+                raise ValueError(f"{task_pairs}, {rounds}, expected {self.rounds}: lower n, or generate more pairs")
             used = int((plan + 1).sum())
             left_out["pairs that fill no puzzle"] += len(inputs) - used
             inputs = inputs[:used]
@@ -207,14 +201,11 @@ class _Maker(NamedTuple):
         count, sizes = table.shape[1], tuple(self.sizes)
         if not count:
             within = "" if self.bounds is None else f" within grid_sizes {tuple(self.bounds)}"
-            raise ValueError(
-                f"{self.place}: no task has the pairs of one puzzle{within}, expected {min(sizes)} and a test"
-            )
+            problem = f"no task has the pairs of one puzzle{within}"
+            raise ValueError(f"{self.place}: {problem}, expected {min(sizes)} and a test")
         if n is not None and n > count:
-            raise ValueError(
-                f"{self.place}: {n:,} puzzles asked for, the maximum is {count:,} with sizes {sizes} and no pair used "
-                "twice: lower n"
-            )
+            maximum = f"{count:,} with sizes {sizes} and no pair used twice"
+            raise ValueError(f"{self.place}: {n:,} puzzles asked for, the maximum is {maximum}: lower n")
         order = np.lexsort((seeded_rng(self.seed, "order").random(count) if shuffle else table[0], table[1]))
         store = self.store.picked(np.concatenate(grids))
         data, keys = self._cut(store, table[:, order[:n]], name)

@@ -6,6 +6,7 @@ counted from 1.
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 
 MAX_SIDE = 30
+PathLike = str | os.PathLike[str]
 
 
 class GridStore:
@@ -27,7 +29,6 @@ class GridStore:
     __slots__ = ("cells", "heights", "offsets", "widths")
 
     def __init__(self, cells: np.ndarray, offsets: np.ndarray, heights: np.ndarray, widths: np.ndarray):
-        """Take the arrays as they are."""
         self.cells, self.offsets, self.heights, self.widths = cells, offsets, heights, widths
         cells.flags.writeable = False  # grids that are handed out are windows on it
 
@@ -76,7 +77,6 @@ class Window(Sequence):
     grids_each = 1  # grids of one item
 
     def __init__(self, store: GridStore, first: int, count: int):
-        """`count` items from grid number `first` on."""
         self.store, self.first, self._count = store, first, count
 
     def __len__(self) -> int:
@@ -154,7 +154,6 @@ class _Picture(reprlib.Repr):
     """Short text for any value: quick and small, however large or deeply nested the value is."""
 
     def __init__(self) -> None:
-        """Sizes that show a grid of a few cells whole."""
         super().__init__()
         self.maxlevel, self.maxlist, self.maxtuple, self.maxdict, self.maxstring = 4, 8, 8, 8, 60
 
@@ -291,9 +290,8 @@ def collect(challenge: Mapping[str, Any], solutions: Mapping[str, Any]) -> Puzzl
         if known is None:
             continue
         if isinstance(known, (str, Mapping)) or not isinstance(known, Sequence) or len(known) != len(test):
-            raise ValueError(
-                f"{where}: found solutions {show(known)}, expected one grid for each of {len(test)} test inputs"
-            )
+            expected = f"one grid for each of {len(test)} test inputs"
+            raise ValueError(f"{where}: found solutions {show(known)}, expected {expected}")
         if not isinstance(known, Grids):
             known = [check_grid(grid, f"{where}, solution {number}") for number, grid in enumerate(known, 1)]
         add(puzzle, "solution", Grids, known)

@@ -35,8 +35,7 @@ def choose_heldout(
         candidates += [(turn, place, puzzle) for turn, puzzle in enumerate(ordered[: None if whole else -1])]
     maximum = max(len(candidates) - 1, 0) if whole else len(candidates)
     if not 0 <= examples <= maximum:
-        raise ValueError(
-            f"{examples:,} examples to hold out, expected 0 to the maximum of {maximum:,} beside {tasks} tasks"
-        )
+        expected = f"0 to the maximum of {maximum:,} beside {tasks} tasks"
+        raise ValueError(f"{examples:,} examples to hold out, expected {expected}")
     seen = {puzzle for _, _, puzzle in sorted(candidates)[:examples]}
     return seen, {puzzle for task in ranked[:tasks] for puzzle in puzzles[task]}

@@ -161,7 +161,6 @@ class _Side:
     """A dataset's puzzles and pairs with their signatures."""
 
     def __init__(self, ds: ArcDataset):
-        """Compute the table and its signatures."""
         self.ds, self.names, self.table = ds, list(ds.challenge), _table(ds)
         self.full = _signatures(ds.store, self.table.query, self.table.reply)
 

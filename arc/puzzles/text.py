@@ -68,16 +68,9 @@ def format_pairs(
 
 
 def format_view(
-    key: str,
-    view: View,
-    store: GridStore,
-    preprompt: str,
-    query_beg: str,
-    reply_beg: str,
-    reply_end: str,
-    lines_sep: str,
-    reply: Any = True,
-) -> dict[str, str]:
+    key: str, view: View, store: GridStore,
+    preprompt: str, query_beg: str, reply_beg: str, reply_end: str, lines_sep: str, reply: Any = True,
+) -> dict[str, str]:  # fmt: skip
     """The text of a view; see `ArcDataset.fmt_task`.
 
     Args:

@@ -67,16 +67,9 @@ class Views:
     """
 
     def __init__(
-        self,
-        dataset: PuzzleSource,
-        seed: int,
-        tp: bool | str = False,
-        rt: bool | str = False,
-        perm: bool = False,
-        keep_background: bool = False,
-        shfl_ex: bool = False,
-        perm_share: float = 1.0,
-    ):
+        self, dataset: PuzzleSource, seed: int, tp: bool | str = False, rt: bool | str = False, perm: bool = False,
+        keep_background: bool = False, shfl_ex: bool = False, perm_share: float = 1.0,
+    ):  # fmt: skip
         """Choose the augmentations.
 
         Args:
