@@ -21,9 +21,9 @@ from arc.evaluation.replies import Replies
 from arc.evaluation.report import SCHEMA, write_report
 from arc.evaluation.result_cache import UntrustedCacheError, cache_errors, open_cache
 from arc.evaluation.selection import RULES, select
-from arc.puzzles import text as text_module
 from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.files import write_atomically
+from arc.puzzles.text import cell_accuracy
 from arc.runs.artifacts import move_aside, versions
 from arc.runs.processes import gather, is_main, leave, share, wait_for_everyone
 from arc.runs.settings import user_errors
@@ -57,26 +57,24 @@ def evaluate(models: Sequence[Replies], puzzles: Puzzles, settings: Any) -> dict
         cache = open_cache(folder)
         if is_main():
             wait_for_everyone()
-    own_puzzles = dataset.select_puzzles(share(list(dataset.challenge)))
+    shard = dataset.select_puzzles(share(list(dataset.challenge)))  # of this process
     with (
         user_errors(user_kinds),
         cache_errors(folder),
         contextlib.closing(cache),
-        contextlib.closing(Progress(len(models) * count_rows(own_puzzles, settings.views))) as progress,
+        contextlib.closing(Progress(len(models) * count_rows(shard, settings.views))) as progress,
     ):
         for replies in models:
             replies.open(cache, progress)
             name = replies.evaluated.name
-            answers = _answer_all(replies, dataset, own_puzzles, settings, entries)
+            answers = _answer_all(replies, dataset, shard, settings, entries)
             unanswered[name] = [key for key, answer in answers.items() if not answer.views]
             shortened = sum(answer.shortened for answer in answers.values())
             left_out = sum(answer.left_out for answer in answers.values())
             if unanswered[name] or shortened or left_out:
-                progress.say(
-                    f"{name}: {len(unanswered[name])} test inputs do not fit {replies.context} tokens with one "
-                    f"demonstration and count as unsolved; {shortened:,} views lost demonstrations, and {left_out:,} "
-                    "did not fit and were left out"
-                )
+                unsolved = f"{len(unanswered[name])} test inputs do not fit {replies.context} tokens"
+                views = f"{shortened:,} views lost demonstrations, and {left_out:,} did not fit and were left out"
+                progress.say(f"{name}: {unsolved} with one demonstration and count as unsolved; {views}")
             seconds[name] = max(gather(replies.seconds))
             replies.close()
     leave()
@@ -118,11 +116,7 @@ def _puzzle_entry(puzzles: Puzzles, key: str) -> dict[str, Any]:
 
 
 def _answer_all(
-    replies: Replies,
-    dataset: ArcDataset,
-    own_puzzles: ArcDataset,
-    settings: Any,
-    entries: dict[str, dict[str, Any]],
+    replies: Replies, dataset: ArcDataset, shard: ArcDataset, settings: Any, entries: dict[str, dict[str, Any]]
 ) -> dict[str, Answer]:
     # The answers of one model. Each goes into the entries at once; those of other processes follow at the end.
     name, solved, judged = replies.evaluated.name, 0, 0
@@ -136,14 +130,14 @@ def _answer_all(
             replies.progress.describe(name, solved, judged)
 
     try:
-        answers = answer_puzzles(replies, own_puzzles, settings, report)
+        answers = answer_puzzles(replies, shard, settings, report)
     except UndecodableModelError as error:
         # float16 ends at 65504: a model that was trained in bfloat16 or float32 may compute larger numbers.
         advice = "; --dtype bfloat16 or float32 may help" if replies.evaluated.precision.dtype == "float16" else ""
         raise UndecodableModelError(f"{name} cannot be evaluated: {error}{advice}") from None
     together: dict[str, Answer] = {}
-    for of_process, judgements in gather((answers, {key: entries[key][name] for key in own_puzzles.keys})):
-        together |= of_process
+    for process_answers, judgements in gather((answers, {key: entries[key][name] for key in shard.keys})):
+        together |= process_answers
         for key, entry in judgements.items():
             entries[key][name] = entry
     correct = [entry[name]["correct"] for entry in entries.values() if entry[name]["correct"] is not None]
@@ -183,7 +177,7 @@ def _judge(answer: Answer, solution: np.ndarray | None, rule: str) -> dict[str, 
         "greedy_correct": is_right(answer.greedy),
         "found": any(is_right(candidate.grid) for candidate in answer.candidates),
         "right_shape": first is not None and first.shape == solution.shape,
-        "cell_accuracy": text_module.cell_accuracy(first, solution),
+        "cell_accuracy": cell_accuracy(first, solution),
         "prob_truth": 0.0 if answer.truth is None else math.exp(answer.truth),
         "rules": {name: [is_right(grid) for grid in grids] for name, grids in by_rule.items()},
     }
@@ -215,9 +209,7 @@ def write_results(results: dict[str, Any], dataset: ArcDataset, folder: str | Pa
             move_aside(path)
     written = []
     for name in results["models"]:
-        guesses: dict[str, list[list[dict[str, Any]]]] = {
-            p: [[] for _ in v["test"]] for p, v in dataset.challenge.items()
-        }
+        guesses: dict[str, list[Any]] = {p: [[] for _ in v["test"]] for p, v in dataset.challenge.items()}
         for key, entry in results["puzzles"].items():
             puzzle, number = dataset.get_base_key_and_reply_num(key)
             guesses[puzzle][number] = [{"output": grid} for grid in entry[name]["guesses"]]

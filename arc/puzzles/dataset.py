@@ -39,8 +39,6 @@ from arc.puzzles.views import Views
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from arc.puzzles.submissions import Submission
-
 
 class Holdout(NamedTuple):
     """A split: puzzles to train on, held-out puzzles of the same tasks, and all puzzles of held-out tasks."""
@@ -645,7 +643,7 @@ class ArcDataset:
             moved[puzzle] = {"train": train, "test": []}
         return self._derived(None, True, collect(moved, {}))
 
-    def get_submission(self, results: Mapping[str, Any] | None = None) -> Submission:
+    def get_submission(self, results: Mapping[str, Any] | None = None) -> submissions.Submission:
         """A submission in Kaggle's format; [[0]] where `results` has no guess. See `fill_submission`.
 
         Raises:
