@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from arc.decoding.rows import Reply
 from arc.evaluation.replies import Replies, token_hash
 from arc.evaluation.selection import Candidate, gather_candidates
 from arc.puzzles.dataset import ArcDataset
+from arc.puzzles.keys import transform_grid
 from arc.puzzles.views import view_keys
 
 CHUNK = 8  # batches of views that are worked on together; the last batch of a chunk may not be full
@@ -19,31 +20,18 @@ CHUNK = 8  # batches of views that are worked on together; the last batch of a c
 
 @dataclass
 class Answer:
-    """A model's answer to one test input.
+    """A model's answer to one test input."""
 
-    Args:
-        views: number of views that fit the context; 0: not even the first one, so there is no answer.
-        shortened: number of views that lost demonstrations to fit.
-        left_out: number of views that do not fit with one demonstration; 0 where the first one does not.
-        greedy: grid of the greedy reply to the first view; None: the reply is no grid.
-        greedy_log_prob: log probability of that reply; None: there is none.
-        candidates: different grids, scored under all views.
-        truth: log probability of the solution in the first view; None: unknown.
-    """
-
-    views: int = 0
-    shortened: int = 0
-    left_out: int = 0
-    greedy: np.ndarray | None = None
-    greedy_log_prob: float | None = None
-    candidates: list[Candidate] = field(default_factory=list)
-    truth: float | None = None
+    views: int = 0  # that fit the context; 0: not even the first one, so there is no answer
+    shortened: int = 0  # views that lost demonstrations to fit
+    left_out: int = 0  # views that do not fit with one demonstration; 0 where the first one does not
+    greedy: np.ndarray | None = None  # grid of the greedy reply to the first view; None: the reply is no grid
+    greedy_log_prob: float | None = None  # of that reply; None: there is none
+    candidates: list[Candidate] = field(default_factory=list)  # different grids, scored under all views
+    truth: float | None = None  # log probability of the solution in the first view; None: unknown
 
 
-@dataclass
-class _View:
-    """One view of a test input."""
-
+class _View(NamedTuple):
     key: str  # after demonstrations were dropped to fit
     prompt: np.ndarray
     guess: np.ndarray  # the test input as a reply: many solutions look like it
@@ -79,11 +67,11 @@ def answer_puzzles(
         views[key], shortened = _fitting_views(replies, dataset, key, settings)
         count = len(views[key])
         answers[key] = Answer(count, shortened, settings.views - count if count else 0)
-        rows = _rows_of(dataset, key, settings.views)
-        replies.progress.skipped(2 * (settings.views - count) if count else rows)
+        unused_rows = 2 * (settings.views - count) if count else _rows_of(dataset, key, settings.views)
+        replies.progress.skipped(unused_rows)
     answered = [key for key in dataset.keys if views[key]]
-    longest_prompt = max((len(view.prompt) for key in answered for view in views[key]), default=0)
-    replies.longest = longest_prompt + replies.max_new_tokens
+    prompts = (view.prompt for key in answered for view in views[key])
+    replies.longest = max(map(len, prompts), default=0) + replies.max_new_tokens
     first_views = [views[key][0] for key in answered]
     first_replies = replies.greedy([view.prompt for view in first_views], [view.guess for view in first_views])
     greedy = dict(zip(answered, first_replies, strict=True))
@@ -124,8 +112,7 @@ def _answer_chunk(
         return dataset.decode(text, options["lines_sep"], key=key, reply_end=options["reply_end"])[0]
 
     def reply_of(grid: np.ndarray, key: str) -> np.ndarray:
-        view: Any = dataset.transform_array(grid, key.split(".")[1:])  # a grid, as no grid is None
-        return replies.encoder.encode_reply(view)
+        return replies.encoder.encode_reply(transform_grid(grid, key.split(".")[1:]))
 
     prompts, guesses = [], []
     for key, key_views in views.items():

@@ -22,21 +22,13 @@ RESERVED = ("puzzle", "train", "input", "solution", "leaked", "seen_test")
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A model to evaluate.
+    """A model to evaluate."""
 
-    Args:
-        name: of its column.
-        path: folder or hub name of the model, or of an adapter's base.
-        adapter: folder of the adapter; None: the model has none.
-        precision: for loading.
-        identity: hash of contents and precision; the cache's entries carry it.
-    """
-
-    name: str
-    path: str
-    adapter: Path | None
-    precision: Precision
-    identity: str
+    name: str  # of its column
+    path: str  # folder or hub name of the model, or of an adapter's base
+    adapter: Path | None  # folder of the adapter; None: the model has none
+    precision: Precision  # for loading
+    identity: str  # hash of contents and precision; the cache's entries carry it
 
 
 def find_models(

@@ -15,23 +15,16 @@ from arc.puzzles.splits import load_dataset, load_split, split_dataset
 
 @dataclass
 class Puzzles:
-    """The puzzles to evaluate.
+    """The puzzles to evaluate."""
 
-    Args:
-        dataset: without augmentation; its keys are the test inputs.
-        training: the puzzles that the models were trained on; None: unknown.
-        source: where the puzzles come from, in words.
-        leaked: evaluated puzzle -> its names in `training`.
-        seen_tests: test input -> puzzles of `training` that have its pair.
-        excluded: puzzles that were left out for one of both.
-    """
-
-    dataset: ArcDataset
-    training: ArcDataset | None
-    source: str
-    leaked: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    seen_tests: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    excluded: list[str] = field(default_factory=list)
+    dataset: ArcDataset  # without augmentation; its keys are the test inputs
+    training: ArcDataset | None  # the puzzles that the models were trained on; None: unknown
+    source: str  # where the puzzles come from, in words
+    leaked: Mapping[str, Sequence[str]] = field(default_factory=dict)  # puzzle -> its names in `training`
+    seen_tests: Mapping[str, Sequence[str]] = field(
+        default_factory=dict
+    )  # test input -> puzzles in `training`
+    excluded: list[str] = field(default_factory=list)  # puzzles left out for one of these
 
 
 def load_puzzles(settings: Any) -> Puzzles:

@@ -11,17 +11,12 @@ import numpy as np
 
 @dataclass(eq=False)
 class Candidate:
-    """A possible answer to a test input, from one or several views.
+    """A possible answer to a test input, from one or several views."""
 
-    Args:
-        grid: uint8 (height, width), in the orientation and colours of the puzzle.
-        found: number of a view -> log probability of that view's replies that decode to this grid.
-        scored: log probability of the grid under every view, (views,); None: not computed.
-    """
-
-    grid: np.ndarray
+    grid: np.ndarray  # uint8 (height, width), in the orientation and colours of the puzzle
+    # Number of a view -> log probability of that view's replies that decode to this grid.
     found: dict[int, float] = field(default_factory=dict)
-    scored: list[float] | None = None
+    scored: list[float] | None = None  # log probability of the grid under every view, (views,); None: not computed
 
 
 def gather_candidates(views: Sequence[Sequence[tuple[np.ndarray | None, float]]]) -> list[Candidate]:

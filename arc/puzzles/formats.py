@@ -6,9 +6,8 @@ A new format is a function here that returns puzzles (and keys, if their order m
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,15 +30,6 @@ from arc.puzzles.grids import (
 from arc.puzzles.keys import clean_name, seeded_rng
 
 Loaded = tuple[PuzzleData, list[str]]  # puzzles, and their keys in order
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Put the file's name before the message of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _check_sizes(sizes: Iterable[int]) -> list[int]:
@@ -92,8 +82,7 @@ def read_challenges(file: PathLike) -> PuzzleData:
     challenge = parse_json(read_bytes(path), path)
     if not isinstance(challenge, dict) or not challenge or "train" in challenge:
         raise ValueError(f'{path}: found {show(challenge)}, expected {{id: {{"train": pairs, "test": inputs}}}}')
-    with _named(path):
-        return collect(challenge, {})
+    return collect(challenge, {}, place=f"{path}: ")
 
 
 def read_solutions(file: PathLike, data: PuzzleData) -> PuzzleData:
@@ -105,8 +94,7 @@ def read_solutions(file: PathLike, data: PuzzleData) -> PuzzleData:
     if missing := [puzzle for puzzle in data.challenge if solutions.get(puzzle) is None]:
         such = f"{len(missing):,} puzzles, such as {show_name(missing[0])}"
         raise ValueError(f"{path}: no solutions of {such}, expected all")
-    with _named(path):
-        return collect(data.challenge, {puzzle: solutions[puzzle] for puzzle in data.challenge})
+    return collect(data.challenge, {puzzle: solutions[puzzle] for puzzle in data.challenge}, place=f"{path}: ")
 
 
 def read_neoneye(path: PathLike) -> PuzzleData:

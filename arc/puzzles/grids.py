@@ -252,12 +252,13 @@ def check_puzzle(value: Any, where: str) -> CheckedPuzzle:
     return CheckedPuzzle(train, [query for query, _ in tests], outputs)
 
 
-def collect(challenge: Mapping[str, Any], solutions: Mapping[str, Any]) -> PuzzleData:
+def collect(challenge: Mapping[str, Any], solutions: Mapping[str, Any], place: str = "") -> PuzzleData:
     """Bring puzzles into one store. Windows on other stores are moved; everything else is checked and copied.
 
     Args:
         challenge: puzzle id -> {"train": pairs, "test": pairs or inputs}.
         solutions: puzzle id -> grids; they replace the outputs of the puzzle's test pairs.
+        place: opens the messages of errors.
 
     Raises:
         ValueError: a bad id, pair or grid, named by puzzle, pair and row.
@@ -276,7 +277,7 @@ def collect(challenge: Mapping[str, Any], solutions: Mapping[str, Any]) -> Puzzl
             grids.extend(value)
 
     for puzzle, value in challenge.items():
-        where = f"puzzle {show_name(puzzle)}"
+        where = f"{place}puzzle {show_name(puzzle)}"
         if not isinstance(puzzle, str) or not puzzle or "_" in puzzle or "." in puzzle or not is_unicode(puzzle):
             raise ValueError(f'{where}: found the id {show(puzzle)}, expected text without "_" and "."')
         train, test = (value.get(name) if isinstance(value, Mapping) else None for name in ("train", "test"))

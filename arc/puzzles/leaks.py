@@ -121,15 +121,10 @@ def _equal(left: Chosen, right: Chosen) -> Iterator[tuple[int, int]]:
 
 
 class Leaks(NamedTuple):
-    """Puzzles and test pairs that an evaluation shares with training.
+    """Puzzles and test pairs that an evaluation shares with training."""
 
-    Attributes:
-        puzzles: evaluation puzzle id -> ids of the equal training puzzles.
-        tests: evaluation key PUZZLE_INDEX -> ids of the training puzzles with its test pair among their pairs.
-    """
-
-    puzzles: dict[str, tuple[str, ...]]
-    tests: dict[str, tuple[str, ...]]
+    puzzles: dict[str, tuple[str, ...]]  # evaluation puzzle id -> ids of the equal training puzzles
+    tests: dict[str, tuple[str, ...]]  # evaluation key PUZZLE_INDEX -> ids of the training puzzles with its test pair
 
 
 class _Items(NamedTuple):
