@@ -50,16 +50,10 @@ def _rows_of(dataset: ArcDataset, key: str, views: int) -> int:
 def answer_puzzles(
     replies: Replies, dataset: ArcDataset, settings: Any, report: Callable[[str, Answer], None]
 ) -> dict[str, Answer]:
-    """Answers of one model to all test inputs.
+    """Answers of one model to all test inputs; `report` is called with each.
 
     First come the greedy replies to the first views: guesses that make the search of the other views faster. Then,
     chunk by chunk, come candidates from all views and their scores under all views.
-
-    Args:
-        replies: of the model.
-        dataset: the puzzles.
-        settings: of evaluate_arc.py.
-        report: called with each test input and its answer.
     """
     views: dict[str, list[_View]] = {}
     answers: dict[str, Answer] = {}
@@ -138,7 +132,7 @@ def _answer_chunk(
             known |= {(token_hash(view.prompt), token_hash(reply.tokens)): reply.log_prob for reply in view_replies}
             grids.append([(grid_of(reply, view.key), reply.log_prob) for reply in view_replies])
         candidates = answers[key].candidates = gather_candidates(grids)
-        to_score += [(view.prompt, [reply_of(one.grid, view.key) for one in candidates]) for view in key_views]
+        to_score += [(view.prompt, [reply_of(c.grid, view.key) for c in candidates]) for view in key_views]
         solution = dataset[key]["solution"]
         if solution is not None:
             to_score.append((key_views[0].prompt, [reply_of(solution, key_views[0].key)]))

@@ -21,9 +21,7 @@ class Puzzles:
     training: ArcDataset | None  # the puzzles that the models were trained on; None: unknown
     source: str  # where the puzzles come from, in words
     leaked: Mapping[str, Sequence[str]] = field(default_factory=dict)  # puzzle -> its names in `training`
-    seen_tests: Mapping[str, Sequence[str]] = field(
-        default_factory=dict
-    )  # test input -> puzzles in `training`
+    seen_tests: Mapping[str, Sequence[str]] = field(default_factory=dict)  # test input -> puzzles in `training`
     excluded: list[str] = field(default_factory=list)  # puzzles left out for one of these
 
 

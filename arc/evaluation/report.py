@@ -52,14 +52,10 @@ LABEL_LENGTH = 26  # longer names of models are shortened in the plot, and only 
 
 
 def write_report(results: dict[str, Any], path: str | Path) -> None:
-    """Write an evaluation's results as one HTML file that opens offline, replacing an old one in one step.
+    """Write the content of results.json as one HTML file that opens offline, replacing an old one in one step.
 
     Names of models and puzzles may hold anything: they are escaped. A Content-Security-Policy allows only the
     template's own script, by its hash, and loads nothing.
-
-    Args:
-        results: the content of results.json.
-        path: the file to write.
 
     Raises:
         ValueError: the results have another schema, lack an entry, or hold something that is no grid.
@@ -110,8 +106,7 @@ def number(value: float | None) -> str:
 def pack_grid(grid: Iterable[Iterable[int]]) -> str:
     """A grid as text: its number of columns, then all cells in order: [[1, 2], [3, 4]] is "2 1234".
 
-    Raises:
-        ValueError: no rows, rows of different lengths, or a cell that is not an integer 0..9.
+    ValueError: no rows, rows of different lengths, or a cell that is not an integer 0..9.
     """
     rows = [[int(cell) if cell in range(10) else -1 for cell in row] for row in grid]
     if not rows or not rows[0] or any(len(row) != len(rows[0]) or min(row) < 0 for row in rows):
@@ -122,10 +117,7 @@ def pack_grid(grid: Iterable[Iterable[int]]) -> str:
 def plot_models(table: Sequence[dict[str, Any]], out: Any, scheme: str = "light") -> None:
     """Draw exact match of each model with one and two guesses, with 95% intervals, into a transparent PNG.
 
-    Args:
-        table: the results' table.
-        out: a file's path, or a stream.
-        scheme: key of `PLOT_COLOURS`.
+    `table` is that of the results, `out` a path or a stream, and `scheme` a key of `PLOT_COLOURS`.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter

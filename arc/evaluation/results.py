@@ -32,18 +32,10 @@ NOT_THE_RESULT = ("output_dir", "cache_dir", "batch_size")  # settings that do n
 
 
 def evaluate(models: Sequence[Replies], puzzles: Puzzles, settings: Any) -> dict[str, Any]:
-    """Evaluate models one after the other.
+    """Evaluate models one after the other; returns the content of `results.json`, see `write_results`.
 
     Each of several processes answers its share of the puzzles; all use one cache. The main process gathers all answers;
     the others end here.
-
-    Args:
-        models: the replies of each model; their cache is opened here.
-        puzzles: see `load_puzzles`.
-        settings: of evaluate_arc.py.
-
-    Returns:
-        The content of `results.json`; see `write_results`.
     """
     dataset = puzzles.dataset
     entries = {key: _puzzle_entry(puzzles, key) for key in dataset.keys}
@@ -184,7 +176,7 @@ def _judge(answer: Answer, solution: np.ndarray | None, rule: str) -> dict[str, 
 
 
 def write_results(results: dict[str, Any], dataset: ArcDataset, folder: str | Path) -> list[Path]:
-    """Write `results.json`, `submission-MODEL.json` of each model, and `report.html`.
+    """Write `results.json`, `submission-MODEL.json` of each model, and `report.html`; returns their paths.
 
     results.json holds schema, settings, versions and data, and
     - "models": the names;
@@ -194,12 +186,7 @@ def write_results(results: dict[str, Any], dataset: ArcDataset, folder: str | Pa
     - "table": see `scores.score_table`; "rules": see `scores.rule_table`.
     A grid is a list of rows. Figures that need a solution are null where there is none.
 
-    Files of another evaluation in the folder are moved aside first.
-
-    Args:
-        results: see `evaluate`.
-        dataset: the puzzles, as they were loaded.
-        folder: created if missing.
+    Files of another evaluation in the folder are moved aside first. `dataset` has the puzzles as they were loaded.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,8 +32,8 @@ def gather_candidates(views: Sequence[Sequence[tuple[np.ndarray | None, float]]]
             if grid is None:
                 continue
             grid = np.ascontiguousarray(grid, dtype=np.uint8)
-            found = merged.setdefault((grid.shape, grid.tobytes()), Candidate(grid)).found
-            found[view] = float(np.logaddexp(found.get(view, -math.inf), log_prob))
+            by_view = merged.setdefault((grid.shape, grid.tobytes()), Candidate(grid)).found
+            by_view[view] = float(np.logaddexp(by_view.get(view, -math.inf), log_prob))
     return list(merged.values())
 
 

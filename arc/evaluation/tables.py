@@ -54,13 +54,13 @@ def print_tables(results: dict[str, Any]) -> None:
     rules.add_row("truth found", *(_share(row["found"]) for row in results["rules"]))
     for rule in RULES:
         figures = [row[rule] for row in results["rules"]]
-        rules.add_row(rule, *(f"{_share(one['exact_1'])}, {_share(one['exact_2'])}" for one in figures))
+        rules.add_row(rule, *(f"{_share(row['exact_1'])}, {_share(row['exact_2'])}" for row in figures))
     # Names are text, whatever brackets and colons they hold.
     console = Console(markup=False, emoji=False, highlight=False)
-    for one in (table, rules):
-        console.print()
-        console.print(one)
     console.print()
+    for shown in (table, rules):
+        console.print(shown)
+        console.print()
 
 
 def _share(value: float | None, interval: Sequence[float] | None = None, form: str = ".1%") -> str:

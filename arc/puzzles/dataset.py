@@ -146,8 +146,7 @@ class ArcDataset:
         Args:
             path: the folder.
             n: rounds: puzzles of each task.
-            sizes: demonstrations per puzzle, in a seeded cycle.
-            seed: of all draws.
+            sizes, seed: as in `load_from_local_json`, whose errors it raises too.
             mix_datasets: name -> dataset whose keys are spread over the rounds, as `NAME-KEY`.
             shuffle: whether the order within a round is seeded (else by name).
 
@@ -155,7 +154,7 @@ class ArcDataset:
             Puzzles `rearc-TASKRR`, RR being the round in hexadecimal.
 
         Raises:
-            FileNotFoundError, ValueError: as `load_from_local_json`; a task with too few pairs for n rounds.
+            ValueError: a task with too few pairs for n rounds.
 
         Source: ARChitects' load_from_rearc; other draws.
         """
@@ -166,8 +165,7 @@ class ArcDataset:
     def load_from_json(cls, challenges_file: PathLike) -> ArcDataset:
         """Load a challenge file of Kaggle's format: {id: {"train": pairs, "test": inputs}}. The keys are sorted.
 
-        Raises:
-            FileNotFoundError, ValueError: no file, bad data (named by file, puzzle, pair and row), duplicate ids.
+        Raises as `load_from_local_json`.
         """
         return cls._of(formats.read_challenges(challenges_file), None, is_orig=True)
 
@@ -183,8 +181,7 @@ class ArcDataset:
     def load_from_neoneye(cls, path: PathLike) -> ArcDataset:
         """Load a dataset of neoneye's collection: data/*/*.json, of each puzzle the highest version (_vN).
 
-        Raises:
-            FileNotFoundError, ValueError: as `load_from_local_json`.
+        Raises as `load_from_local_json`.
         """
         return cls._of(formats.read_neoneye(path), None, is_orig=True)
 
@@ -262,10 +259,8 @@ class ArcDataset:
     def split(self, n: int, split_seed: int | str, **kwargs: Any) -> list[ArcDataset]:
         """Cut the puzzles into n datasets of about one size.
 
-        Args:
-            n: how many.
-            split_seed: order of the puzzles before the cut: a seed, or "len": by the length of the longest key.
-            kwargs: for "len": those of `get_length`, and `reverse`.
+        `split_seed` orders the puzzles before the cut: a seed, or "len": by the length of the longest key. "len" takes
+        `kwargs`: those of `get_length`, and `reverse`.
 
         Raises:
             ValueError: not an original dataset, fewer puzzles than n, kwargs beside a seed.
@@ -282,8 +277,8 @@ class ArcDataset:
 
             puzzles.sort(key=longest, reverse=reverse)
         elif isinstance(split_seed, str) or kwargs:
-            found = f"{split_seed!r} with {sorted(kwargs)}"
-            raise ValueError(f'split_seed is {found}, expected a seed alone, or "len" and options')
+            options = f"{split_seed!r} with {sorted(kwargs)}"
+            raise ValueError(f'split_seed is {options}, expected a seed alone, or "len" and options')
         else:
             puzzles = [puzzles[i] for i in seeded_rng(split_seed).permutation(len(puzzles))]
         groups = [puzzles[len(puzzles) * i // n : len(puzzles) * (i + 1) // n] for i in range(n)]
@@ -338,9 +333,9 @@ class ArcDataset:
         Source: ARChitects' augment; other draws, and numpy's global generator is not touched.
         """
         views = Views(self, seed_words(seed)[0], **options)
-        each = len(views.symmetries)
-        rows = np.arange(len(views)).reshape(-1, 1, each).repeat(n, axis=1).ravel()
-        draws = np.tile(np.arange(n).repeat(each), len(self.keys))
+        symmetries = len(views.symmetries)
+        rows = np.arange(len(views)).reshape(-1, 1, symmetries).repeat(n, axis=1).ravel()
+        draws = np.tile(np.arange(n).repeat(symmetries), len(self.keys))
         return self.change_keys(views.keys(draws, rows))
 
     # -- puzzles and transforms
@@ -519,7 +514,7 @@ class ArcDataset:
             fmt_opts: see `fmt_task`.
 
         Returns:
-            The key, with the `ex...` of the demonstrations that fit, and the task (see `fmt_task`).
+            The key, with the `ex...` of the demonstrations that fit, and the task.
 
         Raises:
             ValueError: over the limit even with one demonstration; an unknown key.
@@ -556,13 +551,8 @@ class ArcDataset:
     ) -> int:  # fmt: skip
         """Tokens of the entry `len_name` of a view's task, BOS included; without format options, cells alone.
 
-        Args:
-            key: the view.
-            len_name: such as "text" or "input".
-            max_of_transposed: take the longer of the view and its transpose.
-            max_tokens: ignored, so that the options of `get_task` can be passed.
-            tokenizer: see `count_tokens`.
-            fmt_opts: see `fmt_task`.
+        `max_of_transposed` takes the longer of the view and its transpose. `max_tokens` is ignored, so that the options
+        of `get_task` can be passed.
         """
         bos = 1 if fmt_opts else 0
         fmt_opts = fmt_opts or dict.fromkeys(("preprompt", "query_beg", "reply_beg", "reply_end", "lines_sep"), "")
@@ -644,11 +634,7 @@ class ArcDataset:
         return self._derived(None, True, collect(moved, {}))
 
     def get_submission(self, results: Mapping[str, Any] | None = None) -> submissions.Submission:
-        """A submission in Kaggle's format; [[0]] where `results` has no guess. See `fill_submission`.
-
-        Raises:
-            ValueError: not an original dataset, or as `fill_submission`.
-        """
+        """A submission in Kaggle's format, [[0]] where `results` has no guess. For both see `fill_submission`."""
         self._require_original("get_submission")
         submission = submissions.empty_submission(self.challenge)
         submissions.fill_submission(results or {}, submission)
@@ -657,11 +643,7 @@ class ArcDataset:
     fill_submission = staticmethod(submissions.fill_submission)
 
     def validate_submission(self, submission: Mapping[str, Any]) -> float:
-        """Score of a submission: of each puzzle the share of its tests that an attempt solves, summed.
-
-        Raises:
-            ValueError: not an original dataset, no solutions, or a missing puzzle, test or attempt.
-        """
+        """See `submissions.score_submission`. ValueError: also for a dataset that is not original."""
         self._require_original("validate_submission")
         return submissions.score_submission(submission, self.solutions)
 

@@ -39,12 +39,7 @@ class SampleEncoder:
     """
 
     def __init__(self, tokenizer: Any, preprompt: str, query_beg: str, reply_beg: str, reply_end: str, lines_sep: str):
-        """Test how the tokenizer splits the format.
-
-        Args:
-            tokenizer: a fast tokenizer of transformers.
-            preprompt, query_beg, reply_beg, reply_end, lines_sep: see `format_options`.
-        """
+        """Test how a fast tokenizer of transformers splits the format; for the texts see `format_options`."""
         self.tokenizer = tokenizer
         self.format = {
             "preprompt": preprompt, "query_beg": query_beg, "reply_beg": reply_beg, "reply_end": reply_end,
@@ -96,9 +91,10 @@ class SampleEncoder:
             reply: whether the solution, if known, follows the query; False: a prompt that ends with `reply_beg`.
 
         Returns:
-            A row for each key: key (with the `ex...` of what fits); input_ids int32 (tokens,), equal to
-            `tokenizer(task["text"])["input_ids"]` (of `task["input"]` for a prompt); reply_spans int32 (replies, 2),
-            token positions [start, end) of each reply with its end, demonstrations first.
+            For each key: key (with the `ex...` of what fits); input_ids int32 (tokens,), as the tokenizer gives them
+                for
+            `task["text"]` (for a prompt `task["input"]`); reply_spans int32 (replies, 2), token positions [start, end)
+            of each reply with its end, demonstrations first.
 
         Raises:
             ValueError: a sample is too long with one demonstration, a prompt has no test input, or a key is wrong.
@@ -138,17 +134,13 @@ class SampleEncoder:
         return lengths, np.array([a != b for a, b in zip(keys, shortened, strict=True)], dtype=bool)
 
     def too_long(self, ds: ArcDataset, keys: Sequence[str], max_tokens: int, turned: bool = True) -> list[str]:
-        """Keys whose longest view is over `max_tokens` with only the largest of its demonstrations.
+        """Keys whose longest view is over `max_tokens` (BOS included) with only its largest demonstration.
 
-        The length depends on the orientation, not on the colours: a grid of many rows has more line ends. Where digits
-        merge, one token per cell is an upper bound. Only puzzles over it are tokenised, in their original colours. That
-        is exact for Llama 3, which merges digits by their number alone.
+        The length depends on the orientation, not on the colours: a grid of many rows has more line ends. `turned`
+        False: only the orientation of the keys counts.
 
-        Args:
-            ds: holds the puzzles.
-            keys: views.
-            max_tokens: limit, BOS included.
-            turned: whether views may be turned; False: only the orientation of the keys counts.
+        Where digits merge, one token per cell is an upper bound. Only puzzles over it are tokenised, in their original
+        colours. That is exact for Llama 3, which merges digits by their number alone.
         """
         beyond = []
         for begin in range(0, len(keys), 4096):
@@ -354,7 +346,7 @@ class TrainingSamples:
             max_tokens: limit of a row, BOS included.
             seed: of the views.
             epochs: how many are planned, see `total_rows`. Rows of later epochs exist too.
-            view_options: tp, rt, perm, keep_background, shfl_ex, perm_share as in `Views`.
+            view_options: as in `Views`, from `tp` on.
         """
         turned = bool(view_options.get("tp")) or bool(view_options.get("rt"))
         long = {ArcDataset.get_base_key(key) for key in encoder.too_long(ds, ds.keys, max_tokens, turned)}

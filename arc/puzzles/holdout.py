@@ -10,19 +10,10 @@ from arc.puzzles.keys import seeded_rank
 def choose_heldout(
     puzzles: Mapping[str, Sequence[str]], examples: int, tasks: int, seed: int
 ) -> tuple[set[str], set[str]]:
-    """Choose puzzles to hold out; see `ArcDataset.holdout`.
-
-    Args:
-        puzzles: task -> its puzzles.
-        examples: how many puzzles of the tasks that stay.
-        tasks: how many whole tasks.
-        seed: of both choices.
+    """Choose puzzles to hold out; see `ArcDataset.holdout`, also for its errors. `puzzles` maps tasks to puzzles.
 
     Returns:
         The chosen puzzles of the tasks that stay, and all puzzles of the chosen tasks.
-
-    Raises:
-        ValueError: more asked for than there is; the message names the maximum.
     """
     if not 0 <= tasks < max(len(puzzles), 1):
         raise ValueError(f"{tasks:,} tasks to hold out, expected 0 to the maximum of {max(len(puzzles) - 1, 0):,}")

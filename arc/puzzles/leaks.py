@@ -190,16 +190,13 @@ class _Side:
 def find_leaks(evaluation: ArcDataset, training: ArcDataset) -> Leaks:
     """Puzzles and test pairs of an evaluation that training has seen.
 
-    Where puzzles are random examples of a task, test pairs tell more than whole puzzles: the test pair of one can be a
-    demonstration of another. Each pair may have its own symmetry and colours there. Small grids of few colours can be
-    equal by chance: look at the results.
-
+    The puzzles and test inputs that the evaluation's keys name are compared with all pairs of the training puzzles.
     Where one side lacks a solution, both are compared without it. A puzzle with all pairs of an evaluation puzzle and
     more is not equal to it.
 
-    Args:
-        evaluation: only the puzzles and test inputs that its keys name are compared.
-        training: all pairs of its puzzles are compared.
+    Where puzzles are random examples of a task, test pairs tell more than whole puzzles: the test pair of one can be a
+    demonstration of another. Each pair may have its own symmetry and colours there. Small grids of few colours can be
+    equal by chance: look at the results.
     """
     side, other = _Side(evaluation), _Side(training)
     puzzles: dict[str, list[str]] = defaultdict(list)

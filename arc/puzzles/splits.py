@@ -76,13 +76,7 @@ def load_extra(folder: str, settings: DataSettings, split: Holdout, quiet: bool 
 
     Two kinds are left out, counted and printed: puzzles of a task with the name of a held-out task; and puzzles that
     equal a held-out one or contain its test pair (see `find_leaks`). A held-out task under another name is recognised
-    by its pairs only.
-
-    Args:
-        folder: of task files.
-        settings: sizes, grid_sizes and dataset_seed apply to this folder too.
-        split: the held-out puzzles.
-        quiet: print nothing.
+    by its pairs only. sizes, grid_sizes and dataset_seed apply to this folder too.
 
     Raises:
         ValueError, FileNotFoundError: bad data, missing folder, a puzzle id that the dataset has too.

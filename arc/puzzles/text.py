@@ -71,18 +71,7 @@ def format_view(
     key: str, view: View, store: GridStore,
     preprompt: str, query_beg: str, reply_beg: str, reply_end: str, lines_sep: str, reply: Any = True,
 ) -> dict[str, str]:  # fmt: skip
-    """The text of a view; see `ArcDataset.fmt_task`.
-
-    Args:
-        key: the view's key.
-        view: the same, resolved.
-        store: holds its grids.
-        preprompt, query_beg, reply_beg, reply_end, lines_sep: see `format_options`.
-        reply: True: the solution, if known; None: none; or a grid of the untransformed puzzle.
-
-    Raises:
-        ValueError: a reply to a key without a test input.
-    """
+    """See `ArcDataset.fmt_task`. `view` is the resolved `key`; `store` holds its grids."""
     if reply is True:
         reply = store.grid(view.solution) if view.solution >= 0 else None
     elif reply is not None and view.query < 0:
@@ -123,13 +112,10 @@ def does_not_fit(key: str, tokens: int, max_tokens: int) -> ValueError:
 
 
 def parse_grid(text: str, lines_sep: str, reply_end: str | None = None) -> tuple[np.ndarray | None, str]:
-    """Read a grid from a reply, strictly; see `ArcDataset.decode`.
+    """Read a grid from a reply, strictly; see `ArcDataset.decode`, also for its errors.
 
     Returns:
         The grid, uint8 (height, width), and ""; or None and the reason.
-
-    Raises:
-        ValueError: `lines_sep` or `reply_end` is empty; never because of the text.
     """
     if not lines_sep:
         raise ValueError("lines_sep is empty, expected what stands between rows")
@@ -157,10 +143,7 @@ def parse_grid(text: str, lines_sep: str, reply_end: str | None = None) -> tuple
 
 
 def can_become_grid(text: str, lines_sep: str) -> bool:
-    """Whether a reply that begins with `text` can still become one that `ArcDataset.decode` reads.
-
-    `text` has no end token, and `lines_sep` is one character.
-    """
+    """Whether a reply that begins with `text` can still become a grid. `lines_sep` is one character."""
     *rows, last = text.split(lines_sep)
     width = len(rows[0]) if rows else MAX_SIDE
     return (

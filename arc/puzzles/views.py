@@ -117,8 +117,8 @@ class Views:
         if not len(indices):
             return []
         if indices.min() < 0 or indices.max() >= len(self) or epochs.min() < 0:
-            found = f"view {indices.max()} (smallest {indices.min()})"
-            raise IndexError(f"{found} of {len(self):,} in epoch {epochs.min()}")
+            largest = f"view {indices.max()} (smallest {indices.min()})"
+            raise IndexError(f"{largest} of {len(self):,} in epoch {epochs.min()}")
         bases = [self.dataset.keys[i] for i in (indices // len(self.symmetries)).tolist()]
         suffixes = [self.symmetries[i] for i in (indices % len(self.symmetries)).tolist()]
         counts = [self._demonstrations(key) for key in bases] if self.shfl_ex else [0]
