@@ -148,9 +148,7 @@ class Replies:
             # Keep the batch size that fitted: each time memory runs out, the work of a batch is lost.
             self._batch_size = work.batch_size or self._batch_size
             self.seconds += time.perf_counter() - begin
-        return [
-            [Reply(np.array(tokens, dtype=np.int64), log_prob) for log_prob, tokens in values[name]] for name in names
-        ]
+        return [[Reply(np.array(ids, dtype=np.int64), log_prob) for log_prob, ids in values[name]] for name in names]
 
     def scored(self, prompts: Rows, replies: Sequence[Rows]) -> list[list[float]]:
         """Log probabilities of given replies to each prompt."""

@@ -82,9 +82,8 @@ def check_results(results: dict[str, Any]) -> None:
         raise ValueError(f"results without {', '.join(missing)}")
     if not results["models"]:
         raise ValueError("results of no model: nothing to report")
-    columns, models = [row["model"] for row in results["table"]], list(results["models"])
-    if columns != models:
-        raise ValueError(f"table of models {columns}: expected one row for each of {models}")
+    if (columns := [row["model"] for row in results["table"]]) != list(results["models"]):
+        raise ValueError(f"table of models {columns}: expected one row for each of {list(results['models'])}")
 
 
 def percent(value: float | None, signed: bool = False) -> str:
@@ -216,10 +215,7 @@ def _script_puzzles(results: dict[str, Any]) -> list[dict[str, Any]]:
 def _script_puzzle(
     key: str, entry: dict[str, Any], models: Sequence[str], changes: Sequence[dict[str, str]]
 ) -> dict[str, Any]:
-    """A test input for the template's script.
-
-    Each different grid is listed once, packed; everything else refers to its position in the list.
-    """
+    """A test input for the template's script. `grids` lists each different grid once, the rest refers to it."""
     grids: dict[str, int] = {}
 
     def place(grid: Any) -> int:

@@ -28,8 +28,7 @@ SETTINGS = {
     "eviction_policy": "none",
     "cull_limit": 0,
 }
-# Words in sqlite's messages.
-SQLITE_TROUBLE = {
+SQLITE_TROUBLE = {  # words in sqlite's messages
     "full": errno.ENOSPC, "readonly": errno.EACCES, "unable to open": errno.EACCES, "locked": errno.EAGAIN
 }  # fmt: skip
 WORDS = {"wal", *EVICTION_POLICY}  # values of settings that are no numbers

@@ -163,26 +163,19 @@ class ArcDataset:
 
     @classmethod
     def load_from_json(cls, challenges_file: PathLike) -> ArcDataset:
-        """Load a challenge file of Kaggle's format: {id: {"train": pairs, "test": inputs}}. The keys are sorted.
-
-        Raises as `load_from_local_json`.
-        """
+        """Load Kaggle's challenge file: {id: {"train": pairs, "test": inputs}}. Raises as `load_from_local_json`."""
         return cls._of(formats.read_challenges(challenges_file), None, is_orig=True)
 
     def load_solutions(self, solutions_file: PathLike) -> ArcDataset:
         """This dataset with the solutions of a Kaggle file: {id: grids}; other puzzles' solutions are ignored.
 
-        Raises:
-            FileNotFoundError, ValueError: no file, bad data, a puzzle with no solutions or the wrong number of them.
+        Raises as `load_from_local_json`, also for a puzzle with no solutions or the wrong number of them.
         """
         return self._derived(self.keys, self.is_orig, formats.read_solutions(solutions_file, self._data()))
 
     @classmethod
     def load_from_neoneye(cls, path: PathLike) -> ArcDataset:
-        """Load a dataset of neoneye's collection: data/*/*.json, of each puzzle the highest version (_vN).
-
-        Raises as `load_from_local_json`.
-        """
+        """Load neoneye's data/*/*.json, of each puzzle the highest version. Raises as `load_from_local_json`."""
         return cls._of(formats.read_neoneye(path), None, is_orig=True)
 
     # -- keys
@@ -219,18 +212,17 @@ class ArcDataset:
 
         Source: ARChitects' append, which keeps the last of several puzzles of one id.
         """
+        datasets = (self, *others)
         challenge: dict[str, Any] = {}
-        solutions: dict[str, Any] = {}
-        tasks: dict[str, str] = {}
-        for ds in (self, *others):
+        for ds in datasets:
             if clash := challenge.keys() & ds.challenge.keys():
                 raise ValueError(f"puzzle {min(clash)!r} is there already, expected each id once")
             challenge |= ds.challenge
-            solutions |= ds.solutions
-            tasks |= {puzzle: ds.task_of(puzzle) for puzzle in ds.challenge}
-        keys = [key for ds in (self, *others) for key in ds.keys]
-        is_orig = all(ds.is_orig for ds in (self, *others))
-        return self._of(collect(challenge, solutions)._replace(tasks=tasks, left_out=self.left_out), keys, is_orig)
+        data = collect(challenge, {puzzle: grids for ds in datasets for puzzle, grids in ds.solutions.items()})
+        tasks = {puzzle: ds.task_of(puzzle) for ds in datasets for puzzle in ds.challenge}
+        keys = [key for ds in datasets for key in ds.keys]
+        is_orig = all(ds.is_orig for ds in datasets)
+        return self._of(data._replace(tasks=tasks, left_out=self.left_out), keys, is_orig)
 
     def select_puzzles(self, puzzles: Iterable[str]) -> ArcDataset:
         """The keys of some puzzles, in the order they have here; is_orig stays. ValueError: an unknown puzzle."""
@@ -359,8 +351,7 @@ class ArcDataset:
             {"key": key, "train": [(input, output), ...], "test": input or None, "solution": output or None}.
 
         Raises:
-            ValueError: no such key.
-            IndexError: no such position.
+            ValueError, IndexError: no such key, no such position.
         """
         if not isinstance(key, str):
             if not -len(self.keys) <= key < len(self.keys):

@@ -30,16 +30,14 @@ def load_dataset(settings: DataSettings) -> ArcDataset:
     try:
         return _load_folder(settings.dataset_dir, settings)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error}; name yours with --dataset_dir, or make one to try with: python demo/make_dataset.py --out "
-            f"{settings.dataset_dir}"
-        ) from None
+        command = f"python demo/make_dataset.py --out {settings.dataset_dir}"
+        advice = f"name yours with --dataset_dir, or make one to try with: {command}"
+        raise FileNotFoundError(f"{error}; {advice}") from None
 
 
 def _load_folder(folder: str, settings: DataSettings) -> ArcDataset:
-    return ArcDataset.load_from_local_json(
-        folder, sizes=tuple(settings.sizes), seed=settings.dataset_seed, grid_sizes=settings.grid_sizes or None
-    )
+    bounds = settings.grid_sizes or None
+    return ArcDataset.load_from_local_json(folder, None, tuple(settings.sizes), settings.dataset_seed, bounds)
 
 
 def split_dataset(data: ArcDataset, settings: DataSettings, quiet: bool = False) -> Holdout:

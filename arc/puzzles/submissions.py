@@ -16,9 +16,7 @@ Submission = dict[str, list[dict[str, list[list[int]]]]]
 
 def empty_submission(challenge: Mapping[str, Puzzle]) -> Submission:
     """A submission whose attempts are all [[0]]."""
-    return {
-        puzzle: [{attempt: [[0]] for attempt in ATTEMPTS} for _ in value["test"]] for puzzle, value in challenge.items()
-    }
+    return {name: [{attempt: [[0]] for attempt in ATTEMPTS} for _ in p["test"]] for name, p in challenge.items()}
 
 
 def fill_submission(results: Mapping[str, Any], submission: Submission) -> None:
