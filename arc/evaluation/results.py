@@ -142,36 +142,29 @@ def _judge(answer: Answer, solution: np.ndarray | None, rule: str) -> dict[str, 
     # What results.json holds of a model's answer.
     by_rule = {name: select(answer.candidates, name, scores.GUESSES) for name in RULES}
     guesses = by_rule[rule]
-    entry: dict[str, Any] = {
-        "guesses": [grid.tolist() for grid in guesses],
-        "correct": None,
-        "greedy": None if answer.greedy is None else answer.greedy.tolist(),
-        "greedy_correct": None,
-        "decodable": answer.greedy is not None,
-        "candidates": len(answer.candidates),
-        "found": None,
-        "right_shape": None,
-        "cell_accuracy": None,
-        "prob_truth": None,
-        "prob_greedy": 0.0 if answer.greedy_log_prob is None else math.exp(answer.greedy_log_prob),
-        "rules": None,
-        "views": answer.views,
-    }
-    if solution is None:
-        return entry
+    first = guesses[0] if guesses else None
+    known = solution is not None
 
     def is_right(grid: np.ndarray | None) -> bool:
-        return grid is not None and np.array_equal(grid, solution)
+        return grid is not None and solution is not None and np.array_equal(grid, solution)
 
-    first = guesses[0] if guesses else None
-    return entry | {
-        "correct": [is_right(grid) for grid in guesses],
-        "greedy_correct": is_right(answer.greedy),
-        "found": any(is_right(candidate.grid) for candidate in answer.candidates),
-        "right_shape": first is not None and first.shape == solution.shape,
-        "cell_accuracy": cell_accuracy(first, solution),
-        "prob_truth": 0.0 if answer.truth is None else math.exp(answer.truth),
-        "rules": {name: [is_right(grid) for grid in grids] for name, grids in by_rule.items()},
+    def probability(log_prob: float | None) -> float:
+        return 0.0 if log_prob is None else math.exp(log_prob)
+
+    return {
+        "guesses": [grid.tolist() for grid in guesses],
+        "correct": [is_right(grid) for grid in guesses] if known else None,
+        "greedy": None if answer.greedy is None else answer.greedy.tolist(),
+        "greedy_correct": is_right(answer.greedy) if known else None,
+        "decodable": answer.greedy is not None,
+        "candidates": len(answer.candidates),
+        "found": any(is_right(candidate.grid) for candidate in answer.candidates) if known else None,
+        "right_shape": None if solution is None else first is not None and first.shape == solution.shape,
+        "cell_accuracy": None if solution is None else cell_accuracy(first, solution),
+        "prob_truth": probability(answer.truth) if known else None,
+        "prob_greedy": probability(answer.greedy_log_prob),
+        "rules": {name: [is_right(grid) for grid in grids] for name, grids in by_rule.items()} if known else None,
+        "views": answer.views,
     }
 
 

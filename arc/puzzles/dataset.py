@@ -1,9 +1,4 @@
-"""The dataset: puzzles, and keys that name views of them.
-
-    ds = ArcDataset.load_from_local_json("dataset")
-    views = ds.views(seed=42, tp="all", rt="all", perm=True, shfl_ex=True)
-    key, task = ds.get_task(views.key(epoch=0, index=5), **format_options("<|eot_id|>"))
-    grid, correct, info = ds.decode(task["reply"], lines_sep="\n", key=key)
+"""The dataset: puzzles, and keys that name views of them. `arc_loader.py` shows how to use it.
 
 Method names and keywords are those of the ARChitects' 2024 loader, so notebooks written for it still run. The code is
 new. It needs numpy, never torch; the caller passes the tokenizer. The methods are thin: the other modules do the work.

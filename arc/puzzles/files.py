@@ -285,7 +285,7 @@ def _parse_files(files: Sequence[Path], size: int) -> tuple[Parsed, bool]:
 
 
 def read_tasks(files: Sequence[Path]) -> tuple[GridStore, list[TaskFile]]:
-    """The grids of the task files of one folder, from the cache if it fits. Raises as `list_json` and `parse_json`."""
+    """The grids of the task files of one folder, from the cache if it fits. Raises as `read_bytes` and `parse_json`."""
     cache, signature, size, newest = _cache_file(files[0].parent), b"", 0, 0
     try:
         states = [(path.name, os.stat(path)) for path in files]

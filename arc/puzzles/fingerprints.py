@@ -93,7 +93,8 @@ def _least_colours(image: Counter[tuple[int, bytes]]) -> list[bytes]:
         names = _refined(rows, names)
         sizes = Counter(names.values())
         if len(sizes) == len(names):
-            leaf = _Leaf(_renamed(rows, names), names, chosen)
+            renamed = sorted((kind, bytes([names[colour] for colour in colours])) for kind, colours in rows)
+            leaf = _Leaf(renamed, names, chosen)
             if not best or leaf.rows < best[0].rows:
                 best[:] = [leaf]
             elif leaf.rows == best[0].rows:
@@ -116,10 +117,6 @@ def _least_colours(image: Counter[tuple[int, bytes]]) -> list[bytes]:
 
     search(dict.fromkeys(sorted({colour for _, colours in rows for colour in colours}), 0), ())
     return [colours for (_, times), colours in best[0].rows for _ in range(times)]
-
-
-def _renamed(rows: Sequence[Row], names: dict[int, int]) -> list[Row]:  # sorted
-    return sorted((kind, bytes([names[colour] for colour in colours])) for kind, colours in rows)
 
 
 def _refined(rows: Sequence[Row], names: dict[int, int]) -> dict[int, int]:

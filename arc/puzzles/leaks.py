@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import numpy as np
@@ -107,19 +107,6 @@ def _signatures(store: GridStore, query: np.ndarray, reply: np.ndarray) -> np.nd
     return _scrambled(signature)
 
 
-Chosen = tuple[np.ndarray, np.ndarray, Callable[[int], Hashable]]  # numbers of items, signatures, an item's form
-
-
-def _equal(left: Chosen, right: Chosen) -> Iterator[tuple[int, int]]:
-    """Numbers (left, right) of items with equal forms. Only the left side's forms are held in memory."""
-    numbers = defaultdict(list)
-    for number in left[0][np.isin(left[1], right[1])].tolist():
-        numbers[left[2](number)].append(number)
-    for other in right[0][np.isin(right[1], left[1])].tolist():
-        for number in numbers.get(right[2](other), ()):
-            yield number, other
-
-
 class Leaks(NamedTuple):
     """Puzzles and test pairs that an evaluation shares with training."""
 
@@ -135,7 +122,7 @@ class _Items(NamedTuple):
     form: Callable[[int, bool], Hashable]  # of an item, with its solutions or without
 
     def shared(self, others: _Items) -> list[tuple[int, int]]:
-        """Numbers of equal items (in self, in others), sorted."""
+        """Numbers of equal items (in self, in others), sorted. Only the forms of self are held in memory."""
         everything = np.ones(len(others.known), dtype=bool)
         equal: list[tuple[int, int]] = []
         for mask, others_mask, solutions in (
@@ -143,13 +130,15 @@ class _Items(NamedTuple):
             (self.known, ~others.known, False),
             (~self.known, everything, False),
         ):
-            if mask.any() and others_mask.any():
-                equal += _equal(self._chosen(mask, solutions), others._chosen(others_mask, solutions))
+            if not (mask.any() and others_mask.any()):
+                continue
+            signatures, others_signatures = self.signatures(solutions)[mask], others.signatures(solutions)[others_mask]
+            numbers: dict[Hashable, list[int]] = defaultdict(list)
+            for number in np.flatnonzero(mask)[np.isin(signatures, others_signatures)].tolist():
+                numbers[self.form(number, solutions)].append(number)
+            for other in np.flatnonzero(others_mask)[np.isin(others_signatures, signatures)].tolist():
+                equal += [(number, other) for number in numbers.get(others.form(other, solutions), ())]
         return sorted(equal)
-
-    def _chosen(self, mask: np.ndarray, solutions: bool) -> Chosen:
-        numbers = np.flatnonzero(mask)
-        return numbers, self.signatures(solutions)[numbers], lambda number: self.form(number, solutions)
 
 
 class _Side:

@@ -143,7 +143,7 @@ def parse_grid(text: str, lines_sep: str, reply_end: str | None = None) -> tuple
 
 
 def can_become_grid(text: str, lines_sep: str) -> bool:
-    """Whether a reply that begins with `text` can still become a grid. `lines_sep` is one character."""
+    """Whether a reply that begins with `text`, without its end, can still be a grid. `lines_sep` is one character."""
     *rows, last = text.split(lines_sep)
     width = len(rows[0]) if rows else MAX_SIDE
     return (
