@@ -93,8 +93,7 @@ def _least_colours(image: Counter[tuple[int, bytes]]) -> list[bytes]:
         names = _refined(rows, names)
         sizes = Counter(names.values())
         if len(sizes) == len(names):
-            renamed = sorted((kind, bytes([names[colour] for colour in colours])) for kind, colours in rows)
-            leaf = _Leaf(renamed, names, chosen)
+            leaf = _Leaf(_renamed(rows, names), names, chosen)
             if not best or leaf.rows < best[0].rows:
                 best[:] = [leaf]
             elif leaf.rows == best[0].rows:
@@ -117,6 +116,10 @@ def _least_colours(image: Counter[tuple[int, bytes]]) -> list[bytes]:
 
     search(dict.fromkeys(sorted({colour for _, colours in rows for colour in colours}), 0), ())
     return [colours for (_, times), colours in best[0].rows for _ in range(times)]
+
+
+def _renamed(rows: Sequence[Row], names: dict[int, int]) -> list[Row]:  # sorted
+    return sorted((kind, bytes([names[colour] for colour in colours])) for kind, colours in rows)
 
 
 def _refined(rows: Sequence[Row], names: dict[int, int]) -> dict[int, int]:
