@@ -27,20 +27,7 @@ from arc.puzzles.text import does_not_fit, find_reply_spans, format_options
 from arc.puzzles.views import Views, view_keys
 
 __all__ = [
-    "ATTEMPTS",
-    "COLOURS",
-    "ArcDataset",
-    "Holdout",
-    "SampleEncoder",
-    "TrainingSamples",
-    "View",
-    "Views",
-    "does_not_fit",
-    "find_leaks",
-    "find_reply_spans",
-    "format_options",
-    "puzzle_fingerprint",
-    "seeded_rng",
-    "shortened_key",
-    "view_keys",
-]
+    "ATTEMPTS", "COLOURS", "ArcDataset", "Holdout", "SampleEncoder", "TrainingSamples", "View", "Views",
+    "does_not_fit", "find_leaks", "find_reply_spans", "format_options", "puzzle_fingerprint", "seeded_rng",
+    "shortened_key", "view_keys",
+]  # fmt: skip

@@ -1,10 +1,10 @@
-"""What a model answers to test inputs: candidate grids from all views, scored under all views."""
+"""The answers of a model to test inputs: candidate grids from all views, scored under all views."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from arc.decoding.rows import Reply
 from arc.evaluation.replies import Replies, token_hash
 from arc.evaluation.selection import Candidate, gather_candidates
 from arc.puzzles.dataset import ArcDataset
+from arc.puzzles.keys import transform_grid
 from arc.puzzles.views import view_keys
 
 CHUNK = 8  # batches of views that are worked on together; the last batch of a chunk may not be full
@@ -19,38 +20,25 @@ CHUNK = 8  # batches of views that are worked on together; the last batch of a c
 
 @dataclass
 class Answer:
-    """A model's answer to one test input.
+    """A model's answer to one test input."""
 
-    Args:
-        views: number of views that fit the context. 0: not even the first one does, so there is no answer.
-        shortened: number of views that lost demonstrations to fit.
-        left_out: number of views that do not fit with one demonstration; 0 where the first one does not.
-        greedy: grid of the greedy reply to the first view; None: the reply is no grid.
-        greedy_log_prob: log probability of that reply; None: there is none.
-        candidates: different grids, scored under all views.
-        truth: log probability of the solution in the first view; None: unknown.
-    """
-
-    views: int = 0
-    shortened: int = 0
-    left_out: int = 0
-    greedy: np.ndarray | None = None
-    greedy_log_prob: float | None = None
-    candidates: list[Candidate] = field(default_factory=list)
-    truth: float | None = None
+    views: int = 0  # that fit the context; 0: not even the first one, so there is no answer
+    shortened: int = 0  # views that lost demonstrations to fit
+    left_out: int = 0  # views that do not fit with one demonstration; 0 where the first one does not
+    greedy: np.ndarray | None = None  # grid of the greedy reply to the first view; None: the reply is no grid
+    greedy_log_prob: float | None = None  # of that reply; None: there is none
+    candidates: list[Candidate] = field(default_factory=list)  # different grids, scored under all views
+    truth: float | None = None  # log probability of the solution in the first view; None: unknown
 
 
-@dataclass
-class _View:
-    """One view of a test input."""
-
+class _View(NamedTuple):
     key: str  # after demonstrations were dropped to fit
     prompt: np.ndarray
     guess: np.ndarray  # the test input as a reply: many solutions look like it
 
 
 def count_rows(dataset: ArcDataset, views: int) -> int:
-    """Rows that one model decodes and scores: what `answer_puzzles` counts on the progress bar."""
+    """Rows that one model decodes and scores: the total of the progress bar."""
     return sum(_rows_of(dataset, key, views) for key in dataset.keys)
 
 
@@ -62,16 +50,10 @@ def _rows_of(dataset: ArcDataset, key: str, views: int) -> int:
 def answer_puzzles(
     replies: Replies, dataset: ArcDataset, settings: Any, report: Callable[[str, Answer], None]
 ) -> dict[str, Answer]:
-    """Answers of one model to all test inputs.
+    """Answers of one model to all test inputs; `report` is called with each.
 
-    First come the greedy replies to the first views. They are the guesses with which a search of the other views
-    begins. Then, chunk by chunk, come candidates from all views and their scores under all views.
-
-    Args:
-        replies: of the model.
-        dataset: the puzzles.
-        settings: of evaluate_arc.py.
-        report: called with each test input and its answer.
+    First come the greedy replies to the first views: guesses that make the search of the other views faster. Then,
+    chunk by chunk, come candidates from all views and their scores under all views.
     """
     views: dict[str, list[_View]] = {}
     answers: dict[str, Answer] = {}
@@ -79,11 +61,11 @@ def answer_puzzles(
         views[key], shortened = _fitting_views(replies, dataset, key, settings)
         count = len(views[key])
         answers[key] = Answer(count, shortened, settings.views - count if count else 0)
-        rows = _rows_of(dataset, key, settings.views)
-        replies.progress.skipped(2 * (settings.views - count) if count else rows)
+        unused_rows = 2 * (settings.views - count) if count else _rows_of(dataset, key, settings.views)
+        replies.progress.skipped(unused_rows)
     answered = [key for key in dataset.keys if views[key]]
-    longest_prompt = max((len(view.prompt) for key in answered for view in views[key]), default=0)
-    replies.longest = longest_prompt + replies.max_new_tokens
+    prompts = (view.prompt for key in answered for view in views[key])
+    replies.longest = max(map(len, prompts), default=0) + replies.max_new_tokens
     first_views = [views[key][0] for key in answered]
     first_replies = replies.greedy([view.prompt for view in first_views], [view.guess for view in first_views])
     greedy = dict(zip(answered, first_replies, strict=True))
@@ -114,13 +96,9 @@ def _fitting_views(replies: Replies, dataset: ArcDataset, key: str, settings: An
 
 
 def _answer_chunk(
-    replies: Replies,
-    dataset: ArcDataset,
-    settings: Any,
-    views: dict[str, list[_View]],
-    greedy: dict[str, Reply],
-    answers: dict[str, Answer],
-) -> None:
+    replies: Replies, dataset: ArcDataset, settings: Any,
+    views: dict[str, list[_View]], greedy: dict[str, Reply], answers: dict[str, Answer],
+) -> None:  # fmt: skip
     # Fills in the answers to some test inputs.
     def grid_of(reply: Reply, key: str) -> np.ndarray | None:
         text = replies.tokenizer.decode(reply.tokens, skip_special_tokens=False)
@@ -128,8 +106,7 @@ def _answer_chunk(
         return dataset.decode(text, options["lines_sep"], key=key, reply_end=options["reply_end"])[0]
 
     def reply_of(grid: np.ndarray, key: str) -> np.ndarray:
-        view: Any = dataset.transform_array(grid, key.split(".")[1:])  # a grid, as no grid is None
-        return replies.encoder.encode_reply(view)
+        return replies.encoder.encode_reply(transform_grid(grid, key.split(".")[1:]))
 
     prompts, guesses = [], []
     for key, key_views in views.items():
@@ -137,7 +114,12 @@ def _answer_chunk(
         answers[key].greedy_log_prob = greedy[key].log_prob
         prompts += [view.prompt for view in key_views]
         guesses += [view.guess if grid is None else reply_of(grid, view.key) for view in key_views]
-    decoded = iter(_decode(replies, settings, prompts, guesses))
+    if settings.decoding == "search":
+        decoded = iter(replies.searched(prompts, guesses, settings.min_prob))
+    elif settings.decoding == "sample":
+        decoded = iter(replies.sampled(prompts, guesses, settings.samples, settings.temperature))
+    else:
+        decoded = iter([[reply] for reply in replies.greedy(prompts, guesses)])
     to_score: list[tuple[np.ndarray, list[np.ndarray]]] = []  # prompts, and the replies to score after each
     known: dict[tuple[str, str], float] = {}  # (prompt, reply) -> log probability that decoding has computed
     for key, key_views in views.items():
@@ -145,15 +127,12 @@ def _answer_chunk(
         if all(reply.tokens.tobytes() != greedy[key].tokens.tobytes() for reply in of_view[0]):
             # However improbable it is: a model that is sure of nothing still has a first guess.
             of_view[0].append(greedy[key])
-        for view, found in zip(key_views, of_view, strict=True):
-            known |= {(token_hash(view.prompt), token_hash(reply.tokens)): reply.log_prob for reply in found}
-        candidates = answers[key].candidates = gather_candidates(
-            [
-                [(grid_of(reply, view.key), reply.log_prob) for reply in found]
-                for view, found in zip(key_views, of_view, strict=True)
-            ]
-        )
-        to_score += [(view.prompt, [reply_of(each.grid, view.key) for each in candidates]) for view in key_views]
+        grids = []
+        for view, view_replies in zip(key_views, of_view, strict=True):
+            known |= {(token_hash(view.prompt), token_hash(reply.tokens)): reply.log_prob for reply in view_replies}
+            grids.append([(grid_of(reply, view.key), reply.log_prob) for reply in view_replies])
+        candidates = answers[key].candidates = gather_candidates(grids)
+        to_score += [(view.prompt, [reply_of(c.grid, view.key) for c in candidates]) for view in key_views]
         solution = dataset[key]["solution"]
         if solution is not None:
             to_score.append((key_views[0].prompt, [reply_of(solution, key_views[0].key)]))
@@ -164,14 +143,6 @@ def _answer_chunk(
             candidate.scored = [of_view[number] for of_view in by_view]
         if dataset[key]["solution"] is not None:
             answers[key].truth = next(scores)[0]
-
-
-def _decode(replies: Replies, settings: Any, prompts: list[np.ndarray], guesses: list[np.ndarray]) -> list[list[Reply]]:
-    if settings.decoding == "search":
-        return replies.searched(prompts, guesses, settings.min_prob)
-    if settings.decoding == "sample":
-        return replies.sampled(prompts, guesses, settings.samples, settings.temperature)
-    return [[reply] for reply in replies.greedy(prompts, guesses)]
 
 
 def _score(

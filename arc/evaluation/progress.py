@@ -14,12 +14,9 @@ def solved_of(solved: int, judged: int) -> str:
 
 
 class Progress:
-    """A bar that counts finished rows. Its estimate of the time left is the mean time of the rows computed here.
+    """A bar of finished rows. It estimates the time left from the mean time of computed rows.
 
-    Rows that took no time (from the cache, or views that do not fit) count as finished and not for the estimate.
-
-    Args:
-        rows: of the whole evaluation.
+    Rows that took no time (from the cache, or views that do not fit) count as finished, but not for the estimate.
     """
 
     def __init__(self, rows: int):
@@ -45,7 +42,7 @@ class Progress:
         self.bar.start_t += time.time() - begin
 
     def describe(self, model: str, solved: int = 0, judged: int = 0) -> None:
-        """Show which model is at work, and how many of the test inputs with a solution it has solved so far."""
+        """Show the model, and how many of the judged test inputs it has solved so far."""
         self.bar.set_description_str(model, refresh=False)
         self.bar.set_postfix_str(solved_of(solved, judged) if judged else "", refresh=False)
 

@@ -1,44 +1,32 @@
-"""Which puzzles are evaluated, and which of them were trained on."""
+"""The puzzles to evaluate, and which of them were trained on."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from arc.puzzles.dataset import ArcDataset
+from arc.puzzles.keys import seeded_rank
 from arc.puzzles.leaks import find_leaks
 from arc.puzzles.splits import load_dataset, load_split, split_dataset
 
 
 @dataclass
 class Puzzles:
-    """The puzzles to evaluate.
+    """The puzzles to evaluate."""
 
-    Args:
-        dataset: without augmentation; its keys are the test inputs.
-        training: the puzzles that the models were trained on; None: unknown.
-        source: where the puzzles come from, in words.
-        leaked: puzzles that are also in `training`, each with its names there.
-        seen_tests: test inputs whose pair is in puzzles of `training`, each with their names.
-        excluded: puzzles that were left out for one of both.
-    """
-
-    dataset: ArcDataset
-    training: ArcDataset | None
-    source: str
-    leaked: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    seen_tests: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    excluded: list[str] = field(default_factory=list)
+    dataset: ArcDataset  # without augmentation; its keys are the test inputs
+    training: ArcDataset | None  # the puzzles that the models were trained on; None: unknown
+    source: str  # where the puzzles come from, in words
+    leaked: Mapping[str, Sequence[str]] = field(default_factory=dict)  # puzzle -> its names in `training`
+    seen_tests: Mapping[str, Sequence[str]] = field(default_factory=dict)  # test input -> puzzles in `training`
+    excluded: list[str] = field(default_factory=list)  # puzzles left out for one of these
 
 
 def load_puzzles(settings: Any) -> Puzzles:
-    """Load the puzzles to evaluate, and look for them among the puzzles that were trained on.
-
-    Args:
-        settings: of evaluate_arc.py.
+    """Load the puzzles to evaluate, and search for them among the training puzzles.
 
     Raises:
         ValueError, FileNotFoundError: bad data, nothing is held out, or no puzzle is left.
@@ -55,17 +43,15 @@ def load_puzzles(settings: Any) -> Puzzles:
         sets = {"examples": [split.seen], "tasks": [split.unseen], "all": [split.seen, split.unseen]}[settings.heldout]
         chosen = [puzzle for held_out in sets for puzzle in held_out.challenge]
         if not chosen:
-            flag = {"examples": "--holdout_examples", "tasks": "--holdout_tasks"}.get(settings.heldout)
-            raise ValueError(
-                f"nothing is held out of {settings.dataset_dir}: evaluate with the same "
-                f"{flag or '--holdout_examples and --holdout_tasks'} as the stages were trained with, above 0"
-            )
+            flags = "--holdout_examples and --holdout_tasks"
+            flags = flags if settings.heldout == "all" else f"--holdout_{settings.heldout}"
+            advice = f"evaluate with the same {flags} as the stages were trained with, above 0"
+            raise ValueError(f"nothing is held out of {settings.dataset_dir}: {advice}")
         dataset, training = whole.select_puzzles(chosen), split.train
-        source = f"{Path(settings.dataset_dir).name}, held out" + (
-            "" if settings.heldout == "all" else f" {settings.heldout}"
-        )
+        source = f"{Path(settings.dataset_dir).name}, held out"
+        source += "" if settings.heldout == "all" else f" {settings.heldout}"
     if settings.puzzles is not None and settings.puzzles < len(dataset.challenge):
-        ranked = sorted(dataset.challenge, key=lambda p: hashlib.sha256(f"{settings.seed}:{p}".encode()).digest())
+        ranked = sorted(dataset.challenge, key=lambda puzzle: seeded_rank(settings.seed, puzzle))
         dataset = dataset.select_puzzles(ranked[: settings.puzzles])
         source += f", {settings.puzzles} of them"
     puzzles = Puzzles(dataset, training, source)

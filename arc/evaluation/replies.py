@@ -1,6 +1,6 @@
 """The replies of a model to prompts, each computed once: a cache on the disk holds them.
 
-So an evaluation that was killed goes on where it was, and one with more views computes only the new ones.
+So a killed evaluation goes on where it was, and one with more views computes only the new ones.
 """
 
 from __future__ import annotations
@@ -28,15 +28,10 @@ from arc.puzzles.text import can_become_grid, format_options
 from arc.runs.settings import user_errors
 
 Rows = Sequence[np.ndarray]  # token ids, (tokens,) each
-Save = Callable[[int, Any], None]  # (number of a prompt, its replies as JSON): called as soon as they are computed
 
 
 class Replies:
     """One model's replies. Cached ones are not computed again, and no weights are loaded for them.
-
-    Args:
-        model: the model.
-        settings: of evaluate_arc.py.
 
     Raises:
         ValueError: the context has no room for a prompt and the longest reply, or the tokenizer has no end token.
@@ -56,10 +51,8 @@ class Replies:
         self.context = min(settings.max_seq_length, longest_context(model.path) or settings.max_seq_length)
         self.prompt_tokens = self.context - self.max_new_tokens
         if self.prompt_tokens < 16:
-            raise ValueError(
-                f"{model.name} takes rows of {self.context} tokens, of which a reply may need {self.max_new_tokens}: "
-                "raise --max_seq_length or lower --max_new_tokens"
-            )
+            takes = f"{model.name} takes rows of {self.context} tokens, of which a reply may need {self.max_new_tokens}"
+            raise ValueError(f"{takes}: raise --max_seq_length or lower --max_new_tokens")
         self.longest = self.context  # tokens of the longest row; `answer_puzzles` sets it
         self.seconds = 0.0  # of computing
         self._model: Any = None
@@ -72,7 +65,7 @@ class Replies:
 
     @property
     def model(self) -> Any:
-        """The model, loaded when it is first needed."""
+        """The model, loaded on first use."""
         if self._model is None:
             with user_errors(), self.progress.paused():
                 self._model = load_evaluated(self.evaluated, self.context)
@@ -94,56 +87,68 @@ class Replies:
             torch.cuda.empty_cache()
 
     def greedy(self, prompts: Rows, guesses: Rows) -> list[Reply]:
-        """The greedy reply to each prompt. It is cut short once it can no longer become a grid."""
-
-        def compute(missing: list[int], save: Save) -> None:
-            self._sample(missing, prompts, guesses, save, samples=1, temperature=0.0)
-
+        """The greedy reply to each prompt, cut short once it can no longer become a grid."""
         names = [self._name("greedy", prompt, self.max_new_tokens) for prompt in prompts]
-        return [replies[0] for replies in self._load_or_compute(names, compute, least=1)]
+        options: dict[str, Any] = {"samples": 1, "temperature": 0.0, "hopeless": self._is_hopeless}
+        return [replies[0] for replies in self._decode(sample_replies, names, prompts, guesses, least=1, **options)]
 
     def sampled(self, prompts: Rows, guesses: Rows, samples: int, temperature: float) -> list[list[Reply]]:
-        """Random samples of replies to each prompt, without repetitions."""
+        """Different random samples of replies to each prompt."""
         seed = self.settings.seed
-
-        def compute(missing: list[int], save: Save) -> None:
-            # Seeds that depend on the prompts: which prompts are computed together makes no difference.
-            seeds = [int(token_hash(prompts[i])[:8], 16) for i in missing]
-            options = {"samples": samples, "temperature": temperature, "seed": seed, "seeds": seeds}
-            self._sample(missing, prompts, guesses, save, **options)
-
         names = [self._name("sample", p, self.max_new_tokens, samples, temperature, seed) for p in prompts]
-        drawn = self._load_or_compute(names, compute)
+        # Seeds that depend on the prompts: which prompts are computed together makes no difference.
+        seeds = [int(token_hash(prompt)[:8], 16) for prompt in prompts]
+        drawn = self._decode(
+            sample_replies, names, prompts, guesses,
+            seeds=seeds, samples=samples, temperature=temperature, seed=seed, hopeless=self._is_hopeless,
+        )  # fmt: skip
         return [list({reply.tokens.tobytes(): reply for reply in replies}.values()) for replies in drawn]
 
     def searched(self, prompts: Rows, guesses: Rows, min_prob: float) -> list[list[Reply]]:
         """All replies to each prompt with at least this probability; good guesses make the search faster."""
-
-        def compute(missing: list[int], save: Save) -> None:
-            self._decode(search_replies, missing, prompts, guesses, save, min_prob=min_prob)
-
         names = [self._name("search", prompt, self.max_new_tokens, min_prob) for prompt in prompts]
-        return self._load_or_compute(names, compute)
+        return self._decode(search_replies, names, prompts, guesses, min_prob=min_prob)
 
-    def _sample(self, missing: list[int], prompts: Rows, guesses: Rows, save: Save, **options: Any) -> None:
-        def hopeless(tokens: list[int]) -> bool:
-            text = self.tokenizer.decode(tokens, skip_special_tokens=False)
-            return not can_become_grid(text, self.encoder.format["lines_sep"])
-
-        self._decode(sample_replies, missing, prompts, guesses, save, hopeless=hopeless, **options)
+    def _is_hopeless(self, tokens: list[int]) -> bool:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=False)
+        return not can_become_grid(text, self.encoder.format["lines_sep"])
 
     def _decode(
-        self, decode: Callable[..., Any], missing: list[int], prompts: Rows, guesses: Rows, save: Save, **options: Any
-    ) -> None:
-        work = Work()
-        decode(
-            self.model, "transformers", self.tokenizer, [prompts[i] for i in missing],
-            max_new_tokens=self.max_new_tokens, guesses=[guesses[i] for i in missing], batch_size=self.batch_size,
-            done=lambda i, replies: save(missing[i], [[reply.log_prob, reply.tokens.tolist()] for reply in replies]),
-            work=work, **options,
-        )  # fmt: skip
-        # Keep the batch size that fitted: each time memory runs out, the work of a batch is lost.
-        self._batch_size = work.batch_size or self._batch_size
+        self, decode: Callable[..., Any], names: Sequence[str], prompts: Rows, guesses: Rows,
+        least: int = 0, seeds: Sequence[int] | None = None, **options: Any,
+    ) -> list[list[Reply]]:  # fmt: skip
+        # At least `least` replies of each name, saved as soon as they are computed. Equal names are computed once.
+        values: dict[str, Any] = {}
+        missing: dict[str, int] = {}
+        for i, name in enumerate(names):
+            if name not in values and name not in missing:
+                value = self._stored(name, lambda value: _are_replies(value, len(self.tokenizer), least))
+                if value is None:
+                    missing[name] = i
+                    continue
+                values[name] = value
+            self.progress.skipped()
+        if missing:
+            rows, model = list(missing.values()), self.model  # loaded first: the seconds are those of decoding
+            begin, work = time.perf_counter(), Work()
+
+            def save(i: int, replies: list[Reply]) -> None:
+                name = names[rows[i]]
+                value = [[reply.log_prob, reply.tokens.tolist()] for reply in replies]
+                self.cache.set(name, value)
+                values[name] = value
+                self.progress.finished()
+
+            if seeds is not None:
+                options["seeds"] = [seeds[i] for i in rows]
+            decode(
+                model, "transformers", self.tokenizer, [prompts[i] for i in rows], max_new_tokens=self.max_new_tokens,
+                guesses=[guesses[i] for i in rows], batch_size=self.batch_size, done=save, work=work, **options,
+            )  # fmt: skip
+            # Keep the batch size that fitted: each time memory runs out, the work of a batch is lost.
+            self._batch_size = work.batch_size or self._batch_size
+            self.seconds += time.perf_counter() - begin
+        return [[Reply(np.array(ids, dtype=np.int64), log_prob) for log_prob, ids in values[name]] for name in names]
 
     def scored(self, prompts: Rows, replies: Sequence[Rows]) -> list[list[float]]:
         """Log probabilities of given replies to each prompt."""
@@ -180,35 +185,6 @@ class Replies:
     def _name(self, kind: str, prompt: np.ndarray, *settings: Any) -> str:
         return f"{kind} {self.evaluated.identity} {token_hash(prompt)} {' '.join(map(str, settings))}"
 
-    def _load_or_compute(
-        self, names: Sequence[str], compute: Callable[[list[int], Save], None], least: int = 0
-    ) -> list[list[Reply]]:
-        # Replies by name. Each is saved as soon as it is computed; equal names are computed once.
-        values: dict[str, Any] = {}
-        missing: dict[str, int] = {}
-        for i, name in enumerate(names):
-            if name not in values and name not in missing:
-                value = self._stored(name, lambda value: _are_replies(value, len(self.tokenizer), least))
-                if value is None:
-                    missing[name] = i
-                    continue
-                values[name] = value
-            self.progress.skipped()
-
-        def save(i: int, value: Any) -> None:
-            self.cache.set(names[i], value)
-            values[names[i]] = value
-            self.progress.finished()
-
-        if missing:
-            _ = self.model  # load it first: the seconds are those of decoding
-            begin = time.perf_counter()
-            compute(list(missing.values()), save)
-            self.seconds += time.perf_counter() - begin
-        return [
-            [Reply(np.array(tokens, dtype=np.int64), log_prob) for log_prob, tokens in values[name]] for name in names
-        ]
-
     def _stored(self, name: str, is_good: Callable[[Any], bool]) -> Any:
         # The cached value, None: there is none. Another program may have written anything into the cache.
         value = self.cache.get(name)
@@ -218,7 +194,7 @@ class Replies:
 
 
 def token_hash(tokens: np.ndarray) -> str:
-    """A hash of token ids, which names prompts and replies in the cache."""
+    """A hash of token ids: names prompts and replies in the cache."""
     return hashlib.sha256(np.asarray(tokens, dtype=np.int64).tobytes()).hexdigest()[:32]
 
 

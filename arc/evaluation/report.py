@@ -52,14 +52,10 @@ LABEL_LENGTH = 26  # longer names of models are shortened in the plot, and only 
 
 
 def write_report(results: dict[str, Any], path: str | Path) -> None:
-    """Write an evaluation's results as one HTML file that opens offline.
+    """Write the content of results.json as one HTML file that opens offline, replacing an old one in one step.
 
-    Names of models and puzzles may hold anything: they are escaped. A Content-Security-Policy lets only the template's
-    own script run, which it knows by its hash, and nothing be loaded.
-
-    Args:
-        results: as `evaluate_arc.py` saves them in results.json.
-        path: the file to write; an existing one is replaced in one step.
+    Names of models and puzzles may hold anything: they are escaped. A Content-Security-Policy allows only the
+    template's own script, by its hash, and loads nothing.
 
     Raises:
         ValueError: the results have another schema, lack an entry, or hold something that is no grid.
@@ -82,15 +78,12 @@ def check_results(results: dict[str, Any]) -> None:
     """Raise ValueError for results that the report cannot show."""
     if results.get("schema") != SCHEMA:
         raise ValueError(f"results of schema {results.get('schema')!r}, and the report reads {SCHEMA}: evaluate anew")
-    missing = [name for name in ("settings", "versions", "data", "models", "puzzles", "table") if name not in results]
-    if missing:
+    if missing := [n for n in ("settings", "versions", "data", "models", "puzzles", "table") if n not in results]:
         raise ValueError(f"results without {', '.join(missing)}")
-    models = results["models"]
-    if not models:
+    if not results["models"]:
         raise ValueError("results of no model: nothing to report")
-    columns = [row["model"] for row in results["table"]]
-    if columns != list(models):
-        raise ValueError(f"table of models {columns}: expected one row for each of {list(models)}")
+    if (columns := [row["model"] for row in results["table"]]) != list(results["models"]):
+        raise ValueError(f"table of models {columns}: expected one row for each of {list(results['models'])}")
 
 
 def percent(value: float | None, signed: bool = False) -> str:
@@ -110,10 +103,9 @@ def number(value: float | None) -> str:
 
 
 def pack_grid(grid: Iterable[Iterable[int]]) -> str:
-    """A grid as text: its number of columns, and all cells in order: [[1, 2], [3, 4]] is "2 1234".
+    """A grid as text: its number of columns, then all cells in order: [[1, 2], [3, 4]] is "2 1234".
 
-    Raises:
-        ValueError: there are no rows, their lengths differ, or a cell is not an integer 0..9.
+    ValueError: no rows, rows of different lengths, or a cell that is not an integer 0..9.
     """
     rows = [[int(cell) if cell in range(10) else -1 for cell in row] for row in grid]
     if not rows or not rows[0] or any(len(row) != len(rows[0]) or min(row) < 0 for row in rows):
@@ -122,12 +114,9 @@ def pack_grid(grid: Iterable[Iterable[int]]) -> str:
 
 
 def plot_models(table: Sequence[dict[str, Any]], out: Any, scheme: str = "light") -> None:
-    """Draw exact match with one and two guesses of each model, with 95% intervals, into a PNG.
+    """Draw exact match of each model with one and two guesses, with 95% intervals, into a transparent PNG.
 
-    Args:
-        table: the results' table.
-        out: a file's path, or a stream.
-        scheme: key of `PLOT_COLOURS`; the background is transparent.
+    `table` is that of the results, `out` a path or a stream, and `scheme` a key of `PLOT_COLOURS`.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -210,10 +199,10 @@ def _page(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def _script_puzzles(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The test inputs as the template's script draws them."""
-    changes: list[dict[str, str]] = []  # for each model: test input -> gained or lost
-    for row in results["table"]:
-        changes.append(dict.fromkeys(row.get("lost") or (), "lost") | dict.fromkeys(row.get("gained") or (), "gained"))
+    changes = [  # for each model: test input -> gained or lost
+        dict.fromkeys(row.get("lost") or (), "lost") | dict.fromkeys(row.get("gained") or (), "gained")
+        for row in results["table"]
+    ]
     puzzles = []
     for key, entry in results["puzzles"].items():
         try:
@@ -226,11 +215,7 @@ def _script_puzzles(results: dict[str, Any]) -> list[dict[str, Any]]:
 def _script_puzzle(
     key: str, entry: dict[str, Any], models: Sequence[str], changes: Sequence[dict[str, str]]
 ) -> dict[str, Any]:
-    """One test input as the template's script draws it.
-
-    Each different grid is listed once, packed; everything else refers to its position in the list. Models often make
-    the same guess, and right guesses equal the solution.
-    """
+    """A test input for the template's script. `grids` lists each different grid once, the rest refers to it."""
     grids: dict[str, int] = {}
 
     def place(grid: Any) -> int:
@@ -279,21 +264,19 @@ def _rules(rules: Sequence[dict[str, Any]], models: Sequence[str]) -> dict[str, 
 
 
 def _links(names: Iterable[str], puzzles: dict[str, Any]) -> list[tuple[str, str | None]]:
-    """Names of puzzles or test inputs, each with the URL fragment that shows it; None: it is not in the report."""
+    """Names of puzzles or test inputs, each with the URL fragment that shows it; None: not in the report."""
     known = set(puzzles) | {entry["puzzle"] for entry in puzzles.values()}
     return [(name, urlencode({"puzzle": name}, errors="replace") if name in known else None) for name in names]
 
 
 def _lines(values: dict[str, Any]) -> list[tuple[str, str]]:
-    """Names and values as text."""
-    return [
-        (name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
-        for name, value in values.items()
-    ]
+    def text(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+    return [(name, text(value)) for name, value in values.items()]
 
 
 def _interval(row: dict[str, Any], name: str) -> tuple[float, float] | None:
-    """The interval of a figure; None: there is none."""
     bounds = row.get(f"{name}_interval")
     return tuple(bounds) if bounds is not None and all(map(_is_figure, bounds)) else None
 
@@ -311,5 +294,5 @@ def _label(name: str) -> str:
 
 
 def _source_hash(text: str) -> str:
-    """The source expression of a Content-Security-Policy that allows exactly this script or style."""
+    """The Content-Security-Policy source that allows exactly this script or style."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,7 +1,7 @@
 """A cache on the disk that holds JSON only, so that reading one is safe whoever wrote it.
 
-diskcache 5.6.3 unpickles values if the cache's database says so, even with its JSONDisk (CVE-2025-69872), and reads and
-deletes any file that the database names. A cache opened by this module does neither.
+diskcache 5.6.3 unpickles values if the cache's database says so, even with its JSONDisk (CVE-2025-69872). It also reads
+and deletes any file that the database names. A cache opened by this module does neither.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ SETTINGS = {
     "eviction_policy": "none",
     "cull_limit": 0,
 }
-# Words in sqlite's messages.
-SQLITE_TROUBLE = {
+SQLITE_TROUBLE = {  # words in sqlite's messages
     "full": errno.ENOSPC, "readonly": errno.EACCES, "unable to open": errno.EACCES, "locked": errno.EAGAIN
 }  # fmt: skip
 WORDS = {"wal", *EVICTION_POLICY}  # values of settings that are no numbers
@@ -46,7 +45,7 @@ class UntrustedCacheError(ValueError):
 
 
 class TrustedDisk(diskcache.JSONDisk):
-    """Stores keys and values as JSON, like diskcache's JSONDisk, and refuses to read anything else."""
+    """diskcache's JSONDisk, which refuses to read anything but JSON."""
 
     def get(self, key: Any, raw: int) -> Any:
         """Decode a stored key; UntrustedCacheError if it is pickled or no JSON."""
@@ -81,29 +80,26 @@ class TrustedDisk(diskcache.JSONDisk):
 
     def _check_file(self, name: Any) -> None:
         folder = Path(self._directory).resolve()
-        own = isinstance(name, str) and VALUE_FILE.fullmatch(name) is not None
-        if not own or not (folder / name).resolve().is_relative_to(folder):
+        expected = isinstance(name, str) and VALUE_FILE.fullmatch(name) is not None
+        if not expected or not (folder / name).resolve().is_relative_to(folder):
             raise UntrustedCacheError(self._directory, f"a value that is said to be in the file {str(name)[:80]!r}")
 
 
 def open_cache(folder: str | Path) -> diskcache.Cache:
     """Open or create a cache of JSON keys and values.
 
-    Nothing is evicted. Several processes may use it at once. A process that is killed while it writes loses that entry
-    only. `incr` and `decr` do not work, as with any JSONDisk.
-
-    Args:
-        folder: of the cache.
+    Nothing is evicted. Several processes may use it at once. A process killed while it writes loses that entry only.
+    `incr` and `decr` do not work, as with any JSONDisk.
 
     Raises:
-        UntrustedCacheError: the folder holds another kind of cache, or one that was tampered with or damaged. Reading
-            an entry later can raise it too. For sqlite's errors see `cache_errors`.
+        UntrustedCacheError: another kind of cache, or one that was tampered with or damaged. Reading an entry later can
+            raise it too. For sqlite's errors see `cache_errors`.
         ValueError: the folder's name contains an environment variable, as in "$HOME".
     """
     folder = Path(folder).absolute()  # so that diskcache does not expand a ~
     if os.path.expandvars(folder) != str(folder):
         raise ValueError(f"the cache folder {folder}: diskcache would expand the $ in its name; use another name")
-    check_generation_settings(folder)
+    _check_settings(folder)
     try:
         return diskcache.Cache(str(folder), disk=TrustedDisk, **SETTINGS)
     except sqlite3.DatabaseError as error:
@@ -138,13 +134,11 @@ def _unreadable(folder: Path, error: sqlite3.DatabaseError) -> Exception:
     return UntrustedCacheError(folder, f"a database that cannot be read ({error})")
 
 
-def check_generation_settings(folder: Path) -> None:
-    """Check the settings in a database before diskcache applies them.
-
-    diskcache puts their names and values into PRAGMA statements and into attributes of its objects.
+def _check_settings(folder: Path) -> None:
+    """Check the settings in a database before diskcache puts them into PRAGMA statements and attributes.
 
     Raises:
-        UntrustedCacheError: there are settings that diskcache does not write.
+        UntrustedCacheError: a setting that diskcache does not write.
     """
     database = folder / DBNAME
     if not database.exists():

@@ -1,4 +1,4 @@
-"""One evaluation: the answers of all models, how they are judged, and the files that hold the results."""
+"""One evaluation: the answers of all models, their scores, and the files of results."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from arc.evaluation.replies import Replies
 from arc.evaluation.report import SCHEMA, write_report
 from arc.evaluation.result_cache import UntrustedCacheError, cache_errors, open_cache
 from arc.evaluation.selection import RULES, select
-from arc.puzzles import text as text_module
 from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.files import write_atomically
+from arc.puzzles.text import cell_accuracy
 from arc.runs.artifacts import move_aside, versions
 from arc.runs.processes import gather, is_main, leave, share, wait_for_everyone
 from arc.runs.settings import user_errors
@@ -32,18 +32,10 @@ NOT_THE_RESULT = ("output_dir", "cache_dir", "batch_size")  # settings that do n
 
 
 def evaluate(models: Sequence[Replies], puzzles: Puzzles, settings: Any) -> dict[str, Any]:
-    """Evaluate models one after the other.
+    """Evaluate models one after the other; returns the content of `results.json`, see `write_results`.
 
-    With several processes, each answers its share of the puzzles, and all use one cache. The main process gets all
-    answers; the others end here.
-
-    Args:
-        models: the replies of each model; their cache is opened here.
-        puzzles: see `load_puzzles`.
-        settings: of evaluate_arc.py.
-
-    Returns:
-        What `results.json` holds; see `write_results`.
+    Each of several processes answers its share of the puzzles; all use one cache. The main process gathers all answers;
+    the others end here.
     """
     dataset = puzzles.dataset
     entries = {key: _puzzle_entry(puzzles, key) for key in dataset.keys}
@@ -57,26 +49,24 @@ def evaluate(models: Sequence[Replies], puzzles: Puzzles, settings: Any) -> dict
         cache = open_cache(folder)
         if is_main():
             wait_for_everyone()
-    own_puzzles = dataset.select_puzzles(share(list(dataset.challenge)))
+    shard = dataset.select_puzzles(share(list(dataset.challenge)))  # of this process
     with (
         user_errors(user_kinds),
         cache_errors(folder),
         contextlib.closing(cache),
-        contextlib.closing(Progress(len(models) * count_rows(own_puzzles, settings.views))) as progress,
+        contextlib.closing(Progress(len(models) * count_rows(shard, settings.views))) as progress,
     ):
         for replies in models:
             replies.open(cache, progress)
             name = replies.evaluated.name
-            answers = _answer_all(replies, dataset, own_puzzles, settings, entries)
+            answers = _answer_all(replies, dataset, shard, settings, entries)
             unanswered[name] = [key for key, answer in answers.items() if not answer.views]
             shortened = sum(answer.shortened for answer in answers.values())
             left_out = sum(answer.left_out for answer in answers.values())
             if unanswered[name] or shortened or left_out:
-                progress.say(
-                    f"{name}: {len(unanswered[name])} test inputs do not fit {replies.context} tokens with one "
-                    f"demonstration and count as unsolved; {shortened:,} views lost demonstrations, and {left_out:,} "
-                    "did not fit and were left out"
-                )
+                unsolved = f"{len(unanswered[name])} test inputs do not fit {replies.context} tokens"
+                views = f"{shortened:,} views lost demonstrations, and {left_out:,} did not fit and were left out"
+                progress.say(f"{name}: {unsolved} with one demonstration and count as unsolved; {views}")
             seconds[name] = max(gather(replies.seconds))
             replies.close()
     leave()
@@ -118,11 +108,7 @@ def _puzzle_entry(puzzles: Puzzles, key: str) -> dict[str, Any]:
 
 
 def _answer_all(
-    replies: Replies,
-    dataset: ArcDataset,
-    own_puzzles: ArcDataset,
-    settings: Any,
-    entries: dict[str, dict[str, Any]],
+    replies: Replies, dataset: ArcDataset, shard: ArcDataset, settings: Any, entries: dict[str, dict[str, Any]]
 ) -> dict[str, Answer]:
     # The answers of one model. Each goes into the entries at once; those of other processes follow at the end.
     name, solved, judged = replies.evaluated.name, 0, 0
@@ -136,14 +122,14 @@ def _answer_all(
             replies.progress.describe(name, solved, judged)
 
     try:
-        answers = answer_puzzles(replies, own_puzzles, settings, report)
+        answers = answer_puzzles(replies, shard, settings, report)
     except UndecodableModelError as error:
         # float16 ends at 65504: a model that was trained in bfloat16 or float32 may compute larger numbers.
         advice = "; --dtype bfloat16 or float32 may help" if replies.evaluated.precision.dtype == "float16" else ""
         raise UndecodableModelError(f"{name} cannot be evaluated: {error}{advice}") from None
     together: dict[str, Answer] = {}
-    for of_process, judgements in gather((answers, {key: entries[key][name] for key in own_puzzles.keys})):
-        together |= of_process
+    for process_answers, judgements in gather((answers, {key: entries[key][name] for key in shard.keys})):
+        together |= process_answers
         for key, entry in judgements.items():
             entries[key][name] = entry
     correct = [entry[name]["correct"] for entry in entries.values() if entry[name]["correct"] is not None]
@@ -156,41 +142,34 @@ def _judge(answer: Answer, solution: np.ndarray | None, rule: str) -> dict[str, 
     # What results.json holds of a model's answer.
     by_rule = {name: select(answer.candidates, name, scores.GUESSES) for name in RULES}
     guesses = by_rule[rule]
-    entry: dict[str, Any] = {
-        "guesses": [grid.tolist() for grid in guesses],
-        "correct": None,
-        "greedy": None if answer.greedy is None else answer.greedy.tolist(),
-        "greedy_correct": None,
-        "decodable": answer.greedy is not None,
-        "candidates": len(answer.candidates),
-        "found": None,
-        "right_shape": None,
-        "cell_accuracy": None,
-        "prob_truth": None,
-        "prob_greedy": 0.0 if answer.greedy_log_prob is None else math.exp(answer.greedy_log_prob),
-        "rules": None,
-        "views": answer.views,
-    }
-    if solution is None:
-        return entry
+    first = guesses[0] if guesses else None
+    known = solution is not None
 
     def is_right(grid: np.ndarray | None) -> bool:
-        return grid is not None and np.array_equal(grid, solution)
+        return grid is not None and solution is not None and np.array_equal(grid, solution)
 
-    first = guesses[0] if guesses else None
-    return entry | {
-        "correct": [is_right(grid) for grid in guesses],
-        "greedy_correct": is_right(answer.greedy),
-        "found": any(is_right(candidate.grid) for candidate in answer.candidates),
-        "right_shape": first is not None and first.shape == solution.shape,
-        "cell_accuracy": text_module.cell_accuracy(first, solution),
-        "prob_truth": 0.0 if answer.truth is None else math.exp(answer.truth),
-        "rules": {name: [is_right(grid) for grid in grids] for name, grids in by_rule.items()},
+    def probability(log_prob: float | None) -> float:
+        return 0.0 if log_prob is None else math.exp(log_prob)
+
+    return {
+        "guesses": [grid.tolist() for grid in guesses],
+        "correct": [is_right(grid) for grid in guesses] if known else None,
+        "greedy": None if answer.greedy is None else answer.greedy.tolist(),
+        "greedy_correct": is_right(answer.greedy) if known else None,
+        "decodable": answer.greedy is not None,
+        "candidates": len(answer.candidates),
+        "found": any(is_right(candidate.grid) for candidate in answer.candidates) if known else None,
+        "right_shape": None if solution is None else first is not None and first.shape == solution.shape,
+        "cell_accuracy": None if solution is None else cell_accuracy(first, solution),
+        "prob_truth": probability(answer.truth) if known else None,
+        "prob_greedy": probability(answer.greedy_log_prob),
+        "rules": {name: [is_right(grid) for grid in grids] for name, grids in by_rule.items()} if known else None,
+        "views": answer.views,
     }
 
 
 def write_results(results: dict[str, Any], dataset: ArcDataset, folder: str | Path) -> list[Path]:
-    """Write `results.json`, `submission-MODEL.json` of each model, and `report.html`.
+    """Write `results.json`, `submission-MODEL.json` of each model, and `report.html`; returns their paths.
 
     results.json holds schema, settings, versions and data, and
     - "models": the names;
@@ -200,15 +179,7 @@ def write_results(results: dict[str, Any], dataset: ArcDataset, folder: str | Pa
     - "table": see `scores.score_table`; "rules": see `scores.rule_table`.
     A grid is a list of rows. Figures that need a solution are null where there is none.
 
-    A results.json of another evaluation is first moved aside, with its submissions and report.
-
-    Args:
-        results: see `evaluate`.
-        dataset: the puzzles, as they were loaded.
-        folder: is created if it is not there.
-
-    Returns:
-        The files.
+    Files of another evaluation in the folder are moved aside first. `dataset` has the puzzles as they were loaded.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -218,9 +189,7 @@ def write_results(results: dict[str, Any], dataset: ArcDataset, folder: str | Pa
             move_aside(path)
     written = []
     for name in results["models"]:
-        guesses: dict[str, list[list[dict[str, Any]]]] = {
-            p: [[] for _ in v["test"]] for p, v in dataset.challenge.items()
-        }
+        guesses: dict[str, list[Any]] = {p: [[] for _ in v["test"]] for p, v in dataset.challenge.items()}
         for key, entry in results["puzzles"].items():
             puzzle, number = dataset.get_base_key_and_reply_num(key)
             guesses[puzzle][number] = [{"output": grid} for grid in entry[name]["guesses"]]

@@ -1,4 +1,4 @@
-"""Scores of an evaluation: shares of solved test inputs, their intervals, and changes from one model to the next."""
+"""Scores of an evaluation: shares of solved test inputs, intervals, and changes from one model to the next."""
 
 from __future__ import annotations
 
@@ -10,18 +10,12 @@ import numpy as np
 
 GUESSES = 2  # of each test input, as in the competition
 RESAMPLES = 4000
-# Shares of the test inputs, and means of numbers between 0 and 1.
-SHARES = ("exact_1", "exact_2", "greedy", "decodable", "right_shape", "found")
-MEANS = ("score", "cell_accuracy", "prob_truth", "prob_greedy")
+SHARES = ("exact_1", "exact_2", "greedy", "decodable", "right_shape", "found")  # of the test inputs
+MEANS = ("cell_accuracy", "prob_truth", "prob_greedy")  # of numbers between 0 and 1
 
 
 def wilson_interval(count: float, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95% interval of a share of independent trials.
-
-    Args:
-        count: number of successes.
-        n: number of trials.
-        z: quantile of the normal distribution.
+    """95% interval of a share: `count` successes in n independent trials; z: quantile of the normal distribution.
 
     Source: Wilson 1927. Unlike the normal approximation it is right near 0 and 1.
     """
@@ -36,10 +30,7 @@ def wilson_interval(count: float, n: int, z: float = 1.959964) -> tuple[float, f
 def bootstrap_interval(values: Sequence[float], groups: Sequence[str] | None = None, seed: int = 0) -> list[float]:
     """95% interval of a mean by resampling groups, because test inputs of one puzzle are not independent.
 
-    Args:
-        values: numbers, (n,).
-        groups: the group of each value; None: each value is a group.
-        seed: of the draws.
+    `groups` names the group of each value; None: each value is a group.
     """
     if not len(values):
         return [0.0, 1.0]
@@ -56,13 +47,8 @@ def bootstrap_interval(values: Sequence[float], groups: Sequence[str] | None = N
 def mean_interval(values: Sequence[float], groups: Sequence[str], least: float = 0.0) -> list[float]:
     """95% interval of a mean by `bootstrap_interval`, with a margin where all values are equal.
 
-    Resampling equal values gives an interval of width 0. The margin is Wilson's bound for no success in as many trials
-    as there are groups.
-
-    Args:
-        values: numbers from `least` to 1, (n,).
-        groups: the group of each value.
-        least: smallest possible value.
+    Resampling equal values gives a width of 0. The margin is Wilson's bound for no success in as many trials as there
+    are groups. Values range from `least` to 1.
     """
     low, high = bootstrap_interval(values, groups)
     if low == high:
@@ -80,10 +66,10 @@ def score_table(models: Sequence[str], puzzles: dict[str, dict[str, Any]], secon
         seconds: of each model's evaluation.
 
     Returns:
-        For each model a dict: model, n (test inputs with a solution), puzzles (number of their puzzles), each of SHARES
-        and MEANS with NAME_interval (95%), seconds, and a comparison with the model before: gained (test inputs that
-        this model solves with two guesses and the one before does not), lost (the reverse), change (of exact_2),
-        change_interval; None for the first model. Without solutions all scores are None.
+        For each model a dict: model, n (test inputs with a solution), puzzles (number of their puzzles), each of
+        SHARES, score, and each of MEANS with NAME_interval (95%), and seconds. A comparison with the model before has
+        gained (test inputs that only this model solves with two guesses), lost (only the one before), change (of
+        exact_2), change_interval; None for the first model. Without solutions all scores are None.
     """
     known = {key: entry for key, entry in puzzles.items() if entry["solution"] is not None}
     puzzle_of = [entry["puzzle"] for entry in known.values()]
@@ -97,19 +83,19 @@ def score_table(models: Sequence[str], puzzles: dict[str, dict[str, Any]], secon
             "exact_2": list(solved.values()),
             "greedy": [bool(answer["greedy_correct"]) for answer in answers.values()],
         }
-        for name in ("decodable", "right_shape", "found", "cell_accuracy", "prob_truth", "prob_greedy"):
+        for name in (*SHARES[3:], *MEANS):
             values[name] = [answer[name] for answer in answers.values()]
         row: dict[str, Any] = {"model": model, "n": len(known), "puzzles": len(set(puzzle_of))}
         for name in SHARES:
-            row |= _measured(name, values[name], _share_interval)
+            row |= _measured(name, values[name])
         # The competition's score: of each puzzle the share of its test inputs that a guess solves.
         shares: dict[str, list[bool]] = {}
         for puzzle, is_solved in zip(puzzle_of, values["exact_2"], strict=True):
             shares.setdefault(puzzle, []).append(is_solved)
         # Wilson's interval is for 0 and 1. It is wide enough here: shares between them vary less.
-        row |= _measured("score", [float(np.mean(share)) for share in shares.values()], _share_interval)
-        for name in ("cell_accuracy", "prob_truth", "prob_greedy"):
-            row |= _measured(name, values[name], lambda v: mean_interval(v, puzzle_of))
+        row |= _measured("score", [float(np.mean(share)) for share in shares.values()])
+        for name in MEANS:
+            row |= _measured(name, values[name], puzzle_of)
         row |= {"gained": None, "lost": None, "change": None, "change_interval": None}
         if before is not None and known:
             differences = [float(solved[key]) - float(before[key]) for key in known]
@@ -123,36 +109,37 @@ def score_table(models: Sequence[str], puzzles: dict[str, dict[str, Any]], secon
     return table
 
 
-def _share_interval(values: Sequence[Any]) -> tuple[float, float]:
-    return wilson_interval(float(np.sum(values)), len(values))
-
-
-def _measured(name: str, values: Sequence[Any], interval: Any) -> dict[str, Any]:
+def _measured(name: str, values: Sequence[Any], groups: Sequence[str] | None = None) -> dict[str, Any]:
+    # A mean with its interval: of a share by Wilson, of other numbers by resampling groups.
     if not len(values):
         return {name: None, f"{name}_interval": None}
-    return {name: float(np.mean(values)), f"{name}_interval": [float(bound) for bound in interval(values)]}
+    if groups is None:
+        bounds = [*wilson_interval(float(np.sum(values)), len(values))]
+    else:
+        bounds = mean_interval(values, groups)
+    return {name: float(np.mean(values)), f"{name}_interval": bounds}
 
 
 def rule_table(models: Sequence[str], puzzles: dict[str, dict[str, Any]], rules: Sequence[str]) -> list[dict[str, Any]]:
     """The score of each selection rule, and how often the solution was among the candidates.
 
-    Args:
-        models, puzzles: see `score_table`; an answer's "rules" says for each rule which of its guesses are right.
-        rules: names of rules.
+    An answer's "rules" says for each rule which of its guesses are right.
 
     Returns:
         For each model a dict: model, n, found, and for each rule {"exact_1", "exact_2"}; None without solutions.
     """
     known = [entry for entry in puzzles.values() if entry["solution"] is not None]
+
+    def mean(values: list[bool]) -> float | None:
+        return float(np.mean(values)) if values else None
+
     table = []
     for model in models:
         row: dict[str, Any] = {"model": model, "n": len(known)}
-        row["found"] = float(np.mean([entry[model]["found"] for entry in known])) if known else None
+        row["found"] = mean([entry[model]["found"] for entry in known])
         for rule in rules:
             correct = [entry[model]["rules"][rule] for entry in known]
-            row[rule] = {
-                "exact_1": float(np.mean([c[:1] == [True] for c in correct])) if known else None,
-                "exact_2": float(np.mean([any(c) for c in correct])) if known else None,
-            }
+            firsts, either = [c[:1] == [True] for c in correct], [any(c) for c in correct]
+            row[rule] = {"exact_1": mean(firsts), "exact_2": mean(either)}
         table.append(row)
     return table

@@ -1,4 +1,4 @@
-"""Selection: which of many candidate grids to submit."""
+"""Selection: which candidate grids to submit."""
 
 from __future__ import annotations
 
@@ -11,28 +11,20 @@ import numpy as np
 
 @dataclass(eq=False)
 class Candidate:
-    """A possible answer to a test input, which one view or several have given.
+    """A possible answer to a test input, from one or several views."""
 
-    Args:
-        grid: uint8 (height, width), in the orientation and colours of the puzzle.
-        found: number of a view -> log probability of that view's replies that decode to this grid.
-        scored: log probability of the grid under every view, (views,); None: not computed.
-    """
-
-    grid: np.ndarray
+    grid: np.ndarray  # uint8 (height, width), in the orientation and colours of the puzzle
+    # Number of a view -> log probability of that view's replies that decode to this grid.
     found: dict[int, float] = field(default_factory=dict)
-    scored: list[float] | None = None
+    scored: list[float] | None = None  # log probability of the grid under every view, (views,); None: not computed
 
 
 def gather_candidates(views: Sequence[Sequence[tuple[np.ndarray | None, float]]]) -> list[Candidate]:
-    """Merge the replies of all views of one test input.
+    """Merge the replies of all views of one test input, in the order of first replies.
 
     Args:
-        views: for each view its replies: (grid as `ArcDataset.decode` maps it back, log probability). A grid of None is
-            left out. The replies of a view exclude each other, so the probabilities of one grid add up.
-
-    Returns:
-        One candidate for each different grid, in the order of their first replies.
+        views: for each view its replies: (grid as `ArcDataset.decode` maps it back, log probability). None is left
+            out. The replies of a view exclude each other, so the probabilities of equal grids add up.
     """
     merged: dict[tuple[tuple[int, ...], bytes], Candidate] = {}
     for view, replies in enumerate(views):
@@ -40,14 +32,13 @@ def gather_candidates(views: Sequence[Sequence[tuple[np.ndarray | None, float]]]
             if grid is None:
                 continue
             grid = np.ascontiguousarray(grid, dtype=np.uint8)
-            candidate = merged.setdefault((grid.shape, grid.tobytes()), Candidate(grid))
-            before = candidate.found.get(view, -math.inf)
-            candidate.found[view] = float(np.logaddexp(before, log_prob))
+            by_view = merged.setdefault((grid.shape, grid.tobytes()), Candidate(grid)).found
+            by_view[view] = float(np.logaddexp(by_view.get(view, -math.inf), log_prob))
     return list(merged.values())
 
 
 def select(candidates: Sequence[Candidate], rule: str = "product", count: int = 2) -> list[np.ndarray]:
-    """The best grids by a rule.
+    """The best grids by a rule of `RULES`, up to `count`, best first.
 
     - first_view: the probability in view 0, whose grids alone are candidates: a system without augmentation.
     - max: the highest probability in a view.
@@ -55,18 +46,10 @@ def select(candidates: Sequence[Candidate], rule: str = "product", count: int = 
     - product: the product of the probabilities under all views (product of experts).
     - majority: the number of views whose most probable grid it is.
 
-    Ties are broken by the sum, then by shape and cells, so the order of views and candidates does not matter.
-
-    Args:
-        candidates: of one test input, as `gather_candidates` gives them.
-        rule: a name from `RULES`.
-        count: largest number of grids.
-
-    Returns:
-        Up to `count` grids, the best first.
+    Ties are broken by the sum, then by shape and cells: the order of views and candidates does not matter.
 
     Raises:
-        ValueError: there is no such rule, or the rule is "product" and a candidate has not been scored.
+        ValueError: an unknown rule, or "product" with a candidate that has not been scored.
 
     Source: Franzen et al. 2025, arXiv 2505.07859, for the product; sum and max as in their code of 2024.
     """
@@ -77,7 +60,7 @@ def select(candidates: Sequence[Candidate], rule: str = "product", count: int = 
     unscored = sum(candidate.scored is None for candidate in candidates)
     if rule == "product" and unscored:
         raise ValueError(f"{unscored} of {len(candidates)} candidates have not been scored: the product needs it")
-    ranks = sorted(range(len(candidates)), key=lambda i: _identity(candidates[i]))
+    ranks = sorted(range(len(candidates)), key=lambda i: (candidates[i].grid.shape, candidates[i].grid.tobytes()))
     sums = [math.fsum(math.exp(log_prob) for log_prob in candidate.found.values()) for candidate in candidates]
     ranks.sort(key=lambda i: -sums[i])
     votes = dict.fromkeys(ranks, 0)
@@ -99,7 +82,3 @@ def select(candidates: Sequence[Candidate], rule: str = "product", count: int = 
 
 
 RULES = ("first_view", "max", "sum", "product", "majority")
-
-
-def _identity(candidate: Candidate) -> tuple[tuple[int, ...], bytes]:
-    return candidate.grid.shape, candidate.grid.tobytes()

@@ -23,7 +23,7 @@ TITLES = {
 
 
 def print_tables(results: dict[str, Any]) -> None:
-    """Print the scores and the selection rules, narrow enough for four models in a terminal of 80 columns."""
+    """Print the scores and the selection rules. Four models fit into 80 columns."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -36,7 +36,9 @@ def print_tables(results: dict[str, Any]) -> None:
             table.add_column(name[len(prefix) :], justify="right", overflow="fold")
         return table
 
-    prefix = _shared_prefix(results["models"])
+    # What all names begin with, up to a hyphen, such as "Llama-3.2-1B-".
+    prefix = os.path.commonprefix(list(results["models"])) if len(results["models"]) > 1 else ""
+    prefix = prefix[: prefix.rfind("-") + 1]
     rows, n = results["table"], results["data"]["test_inputs"]
     known = rows[0]["n"]
     judged = f"{n:,} test inputs" if known in (0, n) else f"{known:,} of {n:,} test inputs, those with a solution"
@@ -52,19 +54,13 @@ def print_tables(results: dict[str, Any]) -> None:
     rules.add_row("truth found", *(_share(row["found"]) for row in results["rules"]))
     for rule in RULES:
         figures = [row[rule] for row in results["rules"]]
-        rules.add_row(rule, *(f"{_share(one['exact_1'])}, {_share(one['exact_2'])}" for one in figures))
+        rules.add_row(rule, *(f"{_share(row['exact_1'])}, {_share(row['exact_2'])}" for row in figures))
     # Names are text, whatever brackets and colons they hold.
     console = Console(markup=False, emoji=False, highlight=False)
-    for one in (table, rules):
-        console.print()
-        console.print(one)
     console.print()
-
-
-def _shared_prefix(names: Sequence[str]) -> str:
-    # What all names begin with, up to a hyphen, such as "Llama-3.2-1B-".
-    prefix = os.path.commonprefix(list(names)) if len(names) > 1 else ""
-    return prefix[: prefix.rfind("-") + 1]
+    for shown in (table, rules):
+        console.print(shown)
+        console.print()
 
 
 def _share(value: float | None, interval: Sequence[float] | None = None, form: str = ".1%") -> str:

@@ -1,19 +1,12 @@
-"""The dataset: puzzles, and the keys (views of them) that one works with.
+"""The dataset: puzzles, and keys that name views of them. `arc_loader.py` shows how to use it.
 
-    ds = ArcDataset.load_from_local_json("dataset")
-    views = ds.views(seed=42, tp="all", rt="all", perm=True, shfl_ex=True)
-    key, task = ds.get_task(views.key(epoch=0, index=5), **format_options("<|eot_id|>"))
-    grid, correct, info = ds.decode(task["reply"], lines_sep="\n", key=key)
-
-Method names and keywords are those of the ARChitects' 2024 loader, so that notebooks written for it port; the code is
-our own. It needs numpy and the standard library (tqdm only for progress bars), never torch or transformers: tokenizers
-are passed in. The methods are thin: `formats`, `keys`, `views`, `text`, `submissions` and `holdout` do the work.
+Method names and keywords are those of the ARChitects' 2024 loader, so notebooks written for it still run. The code is
+new. It needs numpy, never torch; the caller passes the tokenizer. The methods are thin: the other modules do the work.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,7 +14,7 @@ import numpy as np
 
 from arc.puzzles import formats, submissions
 from arc.puzzles.fingerprints import puzzle_fingerprint
-from arc.puzzles.grids import MAX_SIDE, Grids, Pairs, Puzzle, PuzzleData, Queries, collect
+from arc.puzzles.grids import MAX_SIDE, Grids, Pairs, PathLike, Puzzle, PuzzleData, Queries, collect
 from arc.puzzles.holdout import choose_heldout
 from arc.puzzles.keys import (
     View,
@@ -41,11 +34,9 @@ from arc.puzzles.views import Views
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from arc.puzzles.submissions import Submission
-
 
 class Holdout(NamedTuple):
-    """A split: puzzles to train on, other puzzles of the same tasks, puzzles of tasks that `train` has nothing of."""
+    """A split: puzzles to train on, held-out puzzles of the same tasks, and all puzzles of held-out tasks."""
 
     train: ArcDataset
     seen: ArcDataset
@@ -53,54 +44,46 @@ class Holdout(NamedTuple):
 
 
 class ArcDataset:
-    """Puzzles, and the keys (views of them) that one works with. Methods give new datasets; this one does not change.
+    """Puzzles, and keys that name views of them. Methods return new datasets and change nothing.
 
     Attributes:
         keys: list of keys.
         challenge: puzzle id -> {"train": pairs, "test": inputs}: sequences of {"input": grid, "output": grid} and of
             {"input": grid}.
-        solutions: puzzle id -> sequence of grids, one for each test input; only puzzles whose solutions are known.
+        solutions: puzzle id -> one grid for each test input; only puzzles whose solutions are known.
         is_orig: whether the keys are whole puzzles as they were loaded.
-        left_out: what loading left out, and how much of it.
-        store: the grids. The dicts above are windows on it: do not write to them.
+        left_out: reason -> how many items loading left out.
+        store: the grids. The dicts above are views of it: do not write to them.
 
     Grids are uint8 (height, width) and read-only.
     """
 
     def __init__(
-        self,
-        challenge: Mapping[str, Any],
-        solutions: Mapping[str, Any] | None = None,
-        keys: Iterable[str] | None = None,
-        is_orig: bool = False,
-    ):
-        """Check puzzles and copy them into one store; puzzles of another ArcDataset are not copied.
+        self, challenge: Mapping[str, Any], solutions: Mapping[str, Any] | None = None,
+        keys: Iterable[str] | None = None, is_orig: bool = False,
+    ):  # fmt: skip
+        """Check puzzles and copy them into one store. Puzzles of another ArcDataset are not copied.
 
         Args:
-            challenge: puzzle id -> {"train": pairs, "test": pairs}; grids are lists of rows or integer arrays. If the
-                test pairs have outputs, these are the solutions, unless `solutions` has them.
-            solutions: puzzle id -> grids.
-            keys: default: every test input of every puzzle, sorted; the bare id of a puzzle that has none.
+            challenge: puzzle id -> {"train": pairs, "test": pairs}. Grids are lists of rows or integer arrays.
+            solutions: puzzle id -> grids; default: the outputs of the test pairs.
+            keys: default: every test input, sorted; the bare id of a puzzle without tests.
             is_orig: whether the keys are whole puzzles as they were loaded.
 
         Raises:
-            ValueError: a bad id, pair or grid, named by puzzle, pair and row; a key of a puzzle that is not there.
+            ValueError: a bad id, pair or grid, named by puzzle, pair and row; a key of an unknown puzzle.
         """
         self._assign(collect(challenge, solutions or {}), keys, is_orig)
 
     def _assign(self, data: PuzzleData, keys: Iterable[str] | None, is_orig: bool) -> None:
         challenge = data.challenge
-        self.keys = (
-            sorted(key for name in challenge for key in _test_keys(name, challenge[name]))
-            if keys is None
-            else list(keys)
-        )
+        if keys is None:
+            keys = sorted(key for name in challenge for key in _test_keys(name, challenge[name]))
+        self.keys = list(keys)
         puzzles = dict.fromkeys(map(puzzle_of, self.keys))  # ordered and unique
         for puzzle in puzzles:
             if puzzle not in challenge:
-                raise ValueError(
-                    f"no puzzle {puzzle!r} among {len(challenge):,}, expected keys of puzzles that are there"
-                )
+                raise ValueError(f"no puzzle {puzzle!r} among {len(challenge):,}, expected keys of known puzzles")
         self.challenge = {puzzle: challenge[puzzle] for puzzle in puzzles}
         self.solutions = {puzzle: data.solutions[puzzle] for puzzle in puzzles if puzzle in data.solutions}
         self.is_orig, self.store, self.left_out = is_orig, data.store, dict(data.left_out)
@@ -116,7 +99,6 @@ class ArcDataset:
         return PuzzleData(self.store, self.challenge, self.solutions, self._tasks, self.left_out)
 
     def _derived(self, keys: Iterable[str] | None, is_orig: bool, data: PuzzleData | None = None) -> ArcDataset:
-        """A dataset of the same tasks; over the same puzzles, unless others are given."""
         data = (data or self._data())._replace(tasks=self._tasks, left_out=self.left_out)
         return self._of(data, keys, is_orig)
 
@@ -124,55 +106,42 @@ class ArcDataset:
 
     @classmethod
     def load_from_local_json(
-        cls,
-        path: str | os.PathLike[str],
-        n: int | None = None,
-        sizes: Sequence[int] = (6,),
-        seed: int = 42,
+        cls, path: PathLike, n: int | None = None, sizes: Sequence[int] = (6,), seed: int = 42,
         grid_sizes: Sequence[int] | None = None,
-    ) -> ArcDataset:
-        """Load a folder of task files, each a list of pairs of one task or an official {"train", "test"} puzzle.
+    ) -> ArcDataset:  # fmt: skip
+        """Load a folder of task files: each a list of pairs, or an official {"train", "test"} puzzle.
 
-        From a list of pairs, puzzles of `size` demonstrations and one test are made in a seeded order; no pair is used
-        twice. An official file is one puzzle as it is. Puzzles come in rounds: the first of every task in a seeded
-        order, the second of every task, and so on, so that any prefix of `keys` is spread evenly over the tasks.
+        A list of pairs is cut into puzzles in a seeded order; no pair is used twice. An official file is one puzzle.
+        Keys come in rounds: the first puzzle of every task, then the second of every task, and so on. So any prefix of
+        `keys` covers the tasks evenly.
 
         Args:
             path: the folder.
-            n: how many puzzles; default: all that there are.
-            sizes: demonstrations of a puzzle, in a seeded cycle; sizes larger than a task's remaining pairs are
-                skipped. Not for official files.
+            n: how many puzzles; default: all.
+            sizes: demonstrations per puzzle, in a seeded cycle. Sizes above a task's remaining pairs are skipped.
             seed: of all draws.
-            grid_sizes: (low, high): only pairs whose every side is within these bounds; for official files, only such
-                demonstrations. The others are counted in `left_out`.
+            grid_sizes: (low, high): only pairs whose sides lie within; `left_out` counts the others.
 
         Returns:
-            Puzzles `TASK-ROUND` (official ones: `TASK`), TASK being the file name with "_" and "." replaced by "-".
+            Puzzles `TASK-ROUND` (official ones: `TASK`). TASK is the file name with "_" and "." replaced by "-".
 
         Raises:
             FileNotFoundError: no folder or no files.
-            ValueError: bad data (named by file, pair and row), two files of one task name, more puzzles asked for than
-                there are (the message says how many), settings out of range.
+            ValueError: bad data (named by file, pair and row), a task name twice, n above the maximum, bad settings.
         """
         return cls._of(*formats.read_folder(path, n, sizes, seed, grid_sizes), is_orig=True)
 
     @classmethod
     def load_from_rearc(
-        cls,
-        path: str | os.PathLike[str],
-        n: int,
-        sizes: Sequence[int],
-        seed: int,
-        mix_datasets: Mapping[str, ArcDataset] | None = None,
-        shuffle: bool = True,
-    ) -> ArcDataset:
+        cls, path: PathLike, n: int, sizes: Sequence[int], seed: int,
+        mix_datasets: Mapping[str, ArcDataset] | None = None, shuffle: bool = True,
+    ) -> ArcDataset:  # fmt: skip
         """Load a re-arc folder: metadata.json names the tasks, tasks/NAME.json is a list of pairs.
 
         Args:
             path: the folder.
             n: rounds: puzzles of each task.
-            sizes: demonstrations of a puzzle, in a seeded cycle.
-            seed: of all draws.
+            sizes, seed: as in `load_from_local_json`, whose errors it raises too.
             mix_datasets: name -> dataset whose keys are spread over the rounds, as `NAME-KEY`.
             shuffle: whether the order within a round is seeded (else by name).
 
@@ -180,7 +149,7 @@ class ArcDataset:
             Puzzles `rearc-TASKRR`, RR being the round in hexadecimal.
 
         Raises:
-            FileNotFoundError, ValueError: as `load_from_local_json`; a task with too few pairs for n rounds.
+            ValueError: a task with too few pairs for n rounds.
 
         Source: ARChitects' load_from_rearc; other draws.
         """
@@ -188,37 +157,27 @@ class ArcDataset:
         return cls._of(*formats.read_rearc(path, n, sizes, seed, others, shuffle), is_orig=True)
 
     @classmethod
-    def load_from_json(cls, challenges_file: str | os.PathLike[str]) -> ArcDataset:
-        """Load a challenge file of Kaggle's format: {id: {"train": pairs, "test": inputs}}. The keys are sorted.
-
-        Raises:
-            FileNotFoundError, ValueError: no such file, bad data (named by file, puzzle, pair and row), duplicate ids.
-        """
+    def load_from_json(cls, challenges_file: PathLike) -> ArcDataset:
+        """Load Kaggle's challenge file: {id: {"train": pairs, "test": inputs}}. Raises as `load_from_local_json`."""
         return cls._of(formats.read_challenges(challenges_file), None, is_orig=True)
 
-    def load_solutions(self, solutions_file: str | os.PathLike[str]) -> ArcDataset:
+    def load_solutions(self, solutions_file: PathLike) -> ArcDataset:
         """This dataset with the solutions of a Kaggle file: {id: grids}; other puzzles' solutions are ignored.
 
-        Raises:
-            FileNotFoundError, ValueError: no such file, bad data, a puzzle without solutions or with another number of
-                them.
+        Raises as `load_from_local_json`, also for a puzzle with no solutions or the wrong number of them.
         """
         return self._derived(self.keys, self.is_orig, formats.read_solutions(solutions_file, self._data()))
 
     @classmethod
-    def load_from_neoneye(cls, path: str | os.PathLike[str]) -> ArcDataset:
-        """Load a dataset of neoneye's collection: data/*/*.json; of each puzzle the highest version (_vN) counts.
-
-        Raises:
-            FileNotFoundError, ValueError: as `load_from_local_json`.
-        """
+    def load_from_neoneye(cls, path: PathLike) -> ArcDataset:
+        """Load neoneye's data/*/*.json, of each puzzle the highest version. Raises as `load_from_local_json`."""
         return cls._of(formats.read_neoneye(path), None, is_orig=True)
 
     # -- keys
 
     @staticmethod
     def base_key_replace_invalid_chars(base_key: str) -> str:
-        """A puzzle id without the two characters that have a meaning in keys."""
+        """A puzzle id without "_" and ".", which have a meaning in keys."""
         return clean_name(base_key)
 
     get_base_key_and_reply_num = staticmethod(split_name)
@@ -229,58 +188,41 @@ class ArcDataset:
         return split_name(key)[0]
 
     def task_of(self, key: str) -> str:
-        """The task that a key's puzzle was made from: a file of pairs; otherwise the puzzle is a task of its own."""
+        """The task of a key's puzzle: its file of pairs, else the puzzle itself."""
         puzzle = split_name(key)[0]
         return self._tasks.get(puzzle, puzzle)
 
     def change_keys(self, keys: Iterable[str]) -> ArcDataset:
-        """The same puzzles under other keys; puzzles without a key are dropped.
-
-        Raises:
-            ValueError: a key of a puzzle that is not there.
-        """
+        """The same puzzles under other keys; puzzles without a key are dropped. ValueError: an unknown puzzle."""
         return self._derived(keys, is_orig=False)
 
     def subset(self, n: int) -> ArcDataset:
-        """The first n keys.
-
-        Raises:
-            ValueError: there are fewer.
-        """
+        """The first n keys. ValueError: there are fewer."""
         if not 1 <= n <= len(self.keys):
             raise ValueError(f"{n:,} keys asked for, expected 1 to the maximum of {len(self.keys):,}")
         return self._derived(self.keys[:n], self.is_orig)
 
     def append(self, *others: ArcDataset) -> ArcDataset:
-        """This dataset with the puzzles and keys of others behind it.
-
-        Raises:
-            ValueError: a puzzle id that two of them have.
+        """This dataset followed by the puzzles and keys of others. ValueError: a puzzle id twice.
 
         Source: ARChitects' append, which keeps the last of several puzzles of one id.
         """
+        datasets = (self, *others)
         challenge: dict[str, Any] = {}
-        solutions: dict[str, Any] = {}
-        tasks: dict[str, str] = {}
-        for ds in (self, *others):
+        for ds in datasets:
             if clash := challenge.keys() & ds.challenge.keys():
                 raise ValueError(f"puzzle {min(clash)!r} is there already, expected each id once")
             challenge |= ds.challenge
-            solutions |= ds.solutions
-            tasks |= {puzzle: ds.task_of(puzzle) for puzzle in ds.challenge}
-        keys = [key for ds in (self, *others) for key in ds.keys]
-        is_orig = all(ds.is_orig for ds in (self, *others))
-        return self._of(collect(challenge, solutions)._replace(tasks=tasks, left_out=self.left_out), keys, is_orig)
+        data = collect(challenge, {puzzle: grids for ds in datasets for puzzle, grids in ds.solutions.items()})
+        tasks = {puzzle: ds.task_of(puzzle) for ds in datasets for puzzle in ds.challenge}
+        keys = [key for ds in datasets for key in ds.keys]
+        is_orig = all(ds.is_orig for ds in datasets)
+        return self._of(data._replace(tasks=tasks, left_out=self.left_out), keys, is_orig)
 
     def select_puzzles(self, puzzles: Iterable[str]) -> ArcDataset:
-        """The keys of some puzzles, in the order that they have here; an original dataset stays one.
-
-        Raises:
-            ValueError: a puzzle that is not there.
-        """
+        """The keys of some puzzles, in the order they have here; is_orig stays. ValueError: an unknown puzzle."""
         wanted = set(puzzles)
-        missing = sorted(wanted - self.challenge.keys())
-        if missing:
+        if missing := sorted(wanted - self.challenge.keys()):
             raise ValueError(f"no puzzle {missing[0]!r} among {len(self.challenge):,}")
         return self._derived([key for key in self.keys if split_name(key)[0] in wanted], self.is_orig)
 
@@ -295,20 +237,17 @@ class ArcDataset:
         return groups
 
     def repeat(self, n: int, seed: int | None = None) -> ArcDataset:
-        """The keys n times over, each time in a new seeded order if there is a seed."""
-        rng = None if seed is None else seeded_rng(seed)
-        rounds = [
-            self.keys if rng is None else [self.keys[i] for i in rng.permutation(len(self.keys))] for _ in range(n)
-        ]
-        return self.change_keys(key for keys in rounds for key in keys)
+        """The keys n times over; with a seed, each time in a new order."""
+        if seed is None:
+            return self.change_keys(self.keys * n)
+        rng = seeded_rng(seed)
+        return self.change_keys(self.keys[i] for _ in range(n) for i in rng.permutation(len(self.keys)))
 
     def split(self, n: int, split_seed: int | str, **kwargs: Any) -> list[ArcDataset]:
         """Cut the puzzles into n datasets of about one size.
 
-        Args:
-            n: how many.
-            split_seed: order of the puzzles before the cut: a seed, or "len": by length.
-            kwargs: for "len": as for `get_length`, `reverse` too; a puzzle is as long as its longest key.
+        `split_seed` orders the puzzles before the cut: a seed, or "len": by the length of the longest key. "len" takes
+        `kwargs`: those of `get_length`, and `reverse`.
 
         Raises:
             ValueError: not an original dataset, fewer puzzles than n, kwargs beside a seed.
@@ -319,35 +258,33 @@ class ArcDataset:
             raise ValueError(f"{n:,} parts asked for, expected 1 to the maximum of {len(puzzles):,} puzzles")
         if split_seed == "len":
             reverse = kwargs.pop("reverse", False)
-            longest = {
-                name: max(self.get_length(k, **kwargs) for k in _test_keys(name, self.challenge[name]))
-                for name in puzzles
-            }
-            puzzles.sort(key=longest.__getitem__, reverse=reverse)
+
+            def longest(puzzle: str) -> int:
+                return max(self.get_length(key, **kwargs) for key in _test_keys(puzzle, self.challenge[puzzle]))
+
+            puzzles.sort(key=longest, reverse=reverse)
         elif isinstance(split_seed, str) or kwargs:
-            raise ValueError(
-                f'split_seed is {split_seed!r} with {sorted(kwargs)}, expected a seed alone, or "len" and options'
-            )
+            options = f"{split_seed!r} with {sorted(kwargs)}"
+            raise ValueError(f'split_seed is {options}, expected a seed alone, or "len" and options')
         else:
             puzzles = [puzzles[i] for i in seeded_rng(split_seed).permutation(len(puzzles))]
-        parts = [puzzles[len(puzzles) * i // n : len(puzzles) * (i + 1) // n] for i in range(n)]
+        groups = [puzzles[len(puzzles) * i // n : len(puzzles) * (i + 1) // n] for i in range(n)]
         return [
-            self._derived(sorted(k for p in part for k in _test_keys(p, self.challenge[p])), is_orig=True)
-            for part in parts
+            self._derived(sorted(k for p in group for k in _test_keys(p, self.challenge[p])), is_orig=True)
+            for group in groups
         ]
 
     def holdout(self, examples: int = 0, tasks: int = 0, seed: int = 42) -> Holdout:
-        """Split off puzzles to measure on, the same ones for the same seed.
+        """Split off puzzles to measure on; the same seed gives the same ones.
 
         Args:
-            examples: puzzles in all that go to `seen`, spread evenly over the tasks that stay; each task keeps at least
-                one in `train`. Where every puzzle is a task by itself, whole puzzles.
-            tasks: whole tasks that go to `unseen`. Which ones depends on the seed and the tasks' names alone, not on
-                the number, sizes or order of the puzzles.
+            examples: puzzles in `seen`, spread evenly over the tasks that stay. Each task keeps at least one in
+                `train`, unless every puzzle is a task by itself.
+            tasks: whole tasks that go to `unseen`. The choice depends on the seed and the tasks' names alone.
             seed: of both choices.
 
         Returns:
-            Three datasets whose keys are this one's, in order.
+            Three datasets with this one's keys, in order.
 
         Raises:
             ValueError: more asked for than there is; the message names the maximum.
@@ -360,29 +297,16 @@ class ArcDataset:
         for key in self.keys:
             puzzle = puzzle_of(key)
             keys[1 if puzzle in seen else 2 if puzzle in unseen else 0].append(key)
-        return Holdout(*(self._derived(part, self.is_orig) for part in keys))
+        return Holdout(*(self._derived(group, self.is_orig) for group in keys))
 
-    def views(
-        self,
-        seed: int,
-        tp: bool | str = False,
-        rt: bool | str = False,
-        perm: bool = False,
-        keep_background: bool = False,
-        shfl_ex: bool = False,
-        perm_share: float = 1.0,
-    ) -> Views:
-        """Augmented views of the keys, see `Views`."""
-        return Views(self, seed, tp, rt, perm, keep_background, shfl_ex, perm_share)
+    def views(self, seed: int, **options: Any) -> Views:
+        """Augmented views of the keys; `options` are those of `Views` from `tp` on."""
+        return Views(self, seed, **options)
 
     def augment_keys(self, keys: Sequence[str], seed: int | None = None, n: int = 1, **options: Any) -> list[str]:
         """Keys of augmented views in upstream's order: n draws of each symmetry of each key, keys running fastest.
 
-        Args:
-            keys: keys of this dataset's puzzles.
-            seed: of the draws; None: from the system.
-            n: draws.
-            options: tp, rt, perm, keep_background, shfl_ex, perm_share as in `Views`.
+        `options` are those of `Views`. Seed None: seeded by the system.
 
         Source: ARChitects' augment_keys, whose draws of `tp` and `rt` are repeated n times; here every draw is new.
         """
@@ -391,52 +315,38 @@ class ArcDataset:
         return [key for draw in range(n) for key in views.keys(np.full(len(order), draw), order)]
 
     def augment(self, seed: int | None, n: int = 1, **options: Any) -> ArcDataset:
-        """A dataset whose keys are views of this one's, key by key; numpy's global generator is not touched.
+        """A dataset of n draws of each view, key by key; see `augment_keys`.
 
-        Args:
-            seed: of the draws; None: from the system.
-            n: draws of each view.
-            options: tp, rt, perm, keep_background, shfl_ex, perm_share as in `Views`.
-
-        Source: ARChitects' augment; other draws.
+        Source: ARChitects' augment; other draws, and numpy's global generator is not touched.
         """
         views = Views(self, seed_words(seed)[0], **options)
-        each = len(views.symmetries)
-        rows = np.arange(len(views)).reshape(-1, 1, each).repeat(n, axis=1).ravel()
-        draws = np.tile(np.arange(n).repeat(each), len(self.keys))
+        symmetries = len(views.symmetries)
+        rows = np.arange(len(views)).reshape(-1, 1, symmetries).repeat(n, axis=1).ravel()
+        draws = np.tile(np.arange(n).repeat(symmetries), len(self.keys))
         return self.change_keys(views.keys(draws, rows))
 
     # -- puzzles and transforms
 
     def resolve(self, key: str) -> View:
-        """A key's grids and transforms.
-
-        Raises:
-            ValueError: no such puzzle or test input, or a transform that is not in the grammar.
-        """
+        """See `keys.resolve`."""
         return resolve(key, self.challenge, self.solutions)
 
-    def _require_original(self, what: str) -> None:
+    def _require_original(self, method: str) -> None:
         if not self.is_orig:
-            raise ValueError(f"{what} works on a dataset as it was loaded, this one's keys have been changed")
+            raise ValueError(f"{method} works on a dataset as it was loaded, this one's keys have been changed")
 
     def __len__(self) -> int:
         """How many keys."""
         return len(self.keys)
 
     def __getitem__(self, key: str | int) -> dict[str, Any]:
-        """A view's grids, transformed.
-
-        Args:
-            key: a key (of any view of the puzzles here), or a position in `keys`.
+        """The transformed grids of a view, named by a key or a position in `keys`.
 
         Returns:
-            {"key": key, "train": [(input, output), ...], "test": input or None, "solution": output or None}, grids
-            uint8.
+            {"key": key, "train": [(input, output), ...], "test": input or None, "solution": output or None}.
 
         Raises:
-            ValueError: no such key.
-            IndexError: no such position.
+            ValueError, IndexError: no such key, no such position.
         """
         if not isinstance(key, str):
             if not -len(self.keys) <= key < len(self.keys):
@@ -461,33 +371,24 @@ class ArcDataset:
         text = f"ArcDataset({len(self.keys):,} keys of {len(self.challenge):,} puzzles of {len(tasks):,} tasks"
         text += f", {len(self.solutions):,} with solutions"
         if self.challenge:
-            windows = [window for puzzle in self.challenge for window in self._windows(puzzle)]
-            sides = [side[window.grids] for side in (self.store.heights, self.store.widths) for window in windows]
-            heights, widths = np.concatenate(sides[: len(windows)]), np.concatenate(sides[len(windows) :])
+            windows = [window.grids for puzzle in self.challenge for window in self._windows(puzzle)]
+            heights, widths = (np.concatenate([s[w] for w in windows]) for s in (self.store.heights, self.store.widths))
             sizes = sorted({len(puzzle["train"]) for puzzle in self.challenge.values()})
-            sizes_text = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
-            text += f"; {sizes_text} demonstrations; "
-            text += f"grids {heights.min()}x{widths.min()} to {heights.max()}x{widths.max()}"
+            text += f"; {sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"; {sizes[0]}"
+            text += f" demonstrations; grids {heights.min()}x{widths.min()} to {heights.max()}x{widths.max()}"
         if self.left_out:
-            text += "; left out: " + ", ".join(f"{count:,} {what}" for what, count in self.left_out.items())
+            text += "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items())
         return text + ")"
 
     def _repr_html_(self, shown: int = 3) -> str:
-        """What a notebook shows: the counts, and the first puzzles as coloured grids."""
+        """The counts and the first puzzles as coloured grids, for a notebook."""
         from arc.puzzles.pictures import dataset_html
 
-        keys = self.keys[:shown]
-        return dataset_html(repr(self), [self[key] for key in keys], len(self.keys) - len(keys))
+        views = [self[key] for key in self.keys[:shown]]
+        return dataset_html(repr(self), views, len(self.keys) - len(views))
 
     def plot(self, key: str | int) -> Figure:
-        """A picture of a view: demonstrations, test input and, where it is known, solution.
-
-        Args:
-            key: see `__getitem__`, whose errors it raises.
-
-        Returns:
-            A matplotlib figure; a notebook shows it, `savefig` writes it.
-        """
+        """A matplotlib figure of a view: demonstrations, test input and, if known, solution. Raises as indexing."""
         from arc.puzzles.pictures import plot_view
 
         return plot_view(self[key])
@@ -497,7 +398,7 @@ class ArcDataset:
         return [entry["train"], entry["test"], *([self.solutions[puzzle]] if puzzle in self.solutions else [])]
 
     def content_hash(self) -> str:
-        """SHA-256 (hex) of the keys in order and their puzzles' grids; it does not depend on files and formats."""
+        """SHA-256 (hex) of the keys in order and their puzzles' grids, whatever files they came from."""
         digest = hashlib.sha256("\n".join(self.keys).encode())
         store, cells = self.store, self.store.cells
         for puzzle in sorted(self.challenge):
@@ -514,14 +415,11 @@ class ArcDataset:
     def fingerprint(self, key: str, solutions: bool = True) -> str:
         """SHA-256 (hex) of a puzzle up to symmetries, a permutation of colours and the order of its pairs.
 
-        Args:
-            key: any view of the puzzle, or its id. The fingerprint is of the whole puzzle, with all demonstrations and
-                tests, whatever the key picks.
-            solutions: False: test inputs count without their outputs, so that a puzzle can be compared with one whose
-                solutions are unknown.
+        Equal puzzles have equal fingerprints, and no others. `find_leaks` compares whole datasets.
 
-        Returns:
-            The same for equal puzzles and for no others; `find_leaks` compares whole datasets.
+        Args:
+            key: any view of the puzzle, or its id. All demonstrations and tests count, whatever the key picks.
+            solutions: False: test inputs count without outputs, to compare with a puzzle without solutions.
 
         Raises:
             ValueError: see `resolve`.
@@ -554,35 +452,30 @@ class ArcDataset:
 
     @classmethod
     def fmt_input(cls, array: Any, query_beg: str, reply_beg: str, **kwargs: Any) -> str:
-        """An input with what stands around it."""
+        """An input between `query_beg` and `reply_beg`."""
         return query_beg + cls.fmt_array(array, **kwargs) + reply_beg
 
     @classmethod
     def fmt_output(cls, array: Any, reply_end: str, **kwargs: Any) -> str:
-        """An output with its end."""
+        """An output and `reply_end`."""
         return cls.fmt_array(array, **kwargs) + reply_end
 
     @staticmethod
     def fmt_train(
-        train: Iterable[Mapping[str, Any]],
-        preprompt: str,
-        query_beg: str,
-        reply_beg: str,
-        reply_end: str,
-        lines_sep: str,
-        tf: Sequence[str] | None = None,
-    ) -> str:
+        train: Iterable[Mapping[str, Any]], preprompt: str, query_beg: str, reply_beg: str, reply_end: str,
+        lines_sep: str, tf: Sequence[str] | None = None,
+    ) -> str:  # fmt: skip
         """The preprompt and all demonstrations."""
-        pairs = format_pairs(train, query_beg, reply_beg, reply_end, lines_sep=lines_sep, transforms=tf or ())
-        return preprompt + pairs
+        options: dict[str, Any] = {"lines_sep": lines_sep, "transforms": tf or ()}
+        return preprompt + format_pairs(train, query_beg, reply_beg, reply_end, **options)
 
     def fmt_task(self, key: str, **fmt_opts: Any) -> dict[str, str]:
-        """The text of a view, to the letter as upstream writes it.
+        """The text of a view, exactly as upstream writes it.
 
         Args:
             key: the view.
-            fmt_opts: preprompt, query_beg, reply_beg, reply_end, lines_sep: the format, see `format_options`; reply:
-                True (default): the solution, if it is known; None: none; or a grid of the untransformed puzzle.
+            fmt_opts: see `format_options`; and reply: True (default): the solution, if known; None: none; or a grid of
+                the untransformed puzzle.
 
         Returns:
             key; train (preprompt and demonstrations); query (the test input); input (train + query; "" without a test
@@ -594,24 +487,20 @@ class ArcDataset:
         return format_view(key, self.resolve(key), self.store, **fmt_opts)
 
     def get_task(
-        self,
-        key: str,
-        max_tokens: int | None = None,
-        len_name: str | None = None,
-        tokenizer: Any = None,
+        self, key: str, max_tokens: int | None = None, len_name: str | None = None, tokenizer: Any = None,
         **fmt_opts: Any,
-    ) -> tuple[str, dict[str, str]]:
-        """The text of a view, shortened to a number of tokens by dropping demonstrations from the end.
+    ) -> tuple[str, dict[str, str]]:  # fmt: skip
+        """The text of a view, cut to `max_tokens` by dropping demonstrations from the end.
 
         Args:
             key: the view.
-            max_tokens: limit; None: no limit. Without BOS: reserve one for it.
+            max_tokens: limit without BOS: reserve one token for it. None: no limit.
             len_name: the entry of the task whose tokens are counted; default "text".
-            tokenizer: counts real ids, see `count_tokens`.
+            tokenizer: see `count_tokens`.
             fmt_opts: see `fmt_task`.
 
         Returns:
-            The key, with the `ex...` that shortening has made, and the task (see `fmt_task`).
+            The key, with the `ex...` of the demonstrations that fit, and the task.
 
         Raises:
             ValueError: over the limit even with one demonstration; an unknown key.
@@ -635,36 +524,21 @@ class ArcDataset:
 
     @classmethod
     def max_new_tokens(
-        cls,
-        reply_end: str,
-        lines_sep: str,
-        max_size: int = MAX_SIDE,
-        safety_margin: int = 1,
-        tokenizer: Any = None,
+        cls, reply_end: str, lines_sep: str, max_size: int = MAX_SIDE, safety_margin: int = 1, tokenizer: Any = None,
         **_: Any,
-    ) -> int:
-        """Tokens of the longest reply there can be, and a margin; other format options are ignored."""
+    ) -> int:  # fmt: skip
+        """Tokens of the longest possible reply, plus a margin. Other format options are ignored."""
         largest = np.zeros((max_size, max_size), dtype=np.uint8)
         return count_tokens(cls.fmt_output(largest, reply_end, lines_sep=lines_sep), tokenizer) + safety_margin
 
     def get_length(
-        self,
-        key: str,
-        len_name: str,
-        max_of_transposed: bool = False,
-        max_tokens: int | None = None,
-        tokenizer: Any = None,
-        **fmt_opts: Any,
-    ) -> int:
-        """Tokens of an entry of a view's task, BOS included; without format options, cells alone.
+        self, key: str, len_name: str, max_of_transposed: bool = False, max_tokens: int | None = None,
+        tokenizer: Any = None, **fmt_opts: Any,
+    ) -> int:  # fmt: skip
+        """Tokens of the entry `len_name` of a view's task, BOS included; without format options, cells alone.
 
-        Args:
-            key: the view.
-            len_name: the entry, such as "text" or "input".
-            max_of_transposed: of the view and its transpose, the longer one.
-            max_tokens: ignored, so that the options of `get_task` can be given as they are.
-            tokenizer: see `count_tokens`.
-            fmt_opts: see `fmt_task`.
+        `max_of_transposed` takes the longer of the view and its transpose. `max_tokens` is ignored, so that the options
+        of `get_task` can be passed.
         """
         bos = 1 if fmt_opts else 0
         fmt_opts = fmt_opts or dict.fromkeys(("preprompt", "query_beg", "reply_beg", "reply_end", "lines_sep"), "")
@@ -672,11 +546,11 @@ class ArcDataset:
         return bos + max(count_tokens(self.fmt_task(k, **fmt_opts)[len_name], tokenizer) for k in keys)
 
     def sorted_by_len(self, reverse: bool = False, **kwargs: Any) -> ArcDataset:
-        """The keys by `get_length`, shortest first; keys of one length stay in order."""
+        """The keys sorted by `get_length`, stably."""
         return self.change_keys(sorted(self.keys, key=lambda key: self.get_length(key, **kwargs), reverse=reverse))
 
     def convert_with_token_limit(self, quiet: bool = False, **kwargs: Any) -> tuple[list[dict[str, str]], ArcDataset]:
-        """`get_task` of every key: the tasks, and a dataset of the keys as shortened. No progress bar if quiet."""
+        """`get_task` of every key: the tasks, and a dataset of the shortened keys. quiet: no progress bar."""
         from tqdm import tqdm
 
         tasks = [self.get_task(key, **kwargs) for key in tqdm(self.keys, desc="convert dataset", disable=quiet)]
@@ -691,22 +565,21 @@ class ArcDataset:
     ) -> tuple[np.ndarray | None, bool | None, str]:
         """Read a grid from a reply and compare it with the solution.
 
-        The text must be rows of ASCII digits of one length, 1 to 30 each way, and nothing else; one `lines_sep` after
-        the last row is allowed (one in all: a second one beside that of `reply_end` is not).
+        The text must be rows of ASCII digits of one length, 1 to 30 each way. One `lines_sep` may follow the last row,
+        the one in `reply_end` included.
 
         Args:
             text: the reply; any string.
-            lines_sep: what stands between rows.
-            key: the view that was asked for: the grid is mapped back through its transforms and compared.
-            reply_end: what the reply must end with; what follows the first one is ignored. None: the text is the reply.
+            lines_sep: separates the rows.
+            key: the view of the prompt: its transforms are undone, and the grid is compared.
+            reply_end: must end the reply; text after the first one is ignored. None: the whole text is the reply.
 
         Returns:
             The grid, uint8 (height, width), or None; whether it is correct (None: unknown); and 'ALL_CORRECT',
             'bad_content', 'bad_xy_size', 'sol_unknown', 'unknown' (no key), or 'cant_decode: REASON'.
 
         Raises:
-            ValueError: `lines_sep` or `reply_end` is empty, or the key is not in the grammar; never because of the
-                text.
+            ValueError: `lines_sep` or `reply_end` is empty, or the key is bad; never because of the text.
 
         Source: ARChitects' ArcDataset.decode, which drops everything that is not a digit.
         """
@@ -729,21 +602,13 @@ class ArcDataset:
     # -- tests and submissions
 
     def remove_test_data(self) -> ArcDataset:
-        """The demonstrations alone, under the puzzles' ids.
-
-        Raises:
-            ValueError: not an original dataset.
-        """
+        """The demonstrations alone, keyed by puzzle. ValueError: not an original dataset."""
         self._require_original("remove_test_data")
         bare = {puzzle: {"train": value["train"], "test": []} for puzzle, value in self.challenge.items()}
         return self._derived(None, False, collect(bare, {}))
 
     def move_test_to_train(self) -> ArcDataset:
-        """Test pairs as further demonstrations, under the puzzles' ids.
-
-        Raises:
-            ValueError: not an original dataset, or a puzzle without solutions.
-        """
+        """Test pairs as further demonstrations. ValueError: not an original dataset, or no solutions."""
         self._require_original("move_test_to_train")
         moved: dict[str, Any] = {}
         for puzzle, value in self.challenge.items():
@@ -754,12 +619,8 @@ class ArcDataset:
             moved[puzzle] = {"train": train, "test": []}
         return self._derived(None, True, collect(moved, {}))
 
-    def get_submission(self, results: Mapping[str, Any] | None = None) -> Submission:
-        """A submission in Kaggle's format, with [[0]] wherever `results` (see `fill_submission`) has no guess.
-
-        Raises:
-            ValueError: not an original dataset; see `fill_submission`.
-        """
+    def get_submission(self, results: Mapping[str, Any] | None = None) -> submissions.Submission:
+        """A submission in Kaggle's format, [[0]] where `results` has no guess. For both see `fill_submission`."""
         self._require_original("get_submission")
         submission = submissions.empty_submission(self.challenge)
         submissions.fill_submission(results or {}, submission)
@@ -768,11 +629,7 @@ class ArcDataset:
     fill_submission = staticmethod(submissions.fill_submission)
 
     def validate_submission(self, submission: Mapping[str, Any]) -> float:
-        """Score of a submission: for every puzzle the share of its tests of which an attempt is right, summed.
-
-        Raises:
-            ValueError: not an original dataset, no solutions, or a puzzle, test or attempt that the submission lacks.
-        """
+        """See `submissions.score_submission`. ValueError: also for a dataset that is not original."""
         self._require_original("validate_submission")
         return submissions.score_submission(submission, self.solutions)
 

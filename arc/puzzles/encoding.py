@@ -1,7 +1,7 @@
-"""From views to token ids: what trainers and decoders read.
+"""From views to token ids, for trainers and decoders. Never imports torch.
 
-Where the tokenizer gives one token per cell, ids are put together straight from the arrays, a batch at once, without a
-call of the tokenizer; else the text is tokenised and spans come from character offsets. Never imports torch.
+Where the tokenizer gives one token per cell, the ids of a batch are built from the arrays without the tokenizer. Else
+the text is tokenised, and spans come from character offsets.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 
 from arc.puzzles.dataset import ArcDataset
 from arc.puzzles.keys import COLOURS, seeded_rng, shortened_key
-from arc.puzzles.text import does_not_fit
+from arc.puzzles.text import does_not_fit, format_grid
 
 
 class _Layout(NamedTuple):
-    """Where the grids of a batch of samples stand among its tokens (one token per cell). G grids, S samples."""
+    """The grids of a batch of samples, at one token per cell. G grids, S samples."""
 
     keys: list[str]
     grids: np.ndarray  # int64 (G,), numbers in the store
@@ -31,28 +31,20 @@ class _Layout(NamedTuple):
 
 
 class SampleEncoder:
-    """Turns keys into token ids, straight from the arrays where the tokenizer gives one token per cell.
+    """Turns keys into token ids.
 
     Attributes:
-        one_token_per_cell: whether ids are put together from the arrays; else the tokenizer is called on the text.
-            Tested by encoding a text that has every number of up to three digits and every seam of the format.
+        one_token_per_cell: whether ids are built from the arrays; else the tokenizer is called on the text. Tested on
+            a text with every number of up to three digits and every seam of the format.
     """
 
     def __init__(self, tokenizer: Any, preprompt: str, query_beg: str, reply_beg: str, reply_end: str, lines_sep: str):
-        """Look at how the tokenizer splits the format.
-
-        Args:
-            tokenizer: a fast tokenizer, called as those of transformers are.
-            preprompt, query_beg, reply_beg, reply_end, lines_sep: the format, see `format_options`.
-        """
+        """Test how a fast tokenizer of transformers splits the format; for the texts see `format_options`."""
         self.tokenizer = tokenizer
         self.format = {
-            "preprompt": preprompt,
-            "query_beg": query_beg,
-            "reply_beg": reply_beg,
-            "reply_end": reply_end,
+            "preprompt": preprompt, "query_beg": query_beg, "reply_beg": reply_beg, "reply_end": reply_end,
             "lines_sep": lines_sep,
-        }
+        }  # fmt: skip
         plain, full = self._ids(preprompt), tokenizer(preprompt)["input_ids"]
         added = len(full) - len(plain)
         self.prefix = np.array(full, dtype=np.int32)  # BOS, if the tokenizer adds it, and the preprompt
@@ -95,14 +87,14 @@ class SampleEncoder:
         Args:
             ds: holds the puzzles.
             keys: views.
-            max_tokens: limit of all ids, BOS included; demonstrations are dropped from the end until a sample fits.
-            reply: whether the solution follows the query, where it is known; False: a prompt that ends with
-                `reply_beg`.
+            max_tokens: limit, BOS included; demonstrations are dropped from the end until a sample fits.
+            reply: whether the solution, if known, follows the query; False: a prompt that ends with `reply_beg`.
 
         Returns:
-            A row for each key: key (with the `ex...` of what is left), input_ids int32 (tokens,), equal to
-            `tokenizer(task["text"])["input_ids"]` (of `task["input"]` for a prompt), and reply_spans int32 (replies,
-            2), token positions [start, end) of each reply with its end, demonstrations first.
+            For each key: key (with the `ex...` of what fits); input_ids int32 (tokens,), as the tokenizer gives them
+                for
+            `task["text"]` (for a prompt `task["input"]`); reply_spans int32 (replies, 2), token positions [start, end)
+            of each reply with its end, demonstrations first.
 
         Raises:
             ValueError: a sample is too long with one demonstration, a prompt has no test input, or a key is wrong.
@@ -112,18 +104,14 @@ class SampleEncoder:
         return self._assemble(ds, self._layout(ds, keys, max_tokens, reply)) if len(keys) else []
 
     def encode_reply(self, grid: np.ndarray) -> np.ndarray:
-        """Token ids of a grid as a reply, its end included.
+        """Token ids of a grid (height, width) as a reply with its end, int32 (tokens,).
 
-        Args:
-            grid: 0..9, (height, width), as the view shows it.
-
-        Returns:
-            int32 (tokens,): what `encode` gives for the reply's span where the solution is this grid.
+        They equal the reply's span in `encode` where this grid is the solution, as the view shows it.
         """
         if not self.one_token_per_cell:
             # Behind a query, because some tokenizers mark where a text begins.
             query = self.format["preprompt"] + self.format["query_beg"] + COLOURS[0] + self.format["reply_beg"]
-            reply = ArcDataset.fmt_output(grid, self.format["reply_end"], lines_sep=self.format["lines_sep"])
+            reply = format_grid(grid, self.format["lines_sep"]) + self.format["reply_end"]
             encoded = self.tokenizer(query + reply, return_offsets_mapping=True)
             offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64)
             behind = (offsets[:, 1] > offsets[:, 0]) & (offsets[:, 0] >= len(query))  # a token belongs where it starts
@@ -146,35 +134,31 @@ class SampleEncoder:
         return lengths, np.array([a != b for a, b in zip(keys, shortened, strict=True)], dtype=bool)
 
     def too_long(self, ds: ArcDataset, keys: Sequence[str], max_tokens: int, turned: bool = True) -> list[str]:
-        """Keys whose longest view is over `max_tokens` with the largest of its demonstrations alone.
+        """Keys whose longest view is over `max_tokens` (BOS included) with only its largest demonstration.
 
-        A view's length depends on its orientation, not on its colours: a grid of many rows has more line ends. Where
-        digits merge, the count of one token per cell is an upper bound. Only puzzles over it are tokenised, in their
-        original colours; Llama 3 merges digits by their number alone, so that is exact.
+        The length depends on the orientation, not on the colours: a grid of many rows has more line ends. `turned`
+        False: only the orientation of the keys counts.
 
-        Args:
-            ds: holds the puzzles.
-            keys: views.
-            max_tokens: limit of all ids, BOS included.
-            turned: whether views may be turned; False: only the orientation of the keys counts.
+        Where digits merge, one token per cell is an upper bound. Only puzzles over it are tokenised, in their original
+        colours. That is exact for Llama 3, which merges digits by their number alone.
         """
         beyond = []
         for begin in range(0, len(keys), 4096):
-            part = keys[begin : begin + 4096]
-            worst = np.zeros(len(part), dtype=np.int64)
+            batch = keys[begin : begin + 4096]
+            worst = np.zeros(len(batch), dtype=np.int64)
             for turn in (0, 1) if turned else (0,):
-                layout = self._layout(ds, part, None, reply=True, turn=turn)
+                layout = self._layout(ds, batch, None, reply=True, turn=turn)
                 pair = layout.tokens[:-1] + layout.tokens[1:]
                 is_pair = layout.is_output[1:] & ~layout.is_output[:-1]  # no output ever stands first in a sample
                 # The last two grids of a sample are its test pair, if it has both; only demonstrations can be left out.
-                last = np.cumsum(np.bincount(layout.sample, minlength=len(part))) - 1
-                views = [ds.resolve(key) for key in part]
+                last = np.cumsum(np.bincount(layout.sample, minlength=len(batch))) - 1
+                views = [ds.resolve(key) for key in batch]
                 tests = np.array([view.query >= 0 and view.solution >= 0 for view in views])
                 is_pair[last[tests] - 1] = False
-                largest = np.zeros(len(part), dtype=np.int64)
+                largest = np.zeros(len(batch), dtype=np.int64)
                 np.maximum.at(largest, layout.sample[1:][is_pair], pair[is_pair])
                 worst = np.maximum(worst, len(self.prefix) + largest + np.where(tests, pair[last - 1], 0))
-            beyond += [key for key, tokens in zip(part, worst.tolist(), strict=True) if tokens > max_tokens]
+            beyond += [key for key, tokens in zip(batch, worst.tolist(), strict=True) if tokens > max_tokens]
         if self.one_token_per_cell:
             return beyond
         return [key for key in beyond if self._longest_text(ds, key, turned) > max_tokens]
@@ -230,13 +214,11 @@ class SampleEncoder:
                 lengths[s] -= pairs[fitting:].sum()
                 shortened[s] = shortened_key(keys[s], fitting)
             grids, sample, is_output, rows, tokens = (a[keep] for a in (grids, sample, is_output, rows, tokens))
-        colours = (
-            np.frombuffer("".join(view.colours for view in views).encode("ascii"), dtype=np.uint8).reshape(-1, 10) - 48
-        )
+        colours = np.frombuffer("".join(view.colours for view in views).encode("ascii"), np.uint8).reshape(-1, 10) - 48
         return _Layout(shortened, grids, sample, is_output, rows, tokens, lengths, symmetries, colours)
 
     def _assemble(self, ds: ArcDataset, layout: _Layout) -> list[dict[str, Any]]:
-        """Ids of a batch: first the tokens around the grids are written, then all cells into the other places."""
+        """Ids of a batch: first the tokens around the grids, then all cells into the other positions."""
         store, grids, sample, rows = ds.store, layout.grids, layout.sample, layout.rows
         heights, widths = store.heights[grids].astype(np.int64), store.widths[grids].astype(np.int64)
         columns = heights + widths - rows
@@ -271,26 +253,24 @@ class SampleEncoder:
         ids = np.empty(int(layout.lengths.sum()), dtype=np.int32)
         is_cell = np.ones(len(ids), dtype=bool)
         inputs, outputs = ~layout.is_output, layout.is_output
-        for places, part in (
+        for begin, tokens in (
             (starts, self.prefix),
             (grid_starts[inputs], self._query_beg),
             (grid_ends[inputs] - len(self._reply_beg), self._reply_beg),
             (grid_ends[outputs] - len(self._reply_end), self._reply_end),
         ):
-            places = places[:, None] + np.arange(len(part))
-            ids[places], is_cell[places] = part, False
+            positions = begin[:, None] + np.arange(len(tokens))
+            ids[positions], is_cell[positions] = tokens, False
         ids[is_cell] = body
         owner = sample[outputs]
         spans = np.stack((grid_starts[outputs], grid_ends[outputs]), axis=1) - starts[owner][:, None]
         spans = spans.astype(np.int32)
         span_ends = np.cumsum(np.bincount(owner, minlength=len(starts))).tolist()
-        samples = zip(
-            layout.keys, starts.tolist(), layout.lengths.tolist(), [0, *span_ends[:-1]], span_ends, strict=True
-        )
         # Copies: a row in memory must not hold its whole batch.
+        bounds = zip(starts.tolist(), layout.lengths.tolist(), [0, *span_ends[:-1]], span_ends, strict=True)
         return [
-            {"key": key, "input_ids": ids[at : at + length].copy(), "reply_spans": spans[a:b].copy()}
-            for key, at, length, a, b in samples
+            {"key": key, "input_ids": ids[start : start + length].copy(), "reply_spans": spans[a:b].copy()}
+            for key, (start, length, a, b) in zip(layout.keys, bounds, strict=True)
         ]
 
     def _encode_texts(
@@ -334,23 +314,23 @@ class SampleEncoder:
         numbers += [view.query, view.solution] if reply and "reply" in task else []
         heights, widths = ds.store.heights[numbers].astype(int), ds.store.widths[numbers].astype(int)
         rows = widths if view.symmetry[0] else heights
-        around = [len(self.format["query_beg"] + self.format["reply_beg"]), len(self.format["reply_end"])] * (
-            len(numbers) // 2
-        )
-        ends = len(self.format["preprompt"]) + np.cumsum(
-            heights * widths + (rows - 1) * len(self.format["lines_sep"]) + np.array(around, dtype=int)
-        )
+        text_lengths = {name: len(text) for name, text in self.format.items()}
+        around = np.empty(len(numbers), dtype=int)
+        around[0::2] = text_lengths["query_beg"] + text_lengths["reply_beg"]
+        around[1::2] = text_lengths["reply_end"]
+        ends = np.cumsum(heights * widths + (rows - 1) * text_lengths["lines_sep"] + around)
+        ends += text_lengths["preprompt"]
         return task["text" if reply else "input"], list(zip(ends[0::2].tolist(), ends[1::2].tolist(), strict=True))
 
 
 class TrainingSamples:
     """Rows for a trainer: a map-style dataset of encoded views that can be pickled and forked.
 
-    Row `epoch * len + index` is the view `index` of that epoch. A row depends on its number alone, not on the process
-    or the order in which rows are encoded.
+    Row `epoch * len + index` is view `index` of that epoch. A row depends on its number alone, not on the process or
+    the order of encoding.
 
     Attributes:
-        dropped: puzzles that have a view over `max_tokens` with one demonstration; the caller prints them.
+        dropped: puzzles with a view over `max_tokens` even with one demonstration; the caller prints them.
         puzzles: the other puzzles.
         views: their views.
     """
@@ -366,7 +346,7 @@ class TrainingSamples:
             max_tokens: limit of a row, BOS included.
             seed: of the views.
             epochs: how many are planned, see `total_rows`. Rows of later epochs exist too.
-            view_options: tp, rt, perm, keep_background, shfl_ex, perm_share as in `Views`.
+            view_options: as in `Views`, from `tp` on.
         """
         turned = bool(view_options.get("tp")) or bool(view_options.get("rt"))
         long = {ArcDataset.get_base_key(key) for key in encoder.too_long(ds, ds.keys, max_tokens, turned)}
@@ -394,7 +374,7 @@ class TrainingSamples:
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Many rows at once: many times faster than one by one; torch's DataLoader calls this for a batch.
+        """Many rows at once, for torch's DataLoader: many times faster than one by one.
 
         Raises:
             IndexError: a negative row, or there are no rows.
@@ -406,7 +386,7 @@ class TrainingSamples:
         return self.encoder.encode(self.puzzles, keys, self.max_tokens)
 
     def lengths(self, rows: int = 20_000, seed: int = 0) -> np.ndarray:
-        """Tokens of a seeded random choice of the first epoch's rows (of all, if there are fewer), int64 (rows,)."""
+        """Tokens of a seeded random choice of the first epoch's rows (at most all of them), int64 (rows,)."""
         return self._survey(rows, seed)[0]
 
     def shortened(self, rows: int = 20_000, seed: int = 0) -> float:
@@ -415,17 +395,13 @@ class TrainingSamples:
         return float(lost.mean()) if len(lost) else 0.0
 
     def _survey(self, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        # Lengths and shortened rows are asked for one after the other, and with merging digits a survey takes a while.
+        # Both callers share one survey: with merging digits it takes a while.
         if (rows, seed) not in self._surveys:
-            self._surveys[rows, seed] = self._encode_survey(rows, seed)
+            chosen = np.sort(seeded_rng(seed, "survey").permutation(len(self))[:rows])
+            batches = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool))]
+            for batch in np.array_split(chosen, len(chosen) // 1024 + 1) if len(chosen) else ():
+                keys = self.views.keys(np.zeros_like(batch), batch)
+                batches.append(self.encoder.lengths(self.puzzles, keys, self.max_tokens))
+            lengths, shortened = zip(*batches, strict=True)
+            self._surveys[rows, seed] = np.concatenate(lengths), np.concatenate(shortened)
         return self._surveys[rows, seed]
-
-    def _encode_survey(self, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        chosen = np.sort(seeded_rng(seed, "survey").permutation(len(self))[:rows])
-        if not len(chosen):
-            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=bool)
-        batches = [
-            self.encoder.lengths(self.puzzles, self.views.keys(np.zeros_like(batch), batch), self.max_tokens)
-            for batch in np.array_split(chosen, max(1, len(chosen) // 1024))
-        ]
-        return np.concatenate([batch[0] for batch in batches]), np.concatenate([batch[1] for batch in batches])

@@ -1,8 +1,7 @@
 """Files of puzzles: from bytes to checked grids, with a cache of the parsed grids.
 
-Bad data is refused with a message that names file, pair and row, counted from 1. The parsed grids of large folders are
-stored in $ARC_LOADER_CACHE (default: arc_loader in $XDG_CACHE_HOME or ~/.cache; "off" or empty: nowhere). A folder is
-parsed again when one of its files has changed.
+Errors name file, pair and row, counted from 1. The parsed grids of large folders are cached in $ARC_LOADER_CACHE
+(default: arc_loader in $XDG_CACHE_HOME or ~/.cache; "off" or empty: no cache). A changed file is parsed again.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from arc.puzzles.grids import MAX_SIDE, GridStore, check_pairs, check_puzzle, is_unicode, show
+from arc.puzzles.grids import MAX_SIDE, GridStore, PathLike, check_pairs, check_puzzle, is_unicode, show
 
 MAX_FILE_BYTES = 100_000_000  # far above any file of puzzles, and parsed within the memory of a small machine
 CACHE_VERSION = 1
@@ -29,11 +28,7 @@ CACHE_MIN_BYTES = 1_000_000  # parsing less than this takes milliseconds: not wo
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's content.
-
-    Raises:
-        FileNotFoundError, ValueError: it is not there, or cannot be read.
-    """
+    """A file's content. FileNotFoundError: no file; ValueError: it cannot be read, or is too large."""
     expected = "expected a readable JSON file"
     try:
         state = os.stat(path)
@@ -42,9 +37,8 @@ def read_bytes(path: Path) -> bytes:
         if not stat.S_ISREG(state.st_mode):  # reading a pipe or a device might never end
             raise ValueError(f"{path}: cannot be read (it is a pipe, socket or device), {expected}")
         if state.st_size > MAX_FILE_BYTES:
-            raise ValueError(
-                f"{path}: found {state.st_size:,} bytes, expected at most {MAX_FILE_BYTES:,}: leave out some pairs"
-            )
+            size = f"{state.st_size:,} bytes, expected at most {MAX_FILE_BYTES:,}"
+            raise ValueError(f"{path}: found {size}: leave out some pairs")
         return path.read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
@@ -65,14 +59,13 @@ def parse_json(data: bytes, path: Path) -> Any:
     """The value of a JSON file.
 
     Raises:
-        ValueError: not UTF-8, not JSON (with line and column), an object with the same name twice, nested too deeply.
+        ValueError: not UTF-8, not JSON (with line and column), a name twice in an object, nested too deeply.
     """
     try:
         return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_no_duplicates)
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: found byte {data[error.start]:#04x} at {error.start}, expected JSON in UTF-8"
-        ) from None
+        byte = f"byte {data[error.start]:#04x} at {error.start}"
+        raise ValueError(f"{path}: found {byte}, expected JSON in UTF-8") from None
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
         raise ValueError(f"{path}: not JSON at {place} ({error.msg}), expected a complete JSON file") from None
@@ -90,11 +83,8 @@ _BEGIN, _END = b'[{"input":[[', b"]]}]"
 def scan_pairs(data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """Cells, heights and widths of a list of pairs in canonical JSON, by a few passes over the bytes.
 
-    Many times faster than building Python lists. It accepts only the bytes that the result would be written as, apart
-    from white space between tokens. Anything else gives None: the slower parser reads it or says what is wrong.
-
-    Args:
-        data: a file's content.
+    Many times faster than building Python lists. Only white space between tokens may differ from what json.dumps would
+    write. For anything else the slower parser reads the file, or says what is wrong.
 
     Returns:
         uint8 cells (cells,), heights (grids,) and widths (grids,), inputs and outputs in turn; None if not canonical.
@@ -144,14 +134,12 @@ def scan_pairs(data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     widths = row_widths[first_rows]
     if heights.max() > MAX_SIDE or widths.max() > MAX_SIDE or (row_widths != np.repeat(widths, heights)).any():
         return None
-    digits = np.frombuffer(
-        data.translate(None, b'[]{}",:inputo'), dtype=np.uint8
-    )  # 5 times faster than array[is_digit]
-    return digits - 48, heights.astype(np.uint8), widths.astype(np.uint8)
+    digits = data.translate(None, b'[]{}",:inputo')  # 5 times faster than array[is_digit]
+    return np.frombuffer(digits, dtype=np.uint8) - 48, heights.astype(np.uint8), widths.astype(np.uint8)
 
 
 class TaskFile(NamedTuple):
-    """Where the grids of a file are in the store: pairs, then test inputs, then their outputs if `solved`."""
+    """Where a file's grids are in the store: pairs, then test inputs, then their outputs if `solved`."""
 
     first: int
     pairs: int
@@ -176,38 +164,33 @@ def parse_task_file(data: bytes, path: Path) -> tuple[np.ndarray, np.ndarray, np
         grids = [*puzzle.train, *puzzle.test, *puzzle.solution]
         counts = (len(puzzle.train) // 2, len(puzzle.test), len(puzzle.solution))
     else:
-        hint = ""
-        if isinstance(value, dict) and value and all(isinstance(v, dict) and "train" in v for v in value.values()):
-            hint = "; this looks like Kaggle's format: ArcDataset.load_from_json reads it"
+        kaggle = isinstance(value, dict) and value and all(isinstance(v, dict) and "train" in v for v in value.values())
+        hint = "; this looks like Kaggle's format: ArcDataset.load_from_json reads it" if kaggle else ""
         raise ValueError(f'{path}: found {show(value)}, expected a list of pairs or {{"train", "test"}}{hint}')
     store = GridStore.of_grids(grids)
     return store.cells, store.heights, store.widths, counts
 
 
-def list_json(folder: str | os.PathLike[str], pattern: str = "*.json") -> list[Path]:
+def list_json(folder: PathLike, pattern: str = "*.json") -> list[Path]:
     """The folder's .json files by name, hidden ones aside.
 
     Raises:
         FileNotFoundError: no folder, or no such files.
         ValueError: a file instead of a folder, or a folder that cannot be read.
     """
-    folder = Path(folder)
+    folder, expected = Path(folder), "expected a folder of .json files"
     try:
         if not folder.is_dir():
             if folder.is_file():
-                raise ValueError(
-                    f"{folder} is a file, expected a folder of .json files; for Kaggle's files: load_from_json"
-                )
+                raise ValueError(f"{folder} is a file, {expected}; for Kaggle's files: load_from_json")
             os.stat(folder)  # names the reason: a loop of links, say
-            raise ValueError(f"{folder} is not a folder, expected a folder of .json files")
+            raise ValueError(f"{folder} is not a folder, {expected}")
         files = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
         os.listdir(folder)  # glob is silent about a folder that cannot be read
     except FileNotFoundError:
-        raise FileNotFoundError(f"{folder}: no such folder, expected a folder of .json files") from None
+        raise FileNotFoundError(f"{folder}: no such folder, {expected}") from None
     except OSError as error:
-        raise ValueError(
-            f"{folder}: cannot be read ({error.strerror or error}), expected a folder of .json files"
-        ) from None
+        raise ValueError(f"{folder}: cannot be read ({error.strerror or error}), {expected}") from None
     for path in files:
         if not is_unicode(path.name):
             raise ValueError(f"{folder}: found a file named {show(path.name)}, expected names in UTF-8: rename it")
@@ -216,35 +199,30 @@ def list_json(folder: str | os.PathLike[str], pattern: str = "*.json") -> list[P
     return files
 
 
-def list_rearc(folder: str | os.PathLike[str]) -> list[Path]:
+def list_rearc(folder: PathLike) -> list[Path]:
     """The task files of a re-arc folder by name: metadata.json names the tasks, tasks/NAME.json is a list of pairs.
 
     Raises:
-        FileNotFoundError, ValueError: no metadata.json, not JSON, or a name that no file in tasks can have.
+        FileNotFoundError, ValueError: no metadata.json, not JSON, or a name that no file can have.
     """
     metadata = Path(folder) / "metadata.json"
     tasks = parse_json(read_bytes(metadata), metadata)
     if not isinstance(tasks, dict) or not tasks:
         raise ValueError(f"{metadata}: found {show(tasks)}, expected an object with the task names")
     for name in tasks:
-        # Longer ones no file system takes.
-        if (
-            not name
-            or not is_unicode(name)
-            or Path(name).name != name
-            or name == ".."
-            or "\0" in name
-            or len(name) > 200
-        ):
+        # No file system takes names far above 200 characters. Path(name).name is "" for an empty name.
+        bad = name in ("", "..") or Path(name).name != name or "\0" in name or len(name) > 200
+        if bad or not is_unicode(name):
             raise ValueError(f"{metadata}: found the task name {show(name)}, expected the name of a file in tasks")
     return [Path(folder) / "tasks" / f"{name}.json" for name in sorted(tasks)]
 
 
 Parsed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # cells, heights, widths; counts (files, 3)
+CACHED = ("cells", "heights", "widths", "counts")
 
 
 def _cache_file(folder: Path) -> Path | None:
-    """Where the parsed grids of a folder are stored; None if the user wants no cache."""
+    """Where the parsed grids of a folder are cached; None: the user wants no cache."""
     home: str | Path | None = os.environ.get("ARC_LOADER_CACHE")
     if home is None:
         with contextlib.suppress(RuntimeError):  # no home folder
@@ -255,12 +233,12 @@ def _cache_file(folder: Path) -> Path | None:
 
 
 def _read_cache(file: Path, signature: bytes) -> Parsed | None:
-    """The arrays of `_write_cache`, if they are intact and the folder's files are the same; never unpickles."""
+    """The arrays of `_write_cache`, if they are intact and the folder's files are unchanged; never unpickles."""
     try:
         with np.load(file, allow_pickle=False) as archive:  # the archive checks a CRC of every array
             if archive["signature"].tobytes() != signature:
                 return None
-            cells, heights, widths, counts = (archive[name] for name in ("cells", "heights", "widths", "counts"))
+            cells, heights, widths, counts = (archive[name] for name in CACHED)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError):
         return None
     if any(a.dtype != np.uint8 or a.ndim != 1 for a in (cells, heights, widths)):
@@ -277,8 +255,8 @@ def _read_cache(file: Path, signature: bytes) -> Parsed | None:
 
 
 def _write_cache(file: Path, signature: bytes, parsed: Parsed) -> None:
-    """Store parsed grids; where that fails, silently do without: the cache only saves time."""
-    arrays: dict[str, Any] = dict(zip(("cells", "heights", "widths", "counts"), parsed, strict=True))
+    """Cache parsed grids. A failure is ignored: the cache only saves time."""
+    arrays: dict[str, Any] = dict(zip(CACHED, parsed, strict=True))
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
 
@@ -290,7 +268,7 @@ def _write_cache(file: Path, signature: bytes, parsed: Parsed) -> None:
 
 
 def _parse_files(files: Sequence[Path], size: int) -> tuple[Parsed, bool]:
-    """Parse files of `size` bytes in all; also whether one of them has grown meanwhile."""
+    """Parse files of `size` bytes in all; also whether a file has grown meanwhile."""
     # A cell takes two bytes at least, so this holds all cells; memory that is never written is never resident.
     cells, position, grown = np.empty(size // 2 + 1, dtype=np.uint8), 0, False
     heights, widths, counts = [], [], []
@@ -307,11 +285,7 @@ def _parse_files(files: Sequence[Path], size: int) -> tuple[Parsed, bool]:
 
 
 def read_tasks(files: Sequence[Path]) -> tuple[GridStore, list[TaskFile]]:
-    """The grids of the task files of one folder, from the cache if it fits the files.
-
-    Raises:
-        ValueError, FileNotFoundError: see `parse_task_file` and `read_bytes`.
-    """
+    """The grids of the task files of one folder, from the cache if it fits. Raises as `read_bytes` and `parse_json`."""
     cache, signature, size, newest = _cache_file(files[0].parent), b"", 0, 0
     try:
         states = [(path.name, os.stat(path)) for path in files]
@@ -337,21 +311,17 @@ def read_tasks(files: Sequence[Path]) -> tuple[GridStore, list[TaskFile]]:
     return GridStore.of_sizes(cells, heights, widths), tasks
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
 def write_atomically(
-    path: str | os.PathLike[str], content: str | bytes | Callable[[Path], None], *, several_writers: bool = False
+    path: PathLike, content: str | bytes | Callable[[Path], None], *, several_writers: bool = False
 ) -> None:
     """Write a file at once: a reader, or a run after a crash, sees the old file or the whole new one.
 
-    The content goes into `NAME.tmp` beside the file, reaches the disk, and takes the name. The umask decides its mode.
+    The content goes into `NAME.tmp`, reaches the disk, and is renamed. The umask decides the mode.
 
     Args:
         path: of the file, in an existing folder.
-        content: text (written as UTF-8), bytes, or a function that writes to the path that it is given.
-        several_writers: processes may write the file at the same time: each uses another temporary name.
+        content: text (UTF-8), bytes, or a function that writes to the path it is given.
+        several_writers: several processes may write the file at once, so each uses its own temporary name.
     """
     path = Path(path)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp" if several_writers else f"{path.name}.tmp")

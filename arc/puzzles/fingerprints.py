@@ -11,14 +11,10 @@ import numpy as np
 
 
 def _images(query: np.ndarray, reply: np.ndarray | None) -> list[tuple[bytes, bytes]]:
-    """The 8 symmetric images of a pair, each as a pattern and the colours that fill it.
+    """The 8 symmetric images of a pair (height, width), each as a pattern and the colours that fill it.
 
-    Args:
-        query, reply: (height, width) of colours; reply None: an input alone.
-
-    Returns:
-        Patterns are the four sides (0 for those of no reply) and the cells, row by row, each colour written as its
-        place among the pair's colours; these follow in the order in which they appear. Patterns tell their own length.
+    Patterns are the four sides (0 without a reply) and the cells, row by row. Each colour is written as its place among
+    the pair's colours, which follow in order of appearance. So a pattern tells its own length.
     """
     images = []
     upright = [np.asarray(grid, dtype=np.uint8) for grid in (query, reply) if grid is not None]
@@ -34,20 +30,19 @@ def _images(query: np.ndarray, reply: np.ndarray | None) -> list[tuple[bytes, by
 
 
 def pair_form(query: np.ndarray, reply: np.ndarray | None) -> bytes:
-    """The canonical form of one pair: the same for pairs that a symmetry and a permutation of colours make equal.
+    """The canonical form of a pair, uint8 (height, width): a symmetry and a permutation of colours do not change it.
 
-    Args:
-        query, reply: uint8 (height, width); reply None: an input alone, whose form is that of no pair.
+    A reply of None gives the form of an input alone, which is that of no pair.
     """
     return min(pattern for pattern, _ in _images(query, reply))
 
 
 def puzzle_fingerprint(pairs: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> str:
-    """SHA-256 (hex) of the canonical form of a puzzle: the same for equal puzzles (see the module) and for no others.
+    """SHA-256 (hex) of the canonical form of a puzzle: the same for equal puzzles and for no others.
 
-    For each symmetry, a puzzle is a sorted list of patterns and the colours that fill them. Patterns do not depend on
-    the names of colours. So the symmetries with the smallest list are chosen first. Among these, the names that make
-    the lists of colours smallest are chosen.
+    Under each symmetry, a puzzle is a sorted list of patterns and the colours that fill them. Patterns do not depend on
+    the names of colours. So first the symmetries with the smallest list are chosen, then the names that make the lists
+    of colours smallest.
 
     Args:
         pairs: at least one (input, output), uint8 (height, width); output None: an input alone.
@@ -77,26 +72,24 @@ class _Leaf(NamedTuple):
 
 
 def _least_colours(image: Counter[tuple[int, bytes]]) -> list[bytes]:
-    """How the patterns of a puzzle are filled, in order, under names of the colours that depend on no names.
+    """How the patterns of a puzzle are filled, in order, under canonical names of the colours.
 
-    Colours are distinguished by their places in the patterns. Where some remain alike, each of them in turn gets a new
-    name, which distinguishes others, and so on. The naming with the smallest rows is the result. Two namings with equal
-    rows are a symmetry of the puzzle's colours. A branch that a symmetry maps to a finished one is skipped: ten colours
-    that are alike take 10 namings, not 10!.
+    Colours are distinguished by their places in the patterns. Where some remain alike, each in turn gets a new name,
+    which distinguishes others, and so on. The naming with the smallest rows wins. Two namings with equal rows are a
+    symmetry of the colours. A branch that a symmetry maps to a finished one is skipped: ten alike colours take 10
+    namings, not 10!.
 
-    Args:
-        image: (pattern's number, colours) -> how often.
+    `image` maps (pattern's number, colours) to a count.
 
-    Source: individualisation and refinement, McKay and Piperno 2014 (Practical graph isomorphism, II), on the colours
-        as vertices and the pairs as ordered hyperedges; without their comparison of inner nodes, which ten vertices do
-        not need.
+    Source: individualisation and refinement, McKay and Piperno 2014 (Practical graph isomorphism, II), with colours as
+        vertices and pairs as ordered hyperedges; without comparing inner nodes, which ten vertices do not need.
     """
     rows: list[Row] = [((number, times), colours) for (number, colours), times in image.items()]
     best: list[_Leaf] = []  # at most one
     symmetries: list[dict[int, int]] = []
 
     def search(names: dict[int, int], chosen: tuple[int, ...]) -> int:
-        """Look at all namings that refine this one; gives the number of choices to go back to."""
+        """Search all namings that refine this one; returns the number of choices to go back to."""
         names = _refined(rows, names)
         sizes = Counter(names.values())
         if len(sizes) == len(names):
@@ -125,20 +118,15 @@ def _least_colours(image: Counter[tuple[int, bytes]]) -> list[bytes]:
     return [colours for (_, times), colours in best[0].rows for _ in range(times)]
 
 
-def _renamed(rows: Sequence[Row], names: dict[int, int]) -> list[Row]:
-    """The rows in order after renaming their colours."""
+def _renamed(rows: Sequence[Row], names: dict[int, int]) -> list[Row]:  # sorted
     return sorted((kind, bytes([names[colour] for colour in colours])) for kind, colours in rows)
 
 
 def _refined(rows: Sequence[Row], names: dict[int, int]) -> dict[int, int]:
-    """Tell colours of one name apart by the rows that they stand in, as far as that goes.
+    """Tell apart colours of one name by the rows they stand in, as far as that goes.
 
-    Args:
-        rows: see `Row`.
-        names: colour -> name; colours that are not told apart yet share one.
-
-    Returns:
-        Names 0, 1, ... in the order of the old ones; the same for colours that a symmetry of rows and names maps.
+    `names` maps colour to name; colours that are not told apart yet share one. The result has names 0, 1, ... in the
+    order of the old ones, equal for colours that a symmetry of rows and names maps to each other.
     """
     count = 0
     while count < len(names):

@@ -1,15 +1,13 @@
 """Formats of datasets: folders of task files, re-arc, Kaggle's files, neoneye's collection.
 
-Each function gives puzzles and, where their order matters, keys; `ArcDataset.load_from_...` makes a dataset of them. A
-new format is a function here and a method there.
+A new format is a function here that returns puzzles (and keys, if their order matters), and a `load_from_...` method of
+`ArcDataset`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +18,7 @@ from arc.puzzles.grids import (
     Grids,
     GridStore,
     Pairs,
+    PathLike,
     Puzzle,
     PuzzleData,
     Queries,
@@ -33,15 +32,6 @@ from arc.puzzles.keys import clean_name, seeded_rng
 Loaded = tuple[PuzzleData, list[str]]  # puzzles, and their keys in order
 
 
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Put the file's name before the message of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
 def _check_sizes(sizes: Iterable[int]) -> list[int]:
     numbers = [int(size) for size in sizes]
     if not numbers or min(numbers) < 1:
@@ -50,7 +40,7 @@ def _check_sizes(sizes: Iterable[int]) -> list[int]:
 
 
 def _unique_names(files: Sequence[Path]) -> list[str]:
-    """The puzzles' or tasks' names of files, which must differ."""
+    """Task or puzzle names of files. ValueError: two are equal."""
     first: dict[str, Path] = {}
     names = [clean_name(file.stem) for file in files]
     for file, name in zip(files, names, strict=True):
@@ -60,7 +50,7 @@ def _unique_names(files: Sequence[Path]) -> list[str]:
 
 
 def read_folder(
-    path: str | os.PathLike[str], n: int | None, sizes: Sequence[int], seed: int, grid_sizes: Sequence[int] | None
+    path: PathLike, n: int | None, sizes: Sequence[int], seed: int, grid_sizes: Sequence[int] | None
 ) -> Loaded:
     """See `ArcDataset.load_from_local_json`."""
     sizes = _check_sizes(sizes)
@@ -69,56 +59,45 @@ def read_folder(
     if grid_sizes is not None and not (len(grid_sizes) == 2 and 1 <= grid_sizes[0] <= grid_sizes[1]):
         raise ValueError(f"grid_sizes is {grid_sizes}, expected (low, high) with 1 <= low <= high")
     files = list_json(path)
-    names = _unique_names(files)
-    maker = _Maker(str(path), names, *read_tasks(files), sizes, seed, bounds=grid_sizes)
+    maker = _Maker(str(path), _unique_names(files), *read_tasks(files), sizes, seed, bounds=grid_sizes)
     return maker.make("{}-{:03d}".format, n=n)
 
 
 def read_rearc(
-    path: str | os.PathLike[str],
-    n: int,
-    sizes: Sequence[int],
-    seed: int,
-    others: Mapping[str, Loaded] | None,
-    shuffle: bool,
+    path: PathLike, n: int, sizes: Sequence[int], seed: int, others: Mapping[str, Loaded], shuffle: bool
 ) -> Loaded:
     """See `ArcDataset.load_from_rearc`; `others` are the puzzles and keys of its `mix_datasets`."""
     sizes = _check_sizes(sizes)
     if n < 1:
         raise ValueError(f"n is {n}, expected at least 1 round")
     files = list_rearc(path)
-    names = _unique_names(files)
-    maker = _Maker(str(path), names, *read_tasks(files), sizes, seed, rounds=n)
+    maker = _Maker(str(path), _unique_names(files), *read_tasks(files), sizes, seed, rounds=n)
     data, keys = maker.make("rearc-{}{:02x}".format, shuffle=shuffle)
     return _mixed_in(data, keys, others, n, seed, shuffle) if others else (data, keys)
 
 
-def read_challenges(file: str | os.PathLike[str]) -> PuzzleData:
+def read_challenges(file: PathLike) -> PuzzleData:
     """See `ArcDataset.load_from_json`."""
     path = Path(file)
     challenge = parse_json(read_bytes(path), path)
     if not isinstance(challenge, dict) or not challenge or "train" in challenge:
         raise ValueError(f'{path}: found {show(challenge)}, expected {{id: {{"train": pairs, "test": inputs}}}}')
-    with _named(path):
-        return collect(challenge, {})
+    return collect(challenge, {}, place=f"{path}: ")
 
 
-def read_solutions(file: str | os.PathLike[str], data: PuzzleData) -> PuzzleData:
+def read_solutions(file: PathLike, data: PuzzleData) -> PuzzleData:
     """The puzzles with the solutions of a file; see `ArcDataset.load_solutions`."""
     path = Path(file)
     solutions = parse_json(read_bytes(path), path)
     if not isinstance(solutions, dict):
         raise ValueError(f"{path}: found {show(solutions)}, expected {{id: [grid for each test input]}}")
-    missing = [puzzle for puzzle in data.challenge if solutions.get(puzzle) is None]
-    if missing:
-        raise ValueError(
-            f"{path}: no solutions of {len(missing):,} puzzles, such as {show_name(missing[0])}, expected all"
-        )
-    with _named(path):
-        return collect(data.challenge, {puzzle: solutions[puzzle] for puzzle in data.challenge})
+    if missing := [puzzle for puzzle in data.challenge if solutions.get(puzzle) is None]:
+        such = f"{len(missing):,} puzzles, such as {show_name(missing[0])}"
+        raise ValueError(f"{path}: no solutions of {such}, expected all")
+    return collect(data.challenge, {puzzle: solutions[puzzle] for puzzle in data.challenge}, place=f"{path}: ")
 
 
-def read_neoneye(path: str | os.PathLike[str]) -> PuzzleData:
+def read_neoneye(path: PathLike) -> PuzzleData:
     """See `ArcDataset.load_from_neoneye`."""
     newest: dict[tuple[Path, str], tuple[int, Path]] = {}
     for file in list_json(Path(path) / "data", "*/*.json"):
@@ -126,25 +105,17 @@ def read_neoneye(path: str | os.PathLike[str]) -> PuzzleData:
         stem, number = (file.stem[: version.start()], int(version[1])) if version else (file.stem, 1)
         newest[file.parent, stem] = max(newest.get((file.parent, stem), (number, file)), (number, file))
     files = sorted(file for _, file in newest.values())
-    puzzles, solutions = {}, {}
+    puzzles = {}
     for name, file in zip(_unique_names(files), files, strict=True):
-        puzzle = check_puzzle(parse_json(read_bytes(file), file), str(file))
-        pairs = zip(puzzle.train[0::2], puzzle.train[1::2], strict=True)
-        train = [{"input": grid, "output": output} for grid, output in pairs]
-        puzzles[name] = {"train": train, "test": [{"input": grid} for grid in puzzle.test]}
-        if puzzle.solution:
-            solutions[name] = puzzle.solution
-    return collect(puzzles, solutions)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Puzzles made of tasks' pairs
+        puzzles[name] = parse_json(read_bytes(file), file)
+        check_puzzle(puzzles[name], str(file))  # `collect` would name the puzzle, not the file
+    return collect(puzzles, {})
 
 
 def cycle_sizes(sizes: Sequence[int], pairs: int, rng: np.random.Generator) -> np.ndarray:
-    """Sizes of puzzles that `pairs` pairs are enough for, a test each included, int64 (puzzles,).
+    """Sizes of the puzzles that a number of pairs is enough for, with one test each: int64 (puzzles,).
 
-    Seeded orders of `sizes`, one after another. Sizes that are larger than the remaining pairs are skipped.
+    Seeded orders of `sizes` follow one another. Sizes above the remaining pairs are skipped.
     """
     most = pairs // (min(sizes) + 1)
     plan = rng.permuted(np.tile(np.array(sizes, dtype=np.int64), (most, 1)), axis=1).ravel()
@@ -171,7 +142,7 @@ class _Maker(NamedTuple):
     bounds: Sequence[int] | None = None  # of the sides of the grids
 
     def _choose(self, task: int, left_out: dict[str, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of a task: the pairs' inputs and the official test grids (numbers in the store), and its puzzles' sizes."""
+        """A task's inputs and official test grids (numbers in the store), and the sizes of its puzzles."""
         file, store = self.files[task], self.store
         inputs, tests = file.first + 2 * np.arange(file.pairs), np.zeros(0, dtype=np.int64)
         if self.bounds is not None:
@@ -184,11 +155,9 @@ class _Maker(NamedTuple):
             inputs = inputs[rng.permutation(len(inputs))]
             plan = cycle_sizes(self.sizes, len(inputs), rng)[: self.rounds]
             if self.rounds is not None and len(plan) < self.rounds:
-                raise ValueError(
-                    f"{self.place}: task {self.names[task]} has {file.pairs} pairs, enough for {len(plan)} rounds "
-                    f"with sizes {tuple(self.sizes)} and a test each, expected {self.rounds}: lower n, or generate "
-                    "more pairs"
-                )
+                rounds = f"enough for {len(plan)} rounds with sizes {tuple(self.sizes)} and a test each"
+                task_pairs = f"{self.place}: task {self.names[task]} has {file.pairs} pairs"
+                raise ValueError(f"{task_pairs}, {rounds}, expected {self.rounds}: lower n, or generate more pairs")
             used = int((plan + 1).sum())
             left_out["pairs that fill no puzzle"] += len(inputs) - used
             inputs = inputs[:used]
@@ -204,7 +173,7 @@ class _Maker(NamedTuple):
         Args:
             name: a puzzle's id from its task's name and its round.
             n: how many puzzles; None: all.
-            shuffle: whether the order within a round is seeded; else it is that of the tasks.
+            shuffle: whether the order within a round is seeded; else the tasks' order.
         """
         left_out = dict.fromkeys(("pairs outside grid_sizes", "pairs that fill no puzzle", "tasks without a puzzle"), 0)
         grids: list[np.ndarray] = []  # numbers in the store, in the order of the puzzles
@@ -220,14 +189,11 @@ class _Maker(NamedTuple):
         count, sizes = table.shape[1], tuple(self.sizes)
         if not count:
             within = "" if self.bounds is None else f" within grid_sizes {tuple(self.bounds)}"
-            raise ValueError(
-                f"{self.place}: no task has the pairs of one puzzle{within}, expected {min(sizes)} and a test"
-            )
+            problem = f"no task has the pairs of one puzzle{within}"
+            raise ValueError(f"{self.place}: {problem}, expected {min(sizes)} and a test")
         if n is not None and n > count:
-            raise ValueError(
-                f"{self.place}: {n:,} puzzles asked for, the maximum is {count:,} with sizes {sizes} and no pair used "
-                "twice: lower n"
-            )
+            maximum = f"{count:,} with sizes {sizes} and no pair used twice"
+            raise ValueError(f"{self.place}: {n:,} puzzles asked for, the maximum is {maximum}: lower n")
         order = np.lexsort((seeded_rng(self.seed, "order").random(count) if shuffle else table[0], table[1]))
         store = self.store.picked(np.concatenate(grids))
         data, keys = self._cut(store, table[:, order[:n]], name)

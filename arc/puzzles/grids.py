@@ -1,11 +1,12 @@
 """Grids in one flat array, puzzles as small windows on it, and the checks that every grid passes.
 
-A folder of 192,628 pairs is then a handful of arrays and not a million Python objects. Messages name the puzzle, pair
-and row, counted from 1.
+So a folder of 192,628 pairs is a handful of arrays, not a million Python objects. Errors name the puzzle, pair and row,
+counted from 1.
 """
 
 from __future__ import annotations
 
+import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 
 MAX_SIDE = 30
+PathLike = str | os.PathLike[str]
 
 
 class GridStore:
@@ -27,12 +29,11 @@ class GridStore:
     __slots__ = ("cells", "heights", "offsets", "widths")
 
     def __init__(self, cells: np.ndarray, offsets: np.ndarray, heights: np.ndarray, widths: np.ndarray):
-        """Take the arrays as they are."""
         self.cells, self.offsets, self.heights, self.widths = cells, offsets, heights, widths
         cells.flags.writeable = False  # grids that are handed out are windows on it
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled by its arrays, so that they are read-only again after loading."""
+        """Pickle the arrays alone: `__init__` makes them read-only again."""
         return GridStore, (self.cells, self.offsets, self.heights, self.widths)
 
     def grid(self, index: int) -> np.ndarray:
@@ -70,13 +71,12 @@ class GridStore:
 
 
 class Window(Sequence):
-    """Some items of a store, made when they are asked for: an object for every pair would cost more than its cells."""
+    """Some items of a store, created on access: an object for every pair would cost more than its cells."""
 
     __slots__ = ("_count", "first", "store")
     grids_each = 1  # grids of one item
 
     def __init__(self, store: GridStore, first: int, count: int):
-        """`count` items from grid number `first` on."""
         self.store, self.first, self._count = store, first, count
 
     def __len__(self) -> int:
@@ -141,7 +141,7 @@ class Puzzle(TypedDict):
 
 
 class PuzzleData(NamedTuple):
-    """Puzzles of one store, by id, and what is known of where they come from."""
+    """Puzzles of one store, by id, and where they come from."""
 
     store: GridStore
     challenge: dict[str, Puzzle]
@@ -154,7 +154,6 @@ class _Picture(reprlib.Repr):
     """Short text for any value: quick and small, however large or deeply nested the value is."""
 
     def __init__(self) -> None:
-        """Sizes that show a grid of a few cells whole."""
         super().__init__()
         self.maxlevel, self.maxlist, self.maxtuple, self.maxdict, self.maxstring = 4, 8, 8, 8, 60
 
@@ -175,22 +174,21 @@ def show(value: Any) -> str:
 
 
 def show_name(name: Any) -> str:
-    """A puzzle's or file's name for a message: as it is, or a short picture of it if it is long or not printable."""
+    """A puzzle's or file's name for a message, shortened if it is long or not printable."""
     return name if isinstance(name, str) and len(name) <= 60 and name.isprintable() else show(name)
 
 
 def is_unicode(name: str) -> bool:
-    """Whether a name can be written as UTF-8; JSON and file systems can give halves of surrogate pairs."""
+    """Whether a name can be written as UTF-8: JSON and file systems can give lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def check_grid(grid: Any, where: str) -> np.ndarray:
-    """A grid as uint8 (height, width), 1..30 each way, cells 0..9; else a ValueError whose message `where` opens."""
+    """A grid as uint8 (height, width), 1..30 each way, cells 0..9. ValueError otherwise; `where` opens its message."""
     if isinstance(grid, np.ndarray):
         if grid.ndim != 2 or grid.dtype.kind not in "iu":
-            raise ValueError(
-                f"{where}: found an array {grid.shape} of {grid.dtype}, expected (height, width) of integers"
-            )
+            array = f"an array {grid.shape} of {grid.dtype}"
+            raise ValueError(f"{where}: found {array}, expected (height, width) of integers")
         if 0 < grid.shape[0] <= MAX_SIDE and 0 < grid.shape[1] <= MAX_SIDE and 0 <= grid.min() and grid.max() <= 9:
             return grid.astype(np.uint8)
         grid = grid.tolist()  # for the row in the message
@@ -229,7 +227,7 @@ def check_pairs(pairs: Sequence[Any], where: str) -> list[np.ndarray]:
 
 
 class CheckedPuzzle(NamedTuple):
-    """Checked grids: demonstrations' inputs and outputs in turn, test inputs, and their outputs if they are known."""
+    """Checked grids: demonstrations' inputs and outputs in turn, test inputs, and their outputs if known."""
 
     train: list[np.ndarray]
     test: list[np.ndarray]
@@ -237,11 +235,7 @@ class CheckedPuzzle(NamedTuple):
 
 
 def check_puzzle(value: Any, where: str) -> CheckedPuzzle:
-    """The grids of {"train": pairs, "test": pairs with or without outputs}.
-
-    Raises:
-        ValueError: anything else; `where` opens the message.
-    """
+    """The grids of {"train": pairs, "test": pairs with or without outputs}. ValueError otherwise, as `check_grid`."""
     if not isinstance(value, Mapping) or "train" not in value or "test" not in value:
         raise ValueError(f'{where}: found {show(value)}, expected {{"train": pairs, "test": pairs}}')
     for name in ("train", "test"):
@@ -258,12 +252,13 @@ def check_puzzle(value: Any, where: str) -> CheckedPuzzle:
     return CheckedPuzzle(train, [query for query, _ in tests], outputs)
 
 
-def collect(challenge: Mapping[str, Any], solutions: Mapping[str, Any]) -> PuzzleData:
-    """Bring puzzles into one store: windows on other stores are moved, everything else is checked and copied.
+def collect(challenge: Mapping[str, Any], solutions: Mapping[str, Any], place: str = "") -> PuzzleData:
+    """Bring puzzles into one store. Windows on other stores are moved; everything else is checked and copied.
 
     Args:
         challenge: puzzle id -> {"train": pairs, "test": pairs or inputs}.
         solutions: puzzle id -> grids; they replace the outputs of the puzzle's test pairs.
+        place: opens the messages of errors.
 
     Raises:
         ValueError: a bad id, pair or grid, named by puzzle, pair and row.
@@ -282,7 +277,7 @@ def collect(challenge: Mapping[str, Any], solutions: Mapping[str, Any]) -> Puzzl
             grids.extend(value)
 
     for puzzle, value in challenge.items():
-        where = f"puzzle {show_name(puzzle)}"
+        where = f"{place}puzzle {show_name(puzzle)}"
         if not isinstance(puzzle, str) or not puzzle or "_" in puzzle or "." in puzzle or not is_unicode(puzzle):
             raise ValueError(f'{where}: found the id {show(puzzle)}, expected text without "_" and "."')
         train, test = (value.get(name) if isinstance(value, Mapping) else None for name in ("train", "test"))
@@ -296,9 +291,8 @@ def collect(challenge: Mapping[str, Any], solutions: Mapping[str, Any]) -> Puzzl
         if known is None:
             continue
         if isinstance(known, (str, Mapping)) or not isinstance(known, Sequence) or len(known) != len(test):
-            raise ValueError(
-                f"{where}: found solutions {show(known)}, expected one grid for each of {len(test)} test inputs"
-            )
+            expected = f"one grid for each of {len(test)} test inputs"
+            raise ValueError(f"{where}: found solutions {show(known)}, expected {expected}")
         if not isinstance(known, Grids):
             known = [check_grid(grid, f"{where}, solution {number}") for number, grid in enumerate(known, 1)]
         add(puzzle, "solution", Grids, known)

@@ -1,4 +1,4 @@
-"""Which puzzles are held out: a seeded choice that depends on the names of tasks and puzzles alone."""
+"""The choice of held-out puzzles: seeded, it depends on the names of tasks and puzzles alone."""
 
 from __future__ import annotations
 
@@ -10,19 +10,10 @@ from arc.puzzles.keys import seeded_rank
 def choose_heldout(
     puzzles: Mapping[str, Sequence[str]], examples: int, tasks: int, seed: int
 ) -> tuple[set[str], set[str]]:
-    """Choose puzzles to hold out; see `ArcDataset.holdout`.
-
-    Args:
-        puzzles: task -> its puzzles.
-        examples: how many puzzles of the tasks that stay.
-        tasks: how many whole tasks.
-        seed: of both choices.
+    """Choose puzzles to hold out; see `ArcDataset.holdout`, also for its errors. `puzzles` maps tasks to puzzles.
 
     Returns:
         The chosen puzzles of the tasks that stay, and all puzzles of the chosen tasks.
-
-    Raises:
-        ValueError: more asked for than there is; the message names the maximum.
     """
     if not 0 <= tasks < max(len(puzzles), 1):
         raise ValueError(f"{tasks:,} tasks to hold out, expected 0 to the maximum of {max(len(puzzles) - 1, 0):,}")
@@ -35,8 +26,7 @@ def choose_heldout(
         candidates += [(turn, place, puzzle) for turn, puzzle in enumerate(ordered[: None if whole else -1])]
     maximum = max(len(candidates) - 1, 0) if whole else len(candidates)
     if not 0 <= examples <= maximum:
-        raise ValueError(
-            f"{examples:,} examples to hold out, expected 0 to the maximum of {maximum:,} beside {tasks} tasks"
-        )
+        expected = f"0 to the maximum of {maximum:,} beside {tasks} tasks"
+        raise ValueError(f"{examples:,} examples to hold out, expected {expected}")
     seen = {puzzle for _, _, puzzle in sorted(candidates)[:examples]}
     return seen, {puzzle for task in ranked[:tasks] for puzzle in puzzles[task]}

@@ -24,19 +24,19 @@ GRAMMAR = "tp, rt, permDDDDDDDDDD or ex2-0-1"
 
 
 def seed_words(seed: int | None, *names: str) -> list[int]:
-    """Integers that seed a generator: they depend on the seed and the names; seed None: on the system."""
+    """Integers to seed a generator with, from the seed and the names; seed None: from the system."""
     if seed is None:
         return [int(word) for word in np.random.SeedSequence().generate_state(2)]
     return [int(seed) % 2**64, *(zlib.crc32(name.encode()) for name in names)]
 
 
 def seeded_rng(seed: int | None, *names: str) -> np.random.Generator:
-    """A generator that depends on the seed and the names alone; seed None: on nothing."""
+    """A generator that depends on the seed and the names alone; seed None: the system seeds it."""
     return np.random.default_rng(seed_words(seed, *names))
 
 
 def seeded_rank(seed: int, name: str) -> bytes:
-    """Place of a name in a seeded order that does not depend on which other names there are."""
+    """Sort key of a name in a seeded order; other names do not change it."""
     return hashlib.sha256(f"{int(seed)}:{name}".encode()).digest()
 
 
@@ -46,16 +46,12 @@ def clean_name(name: str) -> str:
 
 
 def puzzle_of(key: str) -> str:
-    """Puzzle id of a key that is known to be good: quicker than `split_name`."""
+    """Puzzle id of a valid key, faster than `split_name`."""
     return key.partition(".")[0].partition("_")[0]
 
 
 def split_name(key: str) -> tuple[str, int]:
-    """Puzzle id and test index (-1: none) of a key.
-
-    Raises:
-        ValueError: the index is not a number.
-    """
+    """Puzzle id and test index (-1: none) of a key. ValueError: the index is not a number."""
     name = key.partition(".")[0]
     puzzle, separator, number = name.partition("_")
     if not separator:
@@ -78,9 +74,8 @@ def check_order(transform: str, count: int) -> list[int]:
     words = transform[2:].split("-")
     order = [int(word) if word.isascii() and word.isdigit() else -1 for word in words]
     if min(order) < 0 or max(order) >= count or len(set(order)) < len(order):
-        raise ValueError(
-            f"found {transform!r}, expected different numbers of the {count} demonstrations, 0 to {count - 1}"
-        )
+        expected = f"different numbers of the {count} demonstrations, 0 to {count - 1}"
+        raise ValueError(f"found {transform!r}, expected {expected}")
     return order
 
 
@@ -88,7 +83,7 @@ def permute_grid(grid: Any, descriptor: str, invert: bool = False) -> np.ndarray
     """Recolour a grid (height, width): colour c becomes the digit at position c of `permDDDDDDDDDD`, or back.
 
     Raises:
-        ValueError: the descriptor is not a permutation, or the array no grid.
+        ValueError: no permutation, or no grid.
     """
     lookup = np.array([int(c) for c in check_colours(descriptor)], dtype=np.uint8)
     grid = np.asarray(grid)
@@ -98,16 +93,9 @@ def permute_grid(grid: Any, descriptor: str, invert: bool = False) -> np.ndarray
 
 
 def transform_grid(grid: Any, transforms: Sequence[str], apply_perm: bool = True, invert: bool = False) -> np.ndarray:
-    """Apply the transforms of a key to a grid (height, width), or undo them.
+    """Apply the transforms of a key to a grid (height, width), or undo them (`invert`).
 
-    Args:
-        grid: uint8 or other integers.
-        transforms: such as ["tp", "rt", "perm0123456789"]; `ex...` does not change a single grid.
-        apply_perm: whether colours are permuted too.
-        invert: from the view back to the puzzle.
-
-    Raises:
-        ValueError: an unknown transform.
+    `ex...` does not change a single grid; `apply_perm` False leaves the colours. ValueError: an unknown transform.
     """
     grid = np.asarray(grid)
     for transform in reversed(transforms) if invert else transforms:
@@ -123,18 +111,13 @@ def transform_grid(grid: Any, transforms: Sequence[str], apply_perm: bool = True
 
 
 def dihedral(grid: np.ndarray, number: int) -> np.ndarray:
-    """One of the eight symmetries of the square.
-
-    Args:
-        grid: (rows, columns).
-        number: 0 to 7, bits: transpose, then mirror rows, mirror columns.
-    """
+    """Symmetry 0 to 7 of a grid (rows, columns). Bits: transpose, then mirror rows, mirror columns."""
     oriented = grid.T if number & 1 else grid
     return oriented[:: -1 if number & 2 else 1, :: -1 if number & 4 else 1]
 
 
 class View(NamedTuple):
-    """A resolved key: which grids, and how they are turned and coloured."""
+    """A resolved key: its grids, and how they are turned and coloured."""
 
     train: Pairs
     order: Sequence[int]
@@ -148,7 +131,7 @@ def resolve(key: str, challenge: Mapping[str, Puzzle], solutions: Mapping[str, G
     """A key's grids and transforms.
 
     Raises:
-        ValueError: no such puzzle or test input, or a transform that is not in the grammar.
+        ValueError: an unknown puzzle, test input or transform.
     """
     name, *transforms = key.split(".")
     puzzle, number = split_name(name)
@@ -182,9 +165,7 @@ def resolve(key: str, challenge: Mapping[str, Puzzle], solutions: Mapping[str, G
 
 def shortened_key(key: str, count: int) -> str:
     """A key with only the first `count` of its demonstrations."""
-    parts = key.split(".")
-    if parts[-1].startswith("ex"):
-        parts[-1] = "-".join(parts[-1].split("-")[:count])
-    else:
-        parts.append("ex" + "-".join(map(str, range(count))))
-    return ".".join(parts)
+    name, _, last = key.rpartition(".")
+    if last.startswith("ex") and name:
+        return f"{name}.{'-'.join(last.split('-')[:count])}"
+    return f"{key}.ex{'-'.join(map(str, range(count)))}"

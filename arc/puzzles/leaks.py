@@ -4,19 +4,19 @@
     leaks.puzzles  # {"007bbfb7": ("007bbfb7-012",), ...}: whole puzzles that are training puzzles
     leaks.tests  # {"007bbfb7_0": ("007bbfb7-003", ...), ...}: test pairs that are pairs of training puzzles
 
-Two puzzles are equal if one symmetry of the square and one permutation of the colours turn the pairs of one into those
-of the other, in any order. The comparison is exact: equal puzzles have the same canonical form, others do not. Cheap
-signatures of all pairs at once choose which forms are computed.
+Two puzzles are equal if one symmetry of the square and one permutation of the colours map the pairs of one to those
+of the other, in any order. Repeated pairs count. It does not matter which pair is the test: training on the same pairs
+in other roles has seen the answer too.
 
-Repeated pairs count. It does not matter which pair is the test: training on the same pairs in other roles has seen the
-answer too. A test input without a solution is compared as an input alone.
+The comparison is exact: only equal puzzles have the same canonical form. Cheap signatures of all pairs choose which
+forms are computed.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import numpy as np
@@ -39,15 +39,11 @@ class _Table(NamedTuple):
 
 def _table(ds: ArcDataset) -> _Table:
     """The demonstrations of all puzzles, then their tests."""
-    columns = np.array(
-        [
-            (train.first, len(train), test.first, len(test), -1 if solution is None else solution.first)
-            for name, (train, test) in ((name, (p["train"], p["test"])) for name, p in ds.challenge.items())
-            for solution in [ds.solutions.get(name)]
-        ],
-        dtype=np.int64,
-    ).reshape(-1, 5)
-    train, train_count, test, test_count, solution = columns.T
+    columns = []
+    for name, puzzle in ds.challenge.items():
+        pairs, tests, solved = puzzle["train"], puzzle["test"], ds.solutions.get(name)
+        columns.append((pairs.first, len(pairs), tests.first, len(tests), -1 if solved is None else solved.first))
+    train, train_count, test, test_count, solution = np.array(columns, dtype=np.int64).reshape(-1, 5).T
 
     def spread(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Each puzzle as often as it has pairs, and the places of these in it."""
@@ -73,14 +69,9 @@ def _scrambled(values: np.ndarray) -> np.ndarray:
 
 
 def _colour_counts(store: GridStore, grids: np.ndarray) -> np.ndarray:
-    """How many cells of each colour each grid has.
+    """Cells of each colour in each grid: uint16 (grids, 10).
 
-    Args:
-        store: of the grids.
-        grids: int64 (grids,), numbers in the store, -1: no grid, no cells.
-
-    Returns:
-        uint16 (grids, 10).
+    `grids` are numbers in the store, int64 (grids,); -1: no grid, no cells.
     """
     areas = np.where(grids < 0, 0, store.heights[grids].astype(np.int64) * store.widths[grids])
     counts, ends, begin = np.zeros((len(grids), 10), dtype=np.uint16), np.cumsum(areas), 0
@@ -96,14 +87,10 @@ def _colour_counts(store: GridStore, grids: np.ndarray) -> np.ndarray:
 
 
 def _signatures(store: GridStore, query: np.ndarray, reply: np.ndarray) -> np.ndarray:
-    """A number for each pair, uint64 (pairs,), the same for pairs that a symmetry and a permutation make equal.
+    """A hash of each pair, uint64 (pairs,), equal for pairs that a symmetry and a permutation make equal.
 
-    Other pairs mostly have others: it depends on the four sides (or those transposed) and on how many cells each
-    colour has in input and output.
-
-    Args:
-        store: of the grids.
-        query, reply: int64 (pairs,), numbers in the store; reply -1: an input alone.
+    It depends on the four sides (or those transposed) and on the cells of each colour in input and output. `query` and
+    `reply` are numbers in the store, int64 (pairs,); reply -1: an input alone.
     """
     sides = [
         np.where(grids < 0, 0, side[grids]).astype(np.uint64)
@@ -120,68 +107,44 @@ def _signatures(store: GridStore, query: np.ndarray, reply: np.ndarray) -> np.nd
     return _scrambled(signature)
 
 
-Chosen = tuple[np.ndarray, np.ndarray, Callable[[int], Hashable]]  # numbers of items, signatures, an item's form
-
-
-def _equal(left: Chosen, right: Chosen) -> Iterator[tuple[int, int]]:
-    """Numbers (left, right) of items with equal forms, which are computed only where signatures are equal.
-
-    Forms of the left side are kept in memory, those of the right side are not.
-    """
-    numbers = defaultdict(list)
-    for number in left[0][np.isin(left[1], right[1])].tolist():
-        numbers[left[2](number)].append(number)
-    for other in right[0][np.isin(right[1], left[1])].tolist():
-        for number in numbers.get(right[2](other), ()):
-            yield number, other
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Leaks
-
-
 class Leaks(NamedTuple):
-    """Puzzles and test pairs that an evaluation shares with training; see `find_leaks`.
+    """Puzzles and test pairs that an evaluation shares with training."""
 
-    Attributes:
-        puzzles: evaluation puzzle id -> ids of the training puzzles that equal it.
-        tests: evaluation key PUZZLE_INDEX -> ids of the training puzzles that have its test pair among their pairs.
-    """
-
-    puzzles: dict[str, tuple[str, ...]]
-    tests: dict[str, tuple[str, ...]]
+    puzzles: dict[str, tuple[str, ...]]  # evaluation puzzle id -> ids of the equal training puzzles
+    tests: dict[str, tuple[str, ...]]  # evaluation key PUZZLE_INDEX -> ids of the training puzzles with its test pair
 
 
 class _Items(NamedTuple):
-    """Puzzles, or pairs, that are compared: with solutions, or without if one of two has none."""
+    """Puzzles or pairs to compare: with solutions, or without if one of two has none."""
 
     known: np.ndarray  # bool (items,), whether the solutions are known
     signatures: Callable[[bool], np.ndarray]  # with solutions or without, uint64 (items,)
     form: Callable[[int, bool], Hashable]  # of an item, with its solutions or without
 
     def shared(self, others: _Items) -> list[tuple[int, int]]:
-        """Numbers of equal items, here and there, sorted."""
+        """Numbers of equal items (in self, in others), sorted. Only the forms of self are held in memory."""
         everything = np.ones(len(others.known), dtype=bool)
         equal: list[tuple[int, int]] = []
-        for here, there, solutions in (
+        for mask, others_mask, solutions in (
             (self.known, others.known, True),
             (self.known, ~others.known, False),
             (~self.known, everything, False),
         ):
-            if here.any() and there.any():
-                equal += _equal(*(items._chosen(mask, solutions) for items, mask in ((self, here), (others, there))))
+            if not (mask.any() and others_mask.any()):
+                continue
+            signatures, others_signatures = self.signatures(solutions)[mask], others.signatures(solutions)[others_mask]
+            numbers: dict[Hashable, list[int]] = defaultdict(list)
+            for number in np.flatnonzero(mask)[np.isin(signatures, others_signatures)].tolist():
+                numbers[self.form(number, solutions)].append(number)
+            for other in np.flatnonzero(others_mask)[np.isin(others_signatures, signatures)].tolist():
+                equal += [(number, other) for number in numbers.get(others.form(other, solutions), ())]
         return sorted(equal)
-
-    def _chosen(self, mask: np.ndarray, solutions: bool) -> Chosen:
-        numbers = np.flatnonzero(mask)
-        return numbers, self.signatures(solutions)[numbers], lambda number: self.form(number, solutions)
 
 
 class _Side:
     """A dataset's puzzles and pairs with their signatures."""
 
     def __init__(self, ds: ArcDataset):
-        """Compute the table and its signatures."""
         self.ds, self.names, self.table = ds, list(ds.challenge), _table(ds)
         self.full = _signatures(ds.store, self.table.query, self.table.reply)
 
@@ -216,19 +179,13 @@ class _Side:
 def find_leaks(evaluation: ArcDataset, training: ArcDataset) -> Leaks:
     """Puzzles and test pairs of an evaluation that training has seen.
 
-    Where puzzles are random examples of a task, test pairs tell more than whole puzzles: a test pair of one can be a
-    demonstration of another. Each pair may have another symmetry and other colours there. Small grids of few colours
-    can be equal by chance: look at the results.
+    The puzzles and test inputs that the evaluation's keys name are compared with all pairs of the training puzzles.
+    Where one side lacks a solution, both are compared without it. A puzzle with all pairs of an evaluation puzzle and
+    more is not equal to it.
 
-    Where one side lacks a solution, both are compared without it. A puzzle that contains all pairs of an evaluation
-    puzzle and more is not equal to it.
-
-    Args:
-        evaluation: only the puzzles and test inputs that its keys name are compared.
-        training: all pairs of its puzzles are compared.
-
-    Returns:
-        The shared puzzles and test pairs. Ids are in the order of the datasets' puzzles.
+    Where puzzles are random examples of a task, test pairs tell more than whole puzzles: the test pair of one can be a
+    demonstration of another. Each pair may have its own symmetry and colours there. Small grids of few colours can be
+    equal by chance: look at the results.
     """
     side, other = _Side(evaluation), _Side(training)
     puzzles: dict[str, list[str]] = defaultdict(list)

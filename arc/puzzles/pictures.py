@@ -1,4 +1,4 @@
-"""Grids as pictures: HTML for notebooks, matplotlib figures. In the colours that ARC is shown in."""
+"""Grids as pictures in the colours of ARC: HTML for notebooks, matplotlib figures."""
 
 from __future__ import annotations
 
@@ -23,11 +23,7 @@ WIDEST = 168  # pixels, of a large one
 
 
 def grid_html(grid: np.ndarray) -> str:
-    """A grid as an SVG element, one coloured square a cell; large grids have smaller squares.
-
-    Args:
-        grid: 0..9, (height, width).
-    """
+    """A grid (height, width) of 0..9 as an SVG element; cells of large grids are smaller."""
     height, width = grid.shape
     size = min(CELL, WIDEST // max(height, width))
     cells = "".join(
@@ -44,13 +40,8 @@ def grid_html(grid: np.ndarray) -> str:
 
 
 def view_html(view: dict[str, Any]) -> str:
-    """A puzzle as a row of pairs, each input above its output; the test pair last, with a question mark if unsolved.
-
-    Args:
-        view: as `ArcDataset.__getitem__` gives it.
-    """
-    pairs = list(view["train"])
-    boxes = [_pair_html(a, b, f"{number}") for number, (a, b) in enumerate(pairs, 1)]
+    """A view of `ArcDataset.__getitem__` as a row of pairs, inputs above outputs, the test last ("?" if unsolved)."""
+    boxes = [_pair_html(a, b, f"{number}") for number, (a, b) in enumerate(view["train"], 1)]
     if view["test"] is not None:
         boxes.append(_pair_html(view["test"], view["solution"], "test"))
     return (
@@ -66,13 +57,7 @@ def _pair_html(query: np.ndarray, reply: np.ndarray | None, title: str) -> str:
 
 
 def dataset_html(text: str, views: Sequence[dict[str, Any]], more: int) -> str:
-    """A dataset: its description and some of its puzzles.
-
-    Args:
-        text: the description.
-        views: those that are shown.
-        more: how many are not.
-    """
+    """A dataset: its description, the views that are shown, and how many more there are."""
     rest = f"<div>and {more:,} more</div>" if more else ""
     return f"<div><pre>{html.escape(text)}</pre>{''.join(map(view_html, views))}{rest}</div>"
 
@@ -97,10 +82,9 @@ def plot_grid(axis: Axes, grid: np.ndarray | None, title: str = "") -> None:
 
 
 def share_cell_size(axes: np.ndarray) -> None:
-    """Give the cells of all grids in axes of one size the same size, or a grid twice as large would look alike.
+    """Give the cells of all grids in axes of one size the same size; else a grid twice as large would look alike.
 
-    Args:
-        axes: as `Figure.subplots` gives them, after `plot_grid`.
+    `axes` are those of `Figure.subplots`, after `plot_grid`.
     """
     drawn = [axis for axis in axes.flat if axis.images]
     shapes = [axis.images[0].get_array().shape for axis in drawn]
@@ -112,11 +96,7 @@ def share_cell_size(axes: np.ndarray) -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure that notebooks show by itself, and that no list of open figures holds.
-
-    Args:
-        width, height: inches.
-    """
+    """A figure (inches) that notebooks show by itself, and that no list of open figures holds."""
     from matplotlib.figure import Figure
 
     class NotebookFigure(Figure):
@@ -129,13 +109,9 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def plot_view(view: dict[str, Any]) -> Figure:
-    """Draw a puzzle: inputs in the upper row, outputs below, the test pair on the right.
+    """A figure (see `new_figure`) of a view of `ArcDataset.__getitem__`.
 
-    Args:
-        view: as `ArcDataset.__getitem__` gives it.
-
-    Returns:
-        A matplotlib figure; see `new_figure`.
+    Inputs are in the upper row, outputs below, the test pair on the right.
     """
     columns = [(a, b, f"{number}") for number, (a, b) in enumerate(view["train"], 1)]
     if view["test"] is not None:

@@ -1,4 +1,4 @@
-"""Loading and splitting of datasets, the same way in every script: what is trained on and what is held out."""
+"""Loading and splitting of datasets, the same way in every script: puzzles to train on and held-out puzzles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from arc.puzzles.leaks import find_leaks
 
 
 class DataSettings(Protocol):
-    """Which puzzles there are and which are held out; the scripts' settings have these names."""
+    """The data settings of a script; `runs.settings` says what they mean."""
 
     dataset_dir: str
     n: int | None
@@ -26,33 +26,24 @@ class DataSettings(Protocol):
 
 
 def load_dataset(settings: DataSettings) -> ArcDataset:
-    """Load the dataset folder, the same way in every script.
-
-    Raises:
-        ValueError, FileNotFoundError: bad data, missing folder.
-    """
+    """Load the dataset folder. ValueError, FileNotFoundError: bad data, missing folder."""
     try:
         return _load_folder(settings.dataset_dir, settings)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error}; name yours with --dataset_dir, or make one to try with: python demo/make_dataset.py --out "
-            f"{settings.dataset_dir}"
-        ) from None
+        command = f"python demo/make_dataset.py --out {settings.dataset_dir}"
+        advice = f"name yours with --dataset_dir, or make one to try with: {command}"
+        raise FileNotFoundError(f"{error}; {advice}") from None
 
 
 def _load_folder(folder: str, settings: DataSettings) -> ArcDataset:
-    return ArcDataset.load_from_local_json(
-        folder, sizes=tuple(settings.sizes), seed=settings.dataset_seed, grid_sizes=settings.grid_sizes or None
-    )
+    bounds = settings.grid_sizes or None
+    return ArcDataset.load_from_local_json(folder, None, tuple(settings.sizes), settings.dataset_seed, bounds)
 
 
 def split_dataset(data: ArcDataset, settings: DataSettings, quiet: bool = False) -> Holdout:
-    """Split a dataset; `n` limits the puzzles to train on, extra_dataset_dirs add to them.
+    """Split a dataset and print the counts, unless `quiet`.
 
-    Prints the numbers of puzzles, unless `quiet`.
-
-    Raises:
-        ValueError: more held out or asked for than there is.
+    `n` limits the puzzles to train on; extra_dataset_dirs add to them. ValueError: more asked for than there is.
     """
     try:
         split = data.holdout(settings.holdout_examples, settings.holdout_tasks, settings.holdout_seed)
@@ -79,30 +70,22 @@ def _report_left_out(data: ArcDataset) -> None:
 
 
 def load_extra(folder: str, settings: DataSettings, split: Holdout, quiet: bool = False) -> ArcDataset:
-    """Puzzles of one of extra_dataset_dirs, without those that would give away what is held out.
+    """Puzzles of one of extra_dataset_dirs, without those that would leak held-out puzzles.
 
     Two kinds are left out, counted and printed: puzzles of a task with the name of a held-out task; and puzzles that
-    equal a held-out one or contain its test pair, in any symmetry, colours and order (see `find_leaks`). A held-out
-    task that has another name here is recognised by its pairs only.
-
-    Args:
-        folder: of task files.
-        settings: sizes, grid_sizes and dataset_seed apply to this folder too.
-        split: the held-out puzzles.
-        quiet: print nothing.
+    equal a held-out one or contain its test pair (see `find_leaks`). A held-out task under another name is recognised
+    by its pairs only. sizes, grid_sizes and dataset_seed apply to this folder too.
 
     Raises:
-        ValueError, FileNotFoundError: bad data, missing folder, a puzzle's id that the dataset has too.
+        ValueError, FileNotFoundError: bad data, missing folder, a puzzle id that the dataset has too.
     """
     try:
         data = _load_folder(folder, settings)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"--extra_dataset_dirs: {error}") from None
     if twice := sorted(data.challenge.keys() & {*split.train.challenge, *split.seen.challenge}):
-        raise ValueError(
-            f"--extra_dataset_dirs: {folder}: {settings.dataset_dir} has a puzzle {twice[0]!r} too: expected tasks of "
-            "other names"
-        )
+        message = f"{settings.dataset_dir} has a puzzle {twice[0]!r} too: expected tasks of other names"
+        raise ValueError(f"--extra_dataset_dirs: {folder}: {message}")
     unseen = {split.unseen.task_of(puzzle) for puzzle in split.unseen.challenge}
     named = {puzzle for puzzle in data.challenge if data.task_of(puzzle) in unseen}
     shared: set[str] = set()
@@ -114,20 +97,18 @@ def load_extra(folder: str, settings: DataSettings, split: Holdout, quiet: bool 
         _report_left_out(data)
         print(f"{folder}: {len(usable.keys):,} puzzles more to train on")
         if named or shared:
-            print(
-                f"left out: {len(named):,} puzzles of tasks that are held out, and {len(shared - named):,} with a "
-                "held-out test pair"
-            )
+            others = f"{len(shared - named):,} with a held-out test pair"
+            print(f"left out: {len(named):,} puzzles of tasks that are held out, and {others}")
     return usable
 
 
 def load_split(settings: DataSettings, quiet: bool = False) -> Holdout:
-    """Load the dataset folder and split it; see `load_dataset` and `split_dataset`."""
+    """See `load_dataset` and `split_dataset`."""
     return split_dataset(load_dataset(settings), settings, quiet)
 
 
 def with_solutions(puzzles: ArcDataset, purpose: str) -> ArcDataset:
-    """The puzzles with solutions; the others are counted and printed. `purpose` ("held out") stands in the message."""
+    """The puzzles with solutions. The others are counted and printed, called `purpose` ("held out")."""
     solved = puzzles.select_puzzles(puzzles.challenge.keys() & puzzles.solutions.keys())
     if missing := len(puzzles.keys) - len(solved.keys):
         print(f"left out: {missing:,} of {len(puzzles.keys):,} {purpose}: no outputs of their tests")
@@ -135,13 +116,9 @@ def with_solutions(puzzles: ArcDataset, purpose: str) -> ArcDataset:
 
 
 def tasks_in_turn(ds: ArcDataset, seed: int) -> ArcDataset:
-    """The dataset with its keys in random order, one of each task before the second of any.
+    """The keys in a seeded random order: one of each task before the second of any.
 
     Any prefix of the keys is then spread over the tasks.
-
-    Args:
-        ds: the dataset.
-        seed: of the order of tasks and of the puzzles of each.
     """
     of_task: dict[str, list[str]] = {}
     for place in np.random.default_rng(seed).permutation(len(ds.keys)):

@@ -16,9 +16,7 @@ Submission = dict[str, list[dict[str, list[list[int]]]]]
 
 def empty_submission(challenge: Mapping[str, Puzzle]) -> Submission:
     """A submission whose attempts are all [[0]]."""
-    return {
-        puzzle: [{attempt: [[0]] for attempt in ATTEMPTS} for _ in value["test"]] for puzzle, value in challenge.items()
-    }
+    return {name: [{attempt: [[0]] for attempt in ATTEMPTS} for _ in p["test"]] for name, p in challenge.items()}
 
 
 def fill_submission(results: Mapping[str, Any], submission: Submission) -> None:
@@ -26,24 +24,23 @@ def fill_submission(results: Mapping[str, Any], submission: Submission) -> None:
 
     Args:
         results: puzzle id -> test index -> guesses, best first, each {"output": grid}. Guesses beyond the attempts are
-            not used.
+            ignored.
         submission: as `empty_submission` gives it.
 
     Raises:
-        ValueError: a puzzle or test index that the submission does not have.
+        ValueError: a puzzle or test index that the submission lacks.
     """
     for puzzle, tests in results.items():
-        if len(tests) > len(submission.get(puzzle, [])):
-            raise ValueError(
-                f"results of {puzzle}: {len(tests)} tests, the submission has {len(submission.get(puzzle, []))}"
-            )
-        for target, guesses in zip(submission.get(puzzle, []), tests, strict=False):
+        targets = submission.get(puzzle, [])
+        if len(tests) > len(targets):
+            raise ValueError(f"results of {puzzle}: {len(tests)} tests, the submission has {len(targets)}")
+        for target, guesses in zip(targets, tests, strict=False):
             for attempt, guess in zip(ATTEMPTS, guesses, strict=False):
                 target[attempt] = np.asarray(guess["output"]).tolist()
 
 
 def score_submission(submission: Mapping[str, Any], solutions: Mapping[str, Grids]) -> float:
-    """For every puzzle the share of its tests of which an attempt is right, summed.
+    """Of each puzzle the share of its tests that an attempt solves, summed.
 
     Raises:
         ValueError: no solutions, or a puzzle, test or attempt that the submission lacks.

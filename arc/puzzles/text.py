@@ -13,16 +13,10 @@ from arc.puzzles.keys import View, transform_grid
 
 
 def format_options(eos_token: str) -> dict[str, str]:
-    """The text format: one token per cell once the vocabulary is cut.
+    """The text format of the ARChitects' published recipe, as keyword arguments for `ArcDataset.get_task` and the like.
 
-    Args:
-        eos_token: the tokenizer's end token; every reply ends with it.
-
-    Returns:
-        Keyword arguments for `ArcDataset.get_task`, `SampleEncoder` and the like. The preprompt leaves out I and O,
-        which mark inputs and outputs.
-
-    Source: the published recipe of the ARChitects.
+    A reply ends with `eos_token`, the tokenizer's end token. The preprompt leaves out I and O, which mark inputs and
+    outputs. Once the vocabulary is cut, each cell is one token.
     """
     return {
         "preprompt": "ABCDEFGHJKLMNPQRSTUVWXYZabcdefghjklmnpqrstuvwxyz",
@@ -34,24 +28,15 @@ def format_options(eos_token: str) -> dict[str, str]:
 
 
 def find_reply_spans(text: str, reply_beg: str, reply_end: str) -> list[tuple[int, int]]:
-    """Where the replies of a formatted text are.
+    """Character spans (start, end) of the replies in a text, demonstrations' and `reply_end` included.
 
-    Args:
-        text: formatted puzzles.
-        reply_beg: what stands before each reply.
-        reply_end: what each reply ends with; part of its span.
-
-    Returns:
-        Character spans (start, end) of the replies, demonstrations' included. A text that ends with `reply_beg` is a
-        prompt: the reply that it asks for has no span.
+    A text that ends with `reply_beg` is a prompt: the missing reply has no span.
 
     Raises:
         ValueError: the text is cut in the middle of a reply, or `reply_beg` or `reply_end` is empty.
     """
     if not reply_beg or not reply_end:
-        raise ValueError(
-            f"found reply_beg {reply_beg!r} and reply_end {reply_end!r}: expected text in both to search for"
-        )
+        raise ValueError(f"found reply_beg {reply_beg!r} and reply_end {reply_end!r}: expected text in both")
     spans, position = [], 0
     while (begin := text.find(reply_beg, position)) >= 0:
         begin += len(reply_beg)
@@ -59,9 +44,7 @@ def find_reply_spans(text: str, reply_beg: str, reply_end: str) -> list[tuple[in
             break
         end = text.find(reply_end, begin)
         if end < 0:
-            raise ValueError(
-                f"the text is cut in the middle of a reply: the one from character {begin} on has no {reply_end!r}"
-            )
+            raise ValueError(f"the text is cut in the middle of a reply: no {reply_end!r} after character {begin}")
         position = end + len(reply_end)
         spans.append((begin, position))
     return spans
@@ -77,39 +60,18 @@ def format_pairs(
     pairs: Iterable[Mapping[str, Any]], query_beg: str, reply_beg: str, reply_end: str, **options: Any
 ) -> str:
     """Demonstrations one after another; `options` are those of `format_grid`."""
-    return "".join(
-        query_beg
-        + format_grid(pair["input"], **options)
-        + reply_beg
-        + format_grid(pair["output"], **options)
-        + reply_end
-        for pair in pairs
-    )
+    texts = []
+    for pair in pairs:
+        texts += [query_beg, format_grid(pair["input"], **options)]
+        texts += [reply_beg, format_grid(pair["output"], **options), reply_end]
+    return "".join(texts)
 
 
 def format_view(
-    key: str,
-    view: View,
-    store: GridStore,
-    preprompt: str,
-    query_beg: str,
-    reply_beg: str,
-    reply_end: str,
-    lines_sep: str,
-    reply: Any = True,
-) -> dict[str, str]:
-    """The text of a view; see `ArcDataset.fmt_task`.
-
-    Args:
-        key: the view's key.
-        view: the same, resolved.
-        store: holds its grids.
-        preprompt, query_beg, reply_beg, reply_end, lines_sep: the format, see `format_options`.
-        reply: True: the solution, if it is known; None: none; or a grid of the untransformed puzzle.
-
-    Raises:
-        ValueError: a reply to a key without a test input.
-    """
+    key: str, view: View, store: GridStore,
+    preprompt: str, query_beg: str, reply_beg: str, reply_end: str, lines_sep: str, reply: Any = True,
+) -> dict[str, str]:  # fmt: skip
+    """See `ArcDataset.fmt_task`. `view` is the resolved `key`; `store` holds its grids."""
     if reply is True:
         reply = store.grid(view.solution) if view.solution >= 0 else None
     elif reply is not None and view.query < 0:
@@ -132,9 +94,7 @@ def format_view(
 def count_tokens(text: str, tokenizer: Any = None) -> int:
     """Number of tokens of a text, without BOS.
 
-    Args:
-        text: formatted text.
-        tokenizer: counts its real ids. None: characters, each `<...>` as one; right for the cut vocabulary only.
+    Without a tokenizer, characters count, each `<...>` as one. That is right for the cut vocabulary only.
 
     Source: ARChitects' count_tokens, which counts characters only.
     """
@@ -152,24 +112,16 @@ def does_not_fit(key: str, tokens: int, max_tokens: int) -> ValueError:
 
 
 def parse_grid(text: str, lines_sep: str, reply_end: str | None = None) -> tuple[np.ndarray | None, str]:
-    """Read a grid from a reply, strictly; see `ArcDataset.decode`.
-
-    Args:
-        text: the reply; any string.
-        lines_sep: what stands between rows.
-        reply_end: what the reply must end with; None: the text is the reply.
+    """Read a grid from a reply, strictly; see `ArcDataset.decode`, also for its errors.
 
     Returns:
         The grid, uint8 (height, width), and ""; or None and the reason.
-
-    Raises:
-        ValueError: `lines_sep` or `reply_end` is empty; never because of the text.
     """
     if not lines_sep:
         raise ValueError("lines_sep is empty, expected what stands between rows")
     if reply_end == "":
         raise ValueError("reply_end is empty, expected what ends a reply, or None")
-    ended = False  # whether the line end that may follow the last row has been taken with `reply_end`
+    ended = False  # whether `reply_end` begins with the line end that may follow the last row
     if reply_end is not None:
         text, end, _ = text.partition(reply_end)
         if not end:
@@ -191,12 +143,7 @@ def parse_grid(text: str, lines_sep: str, reply_end: str | None = None) -> tuple
 
 
 def can_become_grid(text: str, lines_sep: str) -> bool:
-    """Whether a reply that begins like this can still be one that `ArcDataset.decode` reads.
-
-    Args:
-        text: the reply so far, without its end.
-        lines_sep: what stands between rows, one character.
-    """
+    """Whether a reply that begins with `text`, without its end, can still be a grid. `lines_sep` is one character."""
     *rows, last = text.split(lines_sep)
     width = len(rows[0]) if rows else MAX_SIDE
     return (
@@ -209,7 +156,7 @@ def can_become_grid(text: str, lines_sep: str) -> bool:
 
 
 def cell_accuracy(guess: np.ndarray | None, solution: np.ndarray) -> float:
-    """Share of right cells; 0 for no guess or one of another shape."""
+    """Share of right cells; 0 without a guess or for another shape."""
     if guess is None or guess.shape != solution.shape:
         return 0.0
     return float(np.mean(guess == solution))

@@ -11,30 +11,23 @@ from arc.puzzles.keys import View, puzzle_of, seeded_rng
 
 
 class PuzzleSource(Protocol):
-    """What views need of a dataset."""
+    """The part of a dataset that views need."""
 
     keys: list[str]
     challenge: dict[str, Puzzle]
 
     def resolve(self, key: str) -> View:
-        """A key's grids and transforms."""
+        """See `keys.resolve`."""
 
 
 SYMMETRIES = tuple(".tp" * transposed + ".rt" * turns for turns in range(4) for transposed in range(2))
 
 
 def view_keys(dataset: PuzzleSource, key: str, views: int, seed: int = 42, keep_background: bool = False) -> list[str]:
-    """Keys of views of one test input. The first views stay the same when more are asked for.
+    """Keys of views of one test input. More views do not change the first ones.
 
-    The first is the key itself. View i has symmetry i modulo 8, a drawn colour permutation and a drawn order of the
-    demonstrations. These depend on the seed, the key and i alone.
-
-    Args:
-        dataset: holds the puzzle.
-        key: a test input, without transforms.
-        views: how many, from 1.
-        seed: of the draws.
-        keep_background: colour 0 stays 0.
+    The first is `key` itself, a test input without transforms. View i has symmetry i modulo 8, and a colour permutation
+    and an order of the demonstrations drawn from the seed, the key and i. `keep_background`: colour 0 stays 0.
     """
     count = len(dataset.resolve(key).order)
     keys = [key]
@@ -46,8 +39,7 @@ def view_keys(dataset: PuzzleSource, key: str, views: int, seed: int = 42, keep_
     return keys
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser: uint64 in, well mixed uint64 out."""
+def _mixed(values: np.ndarray) -> np.ndarray:  # SplitMix64's finaliser, uint64
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -71,34 +63,27 @@ class Views:
     """Augmented views of a dataset's keys. A view depends on (seed, epoch, index) alone; nothing is stored.
 
     The index counts the symmetries of the first key, then those of the second, and so on. With tp and rt "all" they are
-    "", .tp, .rt, .tp.rt, .rt.rt, ... Each epoch has new draws: symmetry, colours, order of the demonstrations.
+    "", .tp, .rt, .tp.rt, .rt.rt, ... Each epoch draws symmetry, colours and order of the demonstrations anew.
     """
 
     def __init__(
-        self,
-        dataset: PuzzleSource,
-        seed: int,
-        tp: bool | str = False,
-        rt: bool | str = False,
-        perm: bool = False,
-        keep_background: bool = False,
-        shfl_ex: bool = False,
-        perm_share: float = 1.0,
-    ):
+        self, dataset: PuzzleSource, seed: int, tp: bool | str = False, rt: bool | str = False, perm: bool = False,
+        keep_background: bool = False, shfl_ex: bool = False, perm_share: float = 1.0,
+    ):  # fmt: skip
         """Choose the augmentations.
 
         Args:
-            dataset: new transforms come after those that its keys have.
+            dataset: new transforms follow those of its keys.
             seed: of all draws.
             tp: transpose: "all" lists both, True draws one, False does not transpose.
             rt: rotation: "all" lists the four, True draws one, False does not rotate.
             perm: permute the colours.
             keep_background: colour 0 stays 0.
             shfl_ex: shuffle the demonstrations of the key.
-            perm_share: share of the views that `perm` changes; which ones is drawn.
+            perm_share: share of the views that `perm` changes, chosen at random.
 
         Raises:
-            ValueError: another value of tp or rt, or a share that is not in 0 .. 1.
+            ValueError: another value of tp or rt, or a share outside 0 .. 1.
         """
         if not 0 <= perm_share <= 1:
             raise ValueError(f"perm_share is {perm_share}, expected a share from 0 to 1")
@@ -119,29 +104,21 @@ class Views:
         return len(self.dataset.keys) * len(self.symmetries)
 
     def key(self, epoch: int, index: int) -> str:
-        """The key of one view.
-
-        Raises:
-            IndexError: no such index.
-        """
+        """The key of one view. IndexError: no such index."""
         return self.keys(np.array([epoch]), np.array([index]))[0]
 
     def keys(self, epochs: np.ndarray, indices: np.ndarray) -> list[str]:
-        """The keys of many views at once: 10 times faster than one by one.
-
-        Args:
-            epochs, indices: int (rows,).
+        """The keys of many views at once, 10 times faster than one by one; epochs and indices are int (rows,).
 
         Raises:
-            IndexError: an index that is not in 0 .. len - 1, or a negative epoch.
+            IndexError: an index outside 0 .. len - 1, or a negative epoch.
         """
         epochs, indices = np.asarray(epochs), np.asarray(indices)
         if not len(indices):
             return []
         if indices.min() < 0 or indices.max() >= len(self) or epochs.min() < 0:
-            raise IndexError(
-                f"view {indices.max()} (smallest {indices.min()}) of {len(self):,} in epoch {epochs.min()}"
-            )
+            largest = f"view {indices.max()} (smallest {indices.min()})"
+            raise IndexError(f"{largest} of {len(self):,} in epoch {epochs.min()}")
         bases = [self.dataset.keys[i] for i in (indices // len(self.symmetries)).tolist()]
         suffixes = [self.symmetries[i] for i in (indices % len(self.symmetries)).tolist()]
         counts = [self._demonstrations(key) for key in bases] if self.shfl_ex else [0]
@@ -165,9 +142,8 @@ class Views:
             order = draws[:, 12:]
             order[np.arange(order.shape[1]) >= np.array(counts)[:, None]] = np.iinfo(np.uint64).max  # sorted behind
             orders = np.argsort(order, axis=1, kind="stable").tolist()
-            suffixes = [
-                f"{s}.ex{'-'.join(map(str, o[:count]))}" for s, o, count in zip(suffixes, orders, counts, strict=True)
-            ]
+            chosen = ("-".join(map(str, order[:count])) for order, count in zip(orders, counts, strict=True))
+            suffixes = [f"{suffix}.ex{numbers}" for suffix, numbers in zip(suffixes, chosen, strict=True)]
         return [base + suffix for base, suffix in zip(bases, suffixes, strict=True)]
 
     def _demonstrations(self, key: str) -> int:
