@@ -1,12 +1,11 @@
 """Decoding of many prompts at once on one key-value cache, whose rows advance and rewind independently.
 
 The time of decoding depends on the number of forward passes, hardly on their tokens: each pass reads all weights. So
-all rows advance together, a pass may carry several tokens of a row (a draft), a waiting row replaces a finished one,
-and equal prompts are computed once.
+all rows advance together. A pass may carry several tokens of a row (a draft). A waiting row replaces a finished one.
+Equal prompts are computed once.
 
-The column of a token in the cache is its position in its row, so one number, the length, says what a row holds. To go
-back to an earlier branch, a search makes the length smaller. Nothing is moved or cleared: a token attends only to its
-own position and those before it.
+A token's column in the cache is its position in its row, so the length says what a row holds. A search goes back to an
+earlier branch by a smaller length. Nothing is cleared: a token attends only to positions up to its own.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -29,24 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """A reply and its probability.
+    """A reply and its probability."""
 
-    Args:
-        tokens: int64 (tokens,), end token included if there is one.
-        log_prob: natural logarithm of the probability that the model gives these tokens after the prompt.
-    """
-
-    tokens: np.ndarray
-    log_prob: float
-
-
-def check_generation_settings(max_new_tokens: int, batch_size: int) -> None:
-    """Raise ValueError unless both are at least 1."""
-    if max_new_tokens < 1 or batch_size < 1:
-        raise ValueError(f"max_new_tokens and batch_size are {max_new_tokens} and {batch_size}: expected at least 1")
+    tokens: np.ndarray  # int64 (tokens,), with the end token if there is one
+    log_prob: float  # natural logarithm of the probability of all tokens after the prompt
 
 
 T = TypeVar("T")
+Choose = Callable[["torch.Tensor", Sequence[Any]], tuple[np.ndarray, np.ndarray]]  # see `decode_rows`
 LOGIT_BYTES = 2**30  # limit of one pass, in float64: with a whole vocabulary, 64 rows of 100 tokens would take 6 GB
 MASK_BYTES = 2**32  # limit of one pass, as bool and as numbers: a mask grows with the square of a row's length
 PREFILL_TOKENS = 2**14  # limit of one pass over prompts: more tokens are hardly faster and take memory
@@ -65,46 +54,69 @@ class NonFiniteAnswersError(UndecodableModelError):
 
 @dataclass
 class Work:
-    """The cost of decoding; the functions that get one add to it.
+    """The cost of decoding; the functions that get one add to it."""
+
+    passes: int = 0  # forward passes, also those over prompts
+    prompt_tokens: int = 0  # that went through the model
+    reply_tokens: int = 0  # that went through the model, also those of wrong drafts
+    seen_tokens: int = 0  # tokens in the cache that passes over replies read, once per row and pass
+    batch_size: int | None = None  # rows that fit into memory after it ran out; None: it never ran out
+
+
+class Row:
+    """One row of a batch: feeds its last token and a draft, and takes the tokens that the model chooses.
 
     Args:
-        passes: forward passes, also those over prompts.
-        prompt_tokens: tokens of prompts that went through the model.
-        reply_tokens: tokens of replies that went through the model, also those of wrong drafts.
-        seen_tokens: tokens in the cache that passes over replies attended to, once per row and pass: what such a pass
-            reads besides the weights.
-        batch_size: rows that fit into memory after it ran out; None: it never ran out.
+        number: of the prompt.
+        prompt: token ids (tokens,).
+        guess: a likely reply (tokens,), whole or its beginning, or None.
+        end: the end token.
+        max_new_tokens: longest reply.
+        draft_tokens: longest draft after the first pass.
     """
 
-    passes: int = 0
-    prompt_tokens: int = 0
-    reply_tokens: int = 0
-    seen_tokens: int = 0
-    batch_size: int | None = None
-
-
-class Row(Protocol):
-    """One row of a batch: gives the tokens to feed and takes the model's choices."""
-
-    prompt: list[int]
-    path: list[int]  # tokens after the prompt; the last token of both together has not been fed yet
-    is_open: bool
+    def __init__(
+        self,
+        number: int,
+        prompt: np.ndarray,
+        guess: np.ndarray | None,
+        end: int,
+        max_new_tokens: int,
+        draft_tokens: int,
+    ):
+        self.number, self.end, self.max_new_tokens, self.draft_tokens = number, end, max_new_tokens, draft_tokens
+        self.prompt = [int(token) for token in prompt]
+        self.guess = [int(token) for token in guess] if guess is not None else []
+        if end in self.guess:  # it is never fed: nothing comes after it
+            del self.guess[self.guess.index(end) :]
+        self.draft = len(self.guess)  # tokens to draft next
+        self.drafted: list[int] = []
+        self.path: list[int] = []  # tokens after the prompt; the last token of both has not been fed yet
+        self.log_prob = 0.0  # of the path
+        self.is_open = True
 
     def feed(self) -> list[int]:
-        """The last token, and a draft of the tokens that may follow."""
-        ...
+        """The last token, which has not been fed yet, and a draft."""
+        at = len(self.path)
+        self.drafted = self.guess[at : min(at + self.draft, self.max_new_tokens - 1)]
+        return [self.path[-1] if self.path else self.prompt[-1], *self.drafted]
 
-    def take(self, *chosen: np.ndarray) -> None:
-        """Take the choices after each fed token, arrays (fed, ...); sets `path` and `is_open`."""
-        ...
+    def take(self, tokens: np.ndarray, log_probs: np.ndarray) -> None:
+        """Take the choices after each fed token, (fed, ...); sets `path` and `is_open`."""
+        raise NotImplementedError
+
+    def adapt_draft(self, right: int) -> None:
+        """Choose the next draft's length, after so many right tokens of this one."""
+        # At least 1: a guess whose first token is wrong may be right after it.
+        self.draft = min(self.draft_tokens, max(1, 2 * right if right == len(self.drafted) else right))
 
 
 def decode_rows(
     model: Any,
     engine: str,
-    rows: Sequence[Any],
+    rows: Sequence[Row],
     batch_size: int,
-    choose: Callable[[torch.Tensor, Sequence[Any]], tuple[np.ndarray, ...]],
+    choose: Choose,
     finish: Callable[[Any], None],
     work: Work | None,
 ) -> None:
@@ -112,9 +124,8 @@ def decode_rows(
 
     Args:
         model, engine, batch_size, work: see `search.search_replies`.
-        rows: see `Row`.
-        choose: from logits (rows, fed, vocabulary) and their rows makes arrays (rows, fed, ...), log probabilities
-            last; each row takes its slice.
+        choose: makes tokens and log probabilities, each (rows, fed, ...), from logits (rows, fed, vocabulary) and their
+            rows. Each row takes its slice.
         finish: called with each row that has ended.
 
     Raises:
@@ -148,7 +159,7 @@ def decode_rows(
                     finish(live[at])
                     last = live.pop()
                     if at < len(live):
-                        decoder.copy(len(live), at, _length(last))
+                        decoder.cache.copy(len(live), at, _length(last))
                         live[at] = last
 
     with decoding(model, engine), row_attention(model):
@@ -161,7 +172,7 @@ def _length(row: Row) -> int:
 
 
 class _Decoder:
-    """A model and its cache; the first rows of the cache are the live ones."""
+    # A model and its cache; the first rows of the cache are the live ones.
 
     def __init__(self, model: Any, rows: int, work: Work):
         self.model, self.work = model, work
@@ -181,7 +192,7 @@ class _Decoder:
         admitted = [members[0] for members in prefixes.values()]
         for at, (prefix, members) in enumerate(prefixes.items(), first):
             for row in members[1:]:
-                self.copy(at, first + len(admitted), len(prefix))
+                self.cache.copy(at, first + len(admitted), len(prefix))
                 admitted.append(row)
         live += admitted  # only now: if memory had run out, they would still wait
         chosen = {id(row) for row in admitted}
@@ -201,9 +212,7 @@ class _Decoder:
         self._forward(ids, positions, None, logits_to_keep=1)  # fills the cache; the logits are not used
         self.work.prompt_tokens += sum(map(len, prefixes))
 
-    def advance(
-        self, live: Sequence[Row], choose: Callable[[torch.Tensor, Sequence[Any]], tuple[np.ndarray, ...]]
-    ) -> None:
+    def advance(self, live: Sequence[Row], choose: Choose) -> None:
         """Feed every row once. Rows with long drafts get passes of their own: the others would be padded to them."""
         feeds = [row.feed() for row in live]
         shortest = min(map(len, feeds))
@@ -216,10 +225,10 @@ class _Decoder:
                 batch = chosen[: affordable_rows(len(chosen), self.model, longest)]
                 batch = batch[: affordable_masks(len(batch), self.model, longest, seen)]
                 chosen = chosen[len(batch) :]
-                choices = choose(self._step(batch, live, feeds), [live[at] for at in batch])
-                check_numbers(choices[-1])
+                tokens, log_probs = choose(self._step(batch, live, feeds), [live[at] for at in batch])
+                check_numbers(log_probs)
                 for row, at in enumerate(batch):
-                    live[at].take(*(array[row] for array in choices))
+                    live[at].take(tokens[row], log_probs[row])
 
     def _step(self, batch: Sequence[int], live: Sequence[Row], feeds: Sequence[Sequence[int]]) -> torch.Tensor:
         # Logits (batch, fed, vocabulary).
@@ -247,43 +256,28 @@ class _Decoder:
 
         self.work.passes += 1
         return self.model(
-            input_ids=torch.from_numpy(ids).to(self.device),
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=logits_to_keep,
-        ).logits
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Make row `target` of the cache hold the first `length` tokens of row `source`."""
-        self.cache.copy(source, target, length)
+            input_ids=torch.from_numpy(ids).to(self.device), position_ids=positions, attention_mask=mask,
+            past_key_values=self.cache, use_cache=True, logits_to_keep=logits_to_keep,
+        ).logits  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Cache and attention
+# -- cache and attention
 
 
 class RowCache:
     """Keys and values of a batch whose rows have different lengths, for the attention layers of transformers.
 
     It has the method of transformers' Cache that attention layers call, `update`. The caller says before each pass
-    where the tokens of each row go, so that rows are filled, rewound and copied independently. (A DynamicCache is
-    cropped for all rows at once, a StaticCache writes all rows at one position.) The column of a token is its
-    position. Columns behind a row's tokens hold finite leftovers, which the mask hides.
-
-    Args:
-        rows: of the batch.
-
-    Attributes:
-        layers: keys and values of each layer, each (rows, heads, columns, size of a head); made at the first pass, and
-            longer by CACHE_STEP columns where they are too short.
+    where the tokens go, so rows are filled, rewound and copied independently. (A DynamicCache is cropped for all rows
+    at once, a StaticCache writes all rows at one position.) Columns behind a row's tokens hold finite leftovers, which
+    the mask hides.
     """
 
     is_compileable = False
 
     def __init__(self, rows: int):
         self.rows = rows
+        # Keys and values of each layer, each (rows, heads, columns, size of a head), made at the first pass.
         self.layers: list[list[torch.Tensor]] = []
         self._is_prompt = False
         self._width = 0
@@ -342,27 +336,23 @@ class RowCache:
 
 @contextlib.contextmanager
 def row_attention(model: Any) -> Iterator[None]:
-    """Give a model an attention for the masks of `RowCache`, for as long as the context lasts.
+    """As `chosen_attention`, with an attention for the masks of `RowCache`.
 
     With a mask, transformers' attention copies keys and values for each query head that shares them.
-
-    Raises:
-        UndecodableModelError: see `chosen_attention`.
     """
     attention = _GroupedAttention()
     try:
         with chosen_attention(model, attention):
             yield
     finally:
-        attention.forget()
+        attention.prepared = None  # transformers keeps the function
 
 
 @contextlib.contextmanager
 def chosen_attention(model: Any, attention: Callable[..., tuple[torch.Tensor, None]]) -> Iterator[None]:
-    """Give a model another attention function for as long as the context lasts.
+    """Give a model of transformers another attention function for as long as the context lasts.
 
     Args:
-        model: of transformers.
         attention: of transformers' interface; it gets only masks that the model is called with.
 
     Raises:
@@ -380,38 +370,16 @@ def chosen_attention(model: Any, attention: Callable[..., tuple[torch.Tensor, No
 
 
 class _GroupedAttention:
-    """Attention of transformers' interface for the masks of `RowCache`; a mask is prepared once for all layers."""
+    # Attention of transformers' interface for the masks of `RowCache`.
 
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Free the last mask."""
-        self._prepared: tuple[torch.Tensor, torch.Tensor] | None = None  # a mask, and the bias made of it
+    prepared: tuple[torch.Tensor, torch.Tensor] | None = None  # the last mask, and the bias made of it
 
     def __call__(
-        self,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """Attend.
-
-        Args:
-            module, dropout, kwargs: not used.
-            query: (rows, query heads, fed, size).
-            key, value: (rows, heads, seen, size).
-            attention_mask: bool (rows, 1, fed, seen), True where a query attends; None: causal, as many seen as fed.
-            scaling: factor of the scores.
-
-        Returns:
-            (rows, fed, query heads, size), and None for the weights.
-        """
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None, **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        # query (rows, query heads, fed, size), key and value (rows, heads, seen, size). Mask: bool (rows, 1, fed,
+        # seen), True where a query attends; None: causal, as many seen as fed. Returns (rows, fed, query heads, size).
         from torch.nn.functional import scaled_dot_product_attention
 
         rows, heads, fed, size = query.shape
@@ -430,15 +398,14 @@ class _GroupedAttention:
     def _bias_of(self, mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
         # All layers get the same mask. From a bool mask torch would make the bias in each layer: three more kernels, in
         # passes that take as long as launching their kernels.
-        if self._prepared is None or self._prepared[0] is not mask or self._prepared[1].dtype != dtype:
+        if self.prepared is None or self.prepared[0] is not mask or self.prepared[1].dtype != dtype:
             repeated = mask if mask.shape[2] == 1 else mask.repeat(1, 1, groups, 1)
             bias = mask.new_zeros(repeated.shape, dtype=dtype).masked_fill_(~repeated, -math.inf)
-            self._prepared = mask, bias
-        return self._prepared[1]
+            self.prepared = mask, bias
+        return self.prepared[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory and numbers
+# -- memory and checks
 
 
 def halve_on_out_of_memory(run: Callable[[int], T], batch_size: int, work: Work | None = None) -> T:
@@ -448,8 +415,7 @@ def halve_on_out_of_memory(run: Callable[[int], T], batch_size: int, work: Work 
     error of its own where a batch of 1 does not fit.
 
     Args:
-        run: does the work with batches of the given size; called again, it continues where it stopped.
-        batch_size: the first size.
+        run: works with batches of the given size; called again, it continues where it stopped.
         work: gets the size that fits, so that the caller can start with it the next time.
 
     Raises:
@@ -472,7 +438,32 @@ def halve_on_out_of_memory(run: Callable[[int], T], batch_size: int, work: Work 
         clear_device_cache()
 
 
-def check_tokens(model: Any, what: str, rows: Sequence[np.ndarray | None]) -> None:
+def check_generation_settings(max_new_tokens: int, batch_size: int) -> None:
+    """Raise ValueError unless both are at least 1."""
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(f"max_new_tokens and batch_size are {max_new_tokens} and {batch_size}: expected at least 1")
+
+
+def check_guesses(
+    model: Any, prompts: Sequence[np.ndarray], guesses: Sequence[np.ndarray | None] | None
+) -> list[np.ndarray | None]:
+    """Check prompts and guesses.
+
+    Returns:
+        A guess for each prompt; None where it has none or an empty one.
+
+    Raises:
+        ValueError: not as many guesses as prompts, or see `check_tokens`.
+    """
+    if guesses is not None and len(guesses) != len(prompts):
+        raise ValueError(f"found {len(guesses)} guesses for {len(prompts)} prompts")
+    check_tokens(model, "prompt", prompts)
+    checked = [guess if guess is not None and len(guess) else None for guess in guesses or [None] * len(prompts)]
+    check_tokens(model, "guess", checked)
+    return checked
+
+
+def check_tokens(model: Any, name: str, rows: Sequence[np.ndarray | None]) -> None:
     """Refuse token ids that a model does not have: on a CUDA device they would end the process.
 
     Raises:
@@ -481,19 +472,15 @@ def check_tokens(model: Any, what: str, rows: Sequence[np.ndarray | None]) -> No
     size = model.get_input_embeddings().weight.shape[0]
     for number, row in enumerate(rows):
         if row is not None and not len(row):
-            raise ValueError(f"{what} {number} is empty: expected at least one token")
+            raise ValueError(f"{name} {number} is empty: expected at least one token")
         if row is not None and not 0 <= np.min(row) <= np.max(row) < size:
             raise UndecodableModelError(
-                f"{what} {number} has tokens from {np.min(row)} to {np.max(row)}, the model {size:,}"
+                f"{name} {number} has tokens from {np.min(row)} to {np.max(row)}, the model {size:,}"
             )
 
 
 def check_numbers(log_probs: Any) -> None:
-    """Refuse log probabilities that cannot be compared.
-
-    Raises:
-        NonFiniteAnswersError: a log probability is NaN.
-    """
+    """Raise NonFiniteAnswersError if a log probability is NaN."""
     if np.isnan(log_probs).any():
         raise NonFiniteAnswersError("the model answers with numbers that are none (NaN): nothing can be decoded")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arc.decoding.rows import Reply, Work, check_generation_settings, check_tokens, decode_rows
+from arc.decoding.rows import Reply, Row, Work, check_generation_settings, check_guesses, decode_rows
 
 if TYPE_CHECKING:
     import torch
@@ -35,13 +35,12 @@ def sample_replies(
     """Sampled or greedy replies; samples of one prompt compute it once.
 
     Each sample has its own random numbers, one a token, from the seed, the prompt's and the sample's number. So the
-    replies do not depend on the batch size or on when others end (apart from the rounding of 16-bit passes). A
-    sample's token is known as soon as its logits are, so one pass can verify a whole guess: the tokens up to its first
-    wrong one cost nothing more.
+    replies do not depend on the batch size or on when others end, apart from the rounding of 16-bit passes. One pass
+    verifies a whole guess: its tokens up to the first wrong one cost nothing more.
 
     Args:
         model, engine, tokenizer, prompts, done, work: see `search.search_replies`.
-        max_new_tokens: longest reply; a reply that is cut off there has no end token.
+        max_new_tokens: a reply that is cut off there has no end token.
         samples: replies to each prompt.
         temperature: logits are divided by it; 0: greedy.
         seed: of the random numbers, from 0.
@@ -63,25 +62,19 @@ def sample_replies(
         raise ValueError(
             f"samples, temperature and seed are {samples}, {temperature} and {seed}: expected at least 1, 0 and 0"
         )
-    for name, given in (("guesses", guesses), ("seeds", seeds)):
-        if given is not None and len(given) != len(prompts):
-            raise ValueError(f"found {len(given)} {name} for {len(prompts)} prompts")
+    if seeds is not None and len(seeds) != len(prompts):
+        raise ValueError(f"found {len(seeds)} seeds for {len(prompts)} prompts")
     check_generation_settings(max_new_tokens, batch_size)
-    check_tokens(model, "prompt", prompts)
-    guesses = [guess if guess is not None and len(guess) else None for guess in guesses or [None] * len(prompts)]
-    check_tokens(model, "guess", guesses)
+    guesses, end = check_guesses(model, prompts, guesses), tokenizer.eos_token_id
     numbers = list(range(len(prompts)) if seeds is None else seeds)
-    rows = [
-        _Sample(
-            i, prompt, guess, tokenizer.eos_token_id,
-            random_draws(seed, [numbers[i]], max_new_tokens, k)[0], draft_tokens, hopeless,
-        )
-        for i, (prompt, guess) in enumerate(zip(prompts, guesses, strict=True))
-        for k in range(samples)
-    ]  # fmt: skip
+    rows = []
+    for i in range(len(prompts)):
+        for k in range(samples):
+            draws = random_draws(seed, [numbers[i]], max_new_tokens, k)[0]
+            rows.append(_Sample(draws, hopeless, i, prompts[i], guesses[i], end, max_new_tokens, draft_tokens))
     remaining = [samples] * len(prompts)
 
-    def choose(logits: torch.Tensor, rows: Sequence[Any]) -> tuple[np.ndarray, ...]:
+    def choose(logits: torch.Tensor, rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         draws = np.zeros((len(rows), logits.shape[1], 1))
         if temperature:
             for at, row in enumerate(rows):
@@ -107,8 +100,7 @@ def random_draws(seed: int, numbers: Sequence[int], length: int, sample: int = 0
     """Random numbers of samples, one a token: float64 from 0 to below 1, (numbers, length).
 
     Args:
-        seed: from 0.
-        numbers: one from 0 for each prompt.
+        seed, numbers: from 0; one number for each prompt.
         length: tokens.
         sample: number of the sample among those of its prompt.
     """
@@ -143,38 +135,15 @@ def draw_tokens(logits: torch.Tensor, draws: torch.Tensor, temperature: float) -
 LOOK = 32  # tokens of a reply between two calls of `hopeless`
 
 
-class _Sample:
-    """One sampled reply; see `rows.Row`. It does not call the model."""
+class _Sample(Row):
+    # One sampled reply. It does not call the model.
 
-    def __init__(
-        self,
-        number: int,
-        prompt: np.ndarray,
-        guess: np.ndarray | None,
-        end: int,
-        draws: np.ndarray,
-        draft_tokens: int,
-        hopeless: Callable[[list[int]], bool] | None,
-    ):
-        self.number, self.end, self.draws, self.draft_tokens, self.hopeless = number, end, draws, draft_tokens, hopeless
-        self.prompt = [int(token) for token in prompt]
-        self.guess = [int(token) for token in guess] if guess is not None else []
-        if end in self.guess:  # it is never fed: nothing comes after it
-            del self.guess[self.guess.index(end) :]
-        self.draft = len(self.guess)  # tokens to draft next
-        self.drafted: list[int] = []
-        self.path: list[int] = []
-        self.log_prob = 0.0
-        self.is_open = True
-
-    def feed(self) -> list[int]:
-        """The last token, which has not been fed yet, and a draft."""
-        at = len(self.path)
-        self.drafted = self.guess[at : min(at + self.draft, len(self.draws) - 1)]
-        return [self.path[-1] if self.path else self.prompt[-1], *self.drafted]
+    def __init__(self, draws: np.ndarray, hopeless: Callable[[list[int]], bool] | None, *arguments: Any):
+        super().__init__(*arguments)
+        self.draws, self.hopeless = draws, hopeless
 
     def take(self, tokens: np.ndarray, log_probs: np.ndarray) -> None:
-        """Add the tokens chosen after each fed token, (fed,), up to the first one that the draft has wrong."""
+        # Add the tokens chosen after each fed token, (fed,), up to the first one that the draft has wrong.
         before, right = len(self.path), 0
         for token, log_prob, drafted in zip(tokens.tolist(), log_probs.tolist(), [*self.drafted, None], strict=False):
             self.path.append(token)
@@ -182,8 +151,7 @@ class _Sample:
             if token != drafted:
                 break
             right += 1
-        # At least 1: a guess whose first token is wrong may be right after it.
-        self.draft = min(self.draft_tokens, max(1, 2 * right if right == len(self.drafted) else right))
-        self.is_open = self.path[-1] != self.end and len(self.path) < len(self.draws)
+        self.adapt_draft(right)
+        self.is_open = self.path[-1] != self.end and len(self.path) < self.max_new_tokens
         if self.is_open and self.hopeless and len(self.path) // LOOK > before // LOOK:
             self.is_open = not self.hopeless(self.path)
