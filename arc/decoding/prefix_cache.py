@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arc.decoding.rows import round_up
 from arc.models.packing import has_document_kernel
+from arc.models.prompt_sharing import round_up
 
 if TYPE_CHECKING:
     import torch

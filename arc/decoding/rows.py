@@ -21,6 +21,7 @@ import numpy as np
 from arc.models.library_patches import choose_attention
 from arc.models.loading import decoding
 from arc.models.packing import check_full_attention
+from arc.models.prompt_sharing import round_up
 
 if TYPE_CHECKING:
     import torch
@@ -497,8 +498,3 @@ def affordable_masks(count: int, model: Any, fed: int, seen: int) -> int:
     # The bool mask; for each query head that shares keys two more and the bias: see `_GroupedAttention`.
     row = fed * seen * (1 + groups * (2 + model.get_input_embeddings().weight.element_size()))
     return max(1, min(count, MASK_BYTES // row))
-
-
-def round_up(number: int, step: int) -> int:
-    """The least multiple of `step` that is not below `number`."""
-    return -(-number // step) * step

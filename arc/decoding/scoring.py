@@ -18,10 +18,10 @@ from arc.decoding.rows import (
     check_numbers,
     check_tokens,
     halve_on_out_of_memory,
-    round_up,
     row_attention,
 )
 from arc.models.loading import decoding
+from arc.models.prompt_sharing import round_up
 
 
 def score_replies(

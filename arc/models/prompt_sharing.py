@@ -1,8 +1,8 @@
 """One row for the completions of several prompts, which holds each prompt once.
 
-GRPO trains on groups: several completions of one prompt that is many times longer. With a row for each completion the
-prompt would be computed again each time; here the completions attend to one copy of it. Results and gradients are
-those of separate rows: a prompt's gradients from its completions add up.
+GRPO trains on groups: several completions of one prompt that is many times longer. Here the completions attend to one
+copy of their prompt. Results and gradients are those of separate rows: a prompt's gradients from its completions add
+up.
 
     row        prompt A without its last token | prompt B ... | last token of A, reply 1 without its last | ...
     attention  causal within each segment; and from each reply to its whole prompt
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 LENGTH_STEP = 256  # the longest lengths are rounded up to such steps, so that compiled code seldom sees a new one
 MULTIPLE = 8  # a row has a multiple of so many tokens, see packing.pack_rows
+
+
+def round_up(number: int, step: int) -> int:
+    """The least multiple of `step` that is not below `number`."""
+    return -(-number // step) * step
 
 
 class SharedPrompts(NamedTuple):
@@ -71,46 +76,34 @@ def share_prompts(
     order = [number for numbers in groups.values() for number in numbers]
     heads = [prompt[:-1] for prompt in firsts]
     tails = [np.concatenate([prompts[number][-1:], replies[number][:-1]]) for number in order]
-    more = -sum(map(len, [*heads, *tails])) % MULTIPLE
-    tails[-1] = np.concatenate([tails[-1], np.zeros(more, dtype=np.int64)])
+    padding = -sum(map(len, [*heads, *tails])) % MULTIPLE
+    tails[-1] = np.concatenate([tails[-1], np.zeros(padding, dtype=np.int64)])
     positions = [np.arange(len(head)) for head in heads]
     positions += [len(prompts[n]) - 1 + np.arange(len(tail)) for n, tail in zip(order, tails, strict=True)]
     head_lengths = np.array([len(head) for head in heads])
     tail_lengths = np.array([len(tail) for tail in tails])
     owners = np.repeat(np.arange(len(heads)), [len(numbers) for numbers in groups.values()])
     owned_lengths = np.bincount(owners, weights=tail_lengths).astype(np.int64)
-    lengths = np.concatenate([head_lengths, tail_lengths])
+    lengths = (np.concatenate([head_lengths, tail_lengths]), head_lengths, owned_lengths)
     row = {
         "input_ids": torch.from_numpy(np.concatenate([*heads, *tails]).astype(np.int64))[None],
         "position_ids": torch.from_numpy(np.concatenate(positions).astype(np.int64))[None],
     }
-    a, b, c = (-(-int(each.max()) // LENGTH_STEP) * LENGTH_STEP for each in (lengths, head_lengths, owned_lengths))
-    bounds = (_bounds(lengths), _bounds(head_lengths), _bounds(owned_lengths))
-    return row, SharedPrompts(*bounds, (a, b, c), int(head_lengths.sum())), order
-
-
-def _bounds(lengths: np.ndarray) -> torch.Tensor:
-    import torch
-
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    parts, head_bounds, owned = (torch.from_numpy(np.append(0, np.cumsum(each)).astype(np.int32)) for each in lengths)
+    a, b, c = (round_up(int(each.max()), LENGTH_STEP) for each in lengths)
+    return row, SharedPrompts(parts, head_bounds, owned, (a, b, c), int(head_lengths.sum())), order
 
 
 def reply_log_probs(
-    model: Any,
-    engine: str,
-    prompts: Sequence[np.ndarray],
-    replies: Sequence[np.ndarray],
-    *,
-    temperature: float = 1.0,
-    width: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    model: Any, engine: str, prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray], *,
+    temperature: float = 1.0, width: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Log probability of each token of replies, and the entropy of its distribution, in one pass.
 
     Args:
         model: a model with packing.use_packed_attention.
         engine: "transformers" or "unsloth".
-        prompts: token ids of each reply's prompt, int64 (tokens,).
-        replies: token ids, int64 (tokens,).
+        prompts, replies: token ids, int64 (tokens,); a prompt for each reply.
         temperature: logits are divided by it.
         width: columns of the results; default: the longest reply.
 
@@ -122,24 +115,20 @@ def reply_log_probs(
     logits, rows, columns, places = _logits_of_replies(model, engine, prompts, replies)
     logits = logits.float() / temperature
     targets = np.concatenate(replies).astype(np.int64)
-    sent = torch.from_numpy(np.stack([targets, rows, columns, places])).to(logits.device, non_blocking=True)
+    indices = torch.from_numpy(np.stack([targets, rows, columns, places])).to(logits.device, non_blocking=True)
     log_probs = torch.log_softmax(logits, dim=-1)
     with torch.no_grad():
         entropies = -(log_probs.exp() * log_probs).sum(-1)
     shape = (len(replies), width or max(map(len, replies)))
-    cells = (sent[1], sent[2])
-    chosen, entropies = log_probs[sent[3], sent[0]], entropies[sent[3]]
+    cells = (indices[1], indices[2])
+    chosen, entropies = log_probs[indices[3], indices[0]], entropies[indices[3]]
     return chosen.new_zeros(shape).index_put(cells, chosen), entropies.new_zeros(shape).index_put(cells, entropies)
 
 
 def solution_logits(
     model: Any, engine: str, prompts: Sequence[np.ndarray], solutions: Sequence[np.ndarray]
 ) -> torch.Tensor:
-    """Logits that predict the tokens of solutions, in one pass.
-
-    Args:
-        model, engine: see `reply_log_probs`.
-        prompts, solutions: token ids, int64 (tokens,) each.
+    """Logits that predict the tokens of solutions, in one pass; see `reply_log_probs`.
 
     Returns:
         (tokens of all solutions, vocabulary), one solution after the other.
@@ -153,8 +142,8 @@ def solution_logits(
 def _logits_of_replies(
     model: Any, engine: str, prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray]
 ) -> tuple[torch.Tensor, np.ndarray, np.ndarray, np.ndarray]:
-    # The logits of the row after the prompts; and for each token of each reply, one reply after the other: the number
-    # of the reply, the token's column in the reply, and the place of its logits.
+    # The logits after the prompts; and for each token of each reply: the reply's number, the token's column in the
+    # reply, and the place of its logits.
     computed, owner = covering_replies(prompts, replies)
     row, shared, order = share_prompts([prompts[at] for at in computed], [replies[at] for at in computed])
     begins, begin = {}, 0  # where the computed replies begin, counted from the end of the prompts
@@ -167,7 +156,7 @@ def _logits_of_replies(
     places = np.array([begins[number] for number in owner])[rows] + columns
     device = model.get_input_embeddings().weight.device if hasattr(model, "get_input_embeddings") else model.device
     batch = {name: value.to(device, non_blocking=True) for name, value in row.items()}
-    batch |= engine_arguments(shared, engine, device)
+    batch |= _engine_arguments(shared, engine, device)
     after_prompts = row["input_ids"].shape[1] - shared.tokens  # with the padding of the row
     return model(**batch, logits_to_keep=after_prompts, use_cache=False).logits[0, :begin], rows, columns, places
 
@@ -176,10 +165,6 @@ def covering_replies(prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray
     """Replies to compute: a reply is skipped when a longer reply to the same prompt starts with it.
 
     The last token may differ: the logits that predict a reply depend on its prompt and on its tokens but the last.
-
-    Args:
-        prompts: token ids of each reply's prompt, int64 (tokens,).
-        replies: token ids, int64 (tokens,).
 
     Returns:
         The numbers of the replies to compute, ascending, and for each reply the number of the one that covers it.
@@ -197,27 +182,17 @@ def covering_replies(prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray
     return sorted(set(owner)), owner
 
 
-def engine_arguments(shared: SharedPrompts, engine: str, device: torch.device) -> dict[str, Any]:
-    """The arguments of a forward pass besides ids and positions, see packing.use_packed_attention.
-
-    Args:
-        shared: the segments of the row.
-        engine: "transformers" or "unsloth".
-        device: of the model.
-    """
-    moved = shared._replace(
-        parts=shared.parts.to(device, non_blocking=True),
-        prompts=shared.prompts.to(device, non_blocking=True),
-        owned=shared.owned.to(device, non_blocking=True),
-    )
+def _engine_arguments(shared: SharedPrompts, engine: str, device: torch.device) -> dict[str, Any]:
+    # The arguments of a forward pass besides ids and positions, see packing.use_packed_attention.
+    parts, prompts, owned = (bounds.to(device, non_blocking=True) for bounds in shared[:3])
+    moved = SharedPrompts(parts, prompts, owned, shared.longest, shared.tokens)
     if engine == "unsloth":
         lengths = (shared.parts[1:] - shared.parts[:-1]).to(device, non_blocking=True)
         return {"packed_seq_lengths": lengths, "packed_documents": (moved, shared.longest[0])}
     return {"shared_prompts": moved}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention
+# -- attention
 
 
 def attend_shared(
@@ -244,10 +219,10 @@ def attend_shared(
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         attend = torch.ops.arc_finetuning.attend_shared
         return attend(q, k, v, *shared[:3], shared.longest, shared.tokens, scaling)[0][None]
-    return _attend_part_by_part(query, key, value, shared, scaling)
+    return _attend_by_segment(query, key, value, shared, scaling)
 
 
-def _attend_part_by_part(
+def _attend_by_segment(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shared: SharedPrompts, scaling: float | None
 ) -> torch.Tensor:
     import torch
@@ -256,6 +231,7 @@ def _attend_part_by_part(
     bounds, owned = shared.parts.tolist(), shared.owned.tolist()
     count = len(shared.prompts) - 1
     results = []
+    options = {"scale": scaling, "enable_gqa": query.shape[1] > key.shape[1]}
     for number, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         segment, before = slice(begin, end), slice(begin, begin)
         if number >= count:
@@ -263,13 +239,8 @@ def _attend_part_by_part(
             before = slice(bounds[owner], bounds[owner + 1])
         keys, values = (torch.cat([each[:, :, before], each[:, :, segment]], dim=2) for each in (key, value))
         places = torch.arange(keys.shape[2], device=query.device)
-        seen = places <= (places[-1] - (end - begin) + 1 + torch.arange(end - begin, device=query.device))[:, None]
-        results.append(
-            scaled_dot_product_attention(
-                query[:, :, segment], keys, values, attn_mask=seen, scale=scaling,
-                enable_gqa=query.shape[1] > key.shape[1],
-            )
-        )  # fmt: skip
+        mask = places <= (places[-1] - (end - begin) + 1 + torch.arange(end - begin, device=query.device))[:, None]
+        results.append(scaled_dot_product_attention(query[:, :, segment], keys, values, attn_mask=mask, **options))
     return torch.cat(results, dim=2).transpose(1, 2).contiguous()
 
 
@@ -285,9 +256,9 @@ def _kernels() -> tuple[Any, Any]:
 def define_operators() -> None:
     """Register the operators that `attend_shared` calls; for compiled layers each is one operation, whatever the row.
 
-    The kernel is called twice: for each segment to itself, and for the replies to their prompts. Softmax over both is
-    the mean of the two results, weighted by their sums of exponentials; the kernel returns the logarithms of the sums.
-    In the backward pass each call gives its share of the gradients, from the whole result and the whole sum.
+    The kernel runs twice: for each segment to itself, and for the replies to their prompts. Softmax over both is the
+    mean of the two results, weighted by their sums of exponentials; the kernel returns the logarithms of the sums. In
+    the backward pass each call gives its share of the gradients, from the whole result and the whole sum.
     """
     import torch
     from torch import library
@@ -301,14 +272,14 @@ def define_operators() -> None:
         owned: torch.Tensor, longest: Sequence[int], tokens: int, scaling: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         attend, _ = _kernels()
-        own, own_sum = attend(q, k, v, parts, parts, longest[0], longest[0], 0.0, True, False, scale=scaling)[:2]
+        out, out_sum = attend(q, k, v, parts, parts, longest[0], longest[0], 0.0, True, False, scale=scaling)[:2]
         to_prompt, prompt_sum = attend(
             q[tokens:], k[:tokens], v[:tokens], owned, prompts, longest[2], longest[1], 0.0, False, False, scale=scaling
         )[:2]
-        both = torch.logaddexp(own_sum[:, tokens:], prompt_sum)  # (heads, tokens of replies)
+        both = torch.logaddexp(out_sum[:, tokens:], prompt_sum)  # (heads, tokens of replies)
         share = torch.exp(prompt_sum - both).t()[..., None]
-        mixed = torch.lerp(own[tokens:].float(), to_prompt.float(), share).to(own.dtype)
-        return torch.cat([own[:tokens], mixed]), torch.cat([own_sum[:, :tokens], both], dim=1)
+        mixed = torch.lerp(out[tokens:].float(), to_prompt.float(), share).to(out.dtype)
+        return torch.cat([out[:tokens], mixed]), torch.cat([out_sum[:, :tokens], both], dim=1)
 
     @forward.register_fake
     def _(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
