@@ -17,9 +17,11 @@ from arc.decoding.rows import (
     PREFILL_TOKENS,
     Reply,
     Work,
+    cached_logits,
     check_numbers,
     check_tokens,
     chosen_attention,
+    fill_prompts,
     halve_on_out_of_memory,
 )
 from arc.decoding.sampling import draw_tokens, random_draws
@@ -62,14 +64,9 @@ class DeviceSampler:
         self.pool: Any = None  # memory of the graphs
 
     def sample(
-        self,
-        prompts: Sequence[np.ndarray],
-        *,
-        samples: int = 1,
-        seed: int = 0,
-        seeds: Sequence[int] | None = None,
+        self, prompts: Sequence[np.ndarray], *, samples: int = 1, seed: int = 0, seeds: Sequence[int] | None = None,
         batch_size: int = 128,
-    ) -> list[list[Reply]]:
+    ) -> list[list[Reply]]:  # fmt: skip
         """Sample replies to each prompt; equal prompts are computed once.
 
         Args:
@@ -105,7 +102,11 @@ class DeviceSampler:
             chosen_attention(self.model, lambda *args, **kwargs: self.cache.attend(*args, **kwargs)),
         ):
             halve_on_out_of_memory(run, min(batch_size, self.work.batch_size or batch_size, len(rows)), self.work)
-        self._free_if_large()
+        if self.on_cuda and self.ready:
+            import torch
+
+            if self.cache.bytes > KEPT * torch.cuda.get_device_properties(self.device).total_memory:
+                self._forget()  # the training must not lack the memory
         return [replies[at : at + samples] for at in range(0, len(rows), samples)]
 
     def _sample(self, prompts: Sequence[np.ndarray], draws: np.ndarray) -> list[Reply]:
@@ -153,30 +154,16 @@ class DeviceSampler:
         self.ready = True
 
     def _prefill(self, prefixes: Sequence[np.ndarray]) -> None:
-        # All but the last token of each prompt.
-        import torch
-
-        # The first pass makes the room of each layer, so prompts of a single token get a pass too.
+        # All but the last token of each prompt. The first pass makes the room of each layer, so prompts of a single token
+        # get a pass too.
         lengths = [max(1, len(prefix)) for prefix in prefixes]
         begin = 0
         while begin < len(prefixes):
             end = begin + 1
             while end < len(prefixes) and (end + 1 - begin) * max(lengths[begin : end + 1]) <= PREFILL_TOKENS:
                 end += 1
-            width = max(lengths[begin:end])
-            ids = np.zeros((end - begin, width), dtype=np.int64)
-            for row, prefix in enumerate(prefixes[begin:end]):
-                ids[row, : len(prefix)] = prefix  # padded on the right, where no token looks
-            self.cache.begin_prompts(begin, width)
-            positions = torch.arange(width, device=self.device).expand(len(ids), width)
-            self._forward(torch.from_numpy(ids).to(self.device), positions, logits_to_keep=1)
+            fill_prompts(self.model, self.cache, begin, prefixes[begin:end], max(lengths[begin:end]))
             begin = end
-
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, logits_to_keep: int) -> torch.Tensor:
-        return self.model(
-            input_ids=ids, position_ids=positions, attention_mask=None, past_key_values=self.cache, use_cache=True,
-            logits_to_keep=logits_to_keep,
-        ).logits  # fmt: skip
 
     def _step(self, rows: int) -> None:
         # Decodes one more token of each of the first `rows` rows.
@@ -184,7 +171,7 @@ class DeviceSampler:
 
         def run() -> None:
             self.cache.begin_step(rows, state.done[0])
-            logits = self._forward(state.ids[:rows], state.positions[:rows], logits_to_keep=0)
+            logits = cached_logits(self.model, self.cache, state.ids[:rows], state.positions[:rows])
             state.take(logits, rows, self.temperature, self.end)
 
         if not self.on_cuda:
@@ -217,14 +204,6 @@ class DeviceSampler:
         for tensor, copied in zip(self.state.tensors, before, strict=True):
             tensor.copy_(copied)
         return graph
-
-    def _free_if_large(self) -> None:
-        # The training must not lack the memory.
-        import torch
-
-        if self.on_cuda and self.ready:
-            if self.cache.bytes > KEPT * torch.cuda.get_device_properties(self.device).total_memory:
-                self._forget()
 
 
 class _State:

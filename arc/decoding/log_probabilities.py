@@ -46,13 +46,7 @@ def unsloth_logits(engine: str) -> Iterator[None]:
 
 
 def log_probabilities(model: Any, engine: str, row: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-    """Log probabilities of the token after each of these positions of a row.
-
-    Args:
-        model: in training or not.
-        engine: "unsloth" or "transformers".
-        row: token ids (tokens,).
-        positions: ascending, int (positions,).
+    """Log probabilities of the token after each position, int (positions,) ascending, of a row, (tokens,).
 
     Returns:
         Natural logarithms, float64 (positions, vocabulary), on the CPU.

@@ -14,7 +14,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,7 +35,6 @@ class Reply:
     log_prob: float  # natural logarithm of the probability of all tokens after the prompt
 
 
-T = TypeVar("T")
 Choose = Callable[["torch.Tensor", Sequence[Any]], tuple[np.ndarray, np.ndarray]]  # see `decode_rows`
 LOGIT_BYTES = 2**30  # limit of one pass, in float64: with a whole vocabulary, 64 rows of 100 tokens would take 6 GB
 MASK_BYTES = 2**32  # limit of one pass, as bool and as numbers: a mask grows with the square of a row's length
@@ -69,22 +68,14 @@ class Row:
 
     Args:
         number: of the prompt.
-        prompt: token ids (tokens,).
-        guess: a likely reply (tokens,), whole or its beginning, or None.
+        prompt, guess: token ids (tokens,); see `search.search_replies`.
         end: the end token.
-        max_new_tokens: longest reply.
-        draft_tokens: longest draft after the first pass.
     """
 
     def __init__(
-        self,
-        number: int,
-        prompt: np.ndarray,
-        guess: np.ndarray | None,
-        end: int,
-        max_new_tokens: int,
+        self, number: int, prompt: np.ndarray, guess: np.ndarray | None, end: int, max_new_tokens: int,
         draft_tokens: int,
-    ):
+    ):  # fmt: skip
         self.number, self.end, self.max_new_tokens, self.draft_tokens = number, end, max_new_tokens, draft_tokens
         self.prompt = [int(token) for token in prompt]
         self.guess = [int(token) for token in guess] if guess is not None else []
@@ -113,14 +104,9 @@ class Row:
 
 
 def decode_rows(
-    model: Any,
-    engine: str,
-    rows: Sequence[Row],
-    batch_size: int,
-    choose: Choose,
-    finish: Callable[[Any], None],
+    model: Any, engine: str, rows: Sequence[Row], batch_size: int, choose: Choose, finish: Callable[[Any], None],
     work: Work | None,
-) -> None:
+) -> None:  # fmt: skip
     """Advance rows until none is open.
 
     Args:
@@ -134,10 +120,8 @@ def decode_rows(
         torch.OutOfMemoryError: not even one row fits.
     """
     if engine != "transformers":
-        raise ValueError(
-            f"engine {engine} cannot decode rows of different lengths on one cache: load the model with "
-            "--engine transformers"
-        )
+        reason = "cannot decode rows of different lengths on one cache"
+        raise ValueError(f"engine {engine} {reason}: load the model with --engine transformers")
     waiting: list[Row] = list(rows)
     live: list[Row] = []
 
@@ -189,7 +173,11 @@ class _Decoder:
                 break
             prefixes.setdefault(prefix, []).append(row)
         first = len(live)
-        self._fill(first, list(prefixes))
+        width = max(map(len, prefixes))
+        if width:
+            fill_prompts(self.model, self.cache, first, list(prefixes), width)
+            self.work.passes += 1
+            self.work.prompt_tokens += sum(map(len, prefixes))
         admitted = [members[0] for members in prefixes.values()]
         for at, (prefix, members) in enumerate(prefixes.items(), first):
             for row in members[1:]:
@@ -199,32 +187,17 @@ class _Decoder:
         chosen = {id(row) for row in admitted}
         waiting[:] = [row for row in waiting if id(row) not in chosen]
 
-    def _fill(self, first: int, prefixes: Sequence[Sequence[int]]) -> None:
-        import torch
-
-        width = max(len(prefix) for prefix in prefixes)
-        if not width:
-            return
-        ids = np.zeros((len(prefixes), width), dtype=np.int64)
-        for at, prefix in enumerate(prefixes):
-            ids[at, : len(prefix)] = prefix  # padded on the right, where later tokens overwrite the padding
-        self.cache.begin_prompts(first, width)
-        positions = torch.arange(width, device=self.device).expand(len(prefixes), width)
-        self._forward(ids, positions, None, logits_to_keep=1)  # fills the cache; the logits are not used
-        self.work.prompt_tokens += sum(map(len, prefixes))
-
     def advance(self, live: Sequence[Row], choose: Choose) -> None:
         """Feed every row once. Rows with long drafts get passes of their own: the others would be padded to them."""
         feeds = [row.feed() for row in live]
-        shortest = min(map(len, feeds))
-        long = [at for at, feed in enumerate(feeds) if len(feed) > 2 * shortest + 32]
-        short = [at for at, feed in enumerate(feeds) if len(feed) <= 2 * shortest + 32]
+        limit = 2 * min(map(len, feeds)) + 32
+        long = [at for at, feed in enumerate(feeds) if len(feed) > limit]
+        short = [at for at, feed in enumerate(feeds) if len(feed) <= limit]
         for chosen in (short, sorted(long, key=lambda at: -len(feeds[at]))):
             while chosen:
                 longest = max(len(feeds[at]) for at in chosen)
                 seen = max(_length(live[at]) for at in chosen) + longest
-                batch = chosen[: affordable_rows(len(chosen), self.model, longest)]
-                batch = batch[: affordable_masks(len(batch), self.model, longest, seen)]
+                batch = chosen[: affordable_rows(len(chosen), self.model, longest, (longest, seen))]
                 chosen = chosen[len(batch) :]
                 tokens, log_probs = choose(self._step(batch, live, feeds), [live[at] for at in batch])
                 check_numbers(log_probs)
@@ -241,25 +214,39 @@ class _Decoder:
         for row, at in enumerate(batch):
             ids[row, : len(feeds[at])] = feeds[at]
         columns = begins[:, None] + np.arange(fed)
-        places = torch.from_numpy(columns).to(self.device)
+        positions = torch.from_numpy(columns).to(self.device)
         width = round_up(int(columns.max()) + 1, MASK_STEP)
-        self.cache.begin_step(list(batch), places, width)
-        mask = torch.arange(width, device=self.device) <= places[:, None, :, None]
+        self.cache.begin_step(list(batch), positions, width)
+        mask = torch.arange(width, device=self.device) <= positions[:, None, :, None]
         fed_tokens = sum(len(feeds[at]) for at in batch)
+        self.work.passes += 1
         self.work.reply_tokens += fed_tokens
         self.work.seen_tokens += int(begins.sum()) + fed_tokens
-        return self._forward(ids, places, mask, logits_to_keep=0)
+        return cached_logits(self.model, self.cache, torch.from_numpy(ids).to(self.device), positions, mask)
 
-    def _forward(
-        self, ids: np.ndarray, positions: torch.Tensor, mask: torch.Tensor | None, logits_to_keep: int
-    ) -> torch.Tensor:
-        import torch
 
-        self.work.passes += 1
-        return self.model(
-            input_ids=torch.from_numpy(ids).to(self.device), position_ids=positions, attention_mask=mask,
-            past_key_values=self.cache, use_cache=True, logits_to_keep=logits_to_keep,
-        ).logits  # fmt: skip
+def fill_prompts(model: Any, cache: Any, first: int, prompts: Sequence[Sequence[int] | np.ndarray], width: int) -> None:
+    """Compute prompts of up to `width` tokens into the rows of a cache from `first` on."""
+    import torch
+
+    device = model.get_input_embeddings().weight.device
+    ids = np.zeros((len(prompts), width), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt  # padded on the right, where no token looks
+    cache.begin_prompts(first, width)
+    positions = torch.arange(width, device=device).expand(len(prompts), width)
+    cached_logits(model, cache, torch.from_numpy(ids).to(device), positions, logits_to_keep=1)
+
+
+def cached_logits(
+    model: Any, cache: Any, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None = None,
+    logits_to_keep: int = 0,
+) -> torch.Tensor:  # fmt: skip
+    """Logits (rows, fed, vocabulary) of a pass over a cache."""
+    return model(
+        input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True,
+        logits_to_keep=logits_to_keep,
+    ).logits  # fmt: skip
 
 
 # -- cache and attention
@@ -280,8 +267,6 @@ class RowCache:
         self.rows = rows
         # Keys and values of each layer, each (rows, heads, columns, size of a head), made at the first pass.
         self.layers: list[list[torch.Tensor]] = []
-        self._is_prompt = False
-        self._width = 0
 
     def begin_prompts(self, first: int, width: int) -> None:
         """The next pass fills the rows from `first` on, from column 0, and attends to nothing else."""
@@ -409,11 +394,10 @@ class _GroupedAttention:
 # -- memory and checks
 
 
-def halve_on_out_of_memory(run: Callable[[int], T], batch_size: int, work: Work | None = None) -> T:
+def halve_on_out_of_memory(run: Callable[[int], Any], batch_size: int, work: Work | None = None) -> Any:
     """Call `run(batch_size)`, and again with half the batch each time memory runs out.
 
-    accelerate's `find_executable_batch_size` frees the memory while the error still holds the tensors, and ends with an
-    error of its own where a batch of 1 does not fit.
+    (accelerate's `find_executable_batch_size` frees the memory while the error still holds the tensors.)
 
     Args:
         run: works with batches of the given size; called again, it continues where it stopped.
@@ -475,9 +459,8 @@ def check_tokens(model: Any, name: str, rows: Sequence[np.ndarray | None]) -> No
         if row is not None and not len(row):
             raise ValueError(f"{name} {number} is empty: expected at least one token")
         if row is not None and not 0 <= np.min(row) <= np.max(row) < size:
-            raise UndecodableModelError(
-                f"{name} {number} has tokens from {np.min(row)} to {np.max(row)}, the model {size:,}"
-            )
+            least, most = np.min(row), np.max(row)
+            raise UndecodableModelError(f"{name} {number} has tokens from {least} to {most}, the model {size:,}")
 
 
 def check_numbers(log_probs: Any) -> None:
@@ -486,15 +469,19 @@ def check_numbers(log_probs: Any) -> None:
         raise NonFiniteAnswersError("the model answers with numbers that are none (NaN): nothing can be decoded")
 
 
-def affordable_rows(count: int, model: Any, fed: int) -> int:
-    """How many of `count` rows have logits that fit into LOGIT_BYTES; at least 1."""
-    return max(1, min(count, LOGIT_BYTES // (8 * model.config.vocab_size * fed)))
+def affordable_rows(count: int, model: Any, logits: int, mask: tuple[int, int] | None) -> int:
+    """How many of `count` rows have logits and attention masks that fit into LOGIT_BYTES and MASK_BYTES; at least 1.
 
-
-def affordable_masks(count: int, model: Any, fed: int, seen: int) -> int:
-    """How many of `count` rows have attention masks (fed, seen) that fit into MASK_BYTES; at least 1."""
+    Args:
+        logits: columns of logits of each row.
+        mask: the shape of each mask, (fed, seen), or None.
+    """
     config = model.config
-    groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    # The bool mask; for each query head that shares keys two more and the bias: see `_GroupedAttention`.
-    row = fed * seen * (1 + groups * (2 + model.get_input_embeddings().weight.element_size()))
-    return max(1, min(count, MASK_BYTES // row))
+    count = min(count, LOGIT_BYTES // (8 * config.vocab_size * logits))
+    if mask is not None:
+        heads = config.num_attention_heads
+        groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
+        # The bool mask; for each query head that shares keys two more and the bias: see `_GroupedAttention`.
+        size = mask[0] * mask[1] * (1 + groups * (2 + model.get_input_embeddings().weight.element_size()))
+        count = min(count, MASK_BYTES // size)
+    return max(1, count)

@@ -15,23 +15,12 @@ if TYPE_CHECKING:
 
 
 def sample_replies(
-    model: Any,
-    engine: str,
-    tokenizer: Any,
-    prompts: Sequence[np.ndarray],
-    *,
-    max_new_tokens: int,
-    samples: int = 1,
-    temperature: float = 1.0,
-    seed: int = 0,
-    seeds: Sequence[int] | None = None,
-    guesses: Sequence[np.ndarray | None] | None = None,
-    batch_size: int = 32,
-    draft_tokens: int = 32,
-    hopeless: Callable[[list[int]], bool] | None = None,
-    done: Callable[[int, list[Reply]], None] | None = None,
+    model: Any, engine: str, tokenizer: Any, prompts: Sequence[np.ndarray], *, max_new_tokens: int, samples: int = 1,
+    temperature: float = 1.0, seed: int = 0, seeds: Sequence[int] | None = None,
+    guesses: Sequence[np.ndarray | None] | None = None, batch_size: int = 32, draft_tokens: int = 32,
+    hopeless: Callable[[list[int]], bool] | None = None, done: Callable[[int, list[Reply]], None] | None = None,
     work: Work | None = None,
-) -> list[list[Reply]]:
+) -> list[list[Reply]]:  # fmt: skip
     """Sampled or greedy replies; samples of one prompt compute it once.
 
     Each sample has its own random numbers, one a token, from the seed, the prompt's and the sample's number. So the
@@ -45,9 +34,8 @@ def sample_replies(
         temperature: logits are divided by it; 0: greedy.
         seed: of the random numbers, from 0.
         seeds: a number from 0 for each prompt, in place of 0, 1 and so on.
-        guesses: for each prompt a likely reply (tokens,), or None. Changes the time, not the result.
+        guesses, draft_tokens: see `search.search_replies`. They change the time, not the result.
         batch_size: replies decoded at once; the next reply replaces a finished one.
-        draft_tokens: most tokens of a guess that one pass verifies, after the first pass.
         hopeless: called with a reply's tokens every few tokens; True ends the reply there, without an end token.
 
     Returns:
@@ -83,14 +71,14 @@ def sample_replies(
         tokens, log_probs = draw_tokens(logits, torch.from_numpy(draws).to(logits.device), temperature)
         return tokens.cpu().numpy(), log_probs.cpu().numpy()
 
+    def replies_of(number: int) -> list[Reply]:
+        group = rows[number * samples : (number + 1) * samples]
+        return [Reply(np.array(row.path, dtype=np.int64), row.log_prob) for row in group]
+
     def finish(row: _Sample) -> None:
         remaining[row.number] -= 1
         if done is not None and not remaining[row.number]:
             done(row.number, replies_of(row.number))
-
-    def replies_of(number: int) -> list[Reply]:
-        chosen = rows[number * samples : (number + 1) * samples]
-        return [Reply(np.array(row.path, dtype=np.int64), row.log_prob) for row in chosen]
 
     decode_rows(model, engine, rows, batch_size, choose, finish, work)
     return [replies_of(number) for number in range(len(prompts))]
@@ -108,15 +96,13 @@ def random_draws(seed: int, numbers: Sequence[int], length: int, sample: int = 0
 
 
 def draw_tokens(logits: torch.Tensor, draws: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose tokens by random numbers; with their log probabilities at temperature 1.
+    """Choose tokens from logits (rows, fed, vocabulary) by random numbers; temperature 0: the most probable ones.
 
     Args:
-        logits: (rows, fed, vocabulary).
         draws: float64 from 0 to below 1, (rows, fed, 1); not used for temperature 0.
-        temperature: logits are divided by it; 0: the most probable token.
 
     Returns:
-        Tokens, int64, and log probabilities, float64, each (rows, fed).
+        Tokens, int64, and log probabilities at temperature 1, float64, each (rows, fed).
     """
     import torch
 

@@ -12,7 +12,6 @@ import numpy as np
 from arc.decoding.rows import (
     MASK_STEP,
     Work,
-    affordable_masks,
     affordable_rows,
     check_generation_settings,
     check_numbers,
@@ -25,15 +24,9 @@ from arc.models.prompt_sharing import round_up
 
 
 def score_replies(
-    model: Any,
-    engine: str,
-    tokenizer: Any,
-    prompts: Sequence[np.ndarray],
-    replies: Sequence[np.ndarray],
-    *,
-    batch_size: int = 8,
-    work: Work | None = None,
-) -> list[float]:
+    model: Any, engine: str, tokenizer: Any, prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray], *,
+    batch_size: int = 8, work: Work | None = None,
+) -> list[float]:  # fmt: skip
     """Log probabilities of given replies after given prompts.
 
     Replies to the same prompt follow it in one row, each blind to the others. Unsloth's fast path takes no such mask,
@@ -66,11 +59,9 @@ def score_replies(
     def run(size: int) -> None:
         while waiting:
             batch = waiting[:size]
-            logits = max(row.length if alone else row.reply_length for row in batch)  # columns with logits
-            batch = batch[: affordable_rows(size, model, logits)]
-            if not alone:
-                width = max(row.length for row in batch)
-                batch = batch[: affordable_masks(size, model, width, width)]
+            width = batch[0].length  # the longest
+            logits = width if alone else max(row.reply_length for row in batch)
+            batch = batch[: affordable_rows(size, model, logits, None if alone else (width, width))]
             for number, score in _score_alone(model, batch) if alone else _score_packed(model, batch):
                 scores[number] = score
             work.passes += 1

@@ -15,19 +15,10 @@ if TYPE_CHECKING:
 
 
 def search_replies(
-    model: Any,
-    engine: str,
-    tokenizer: Any,
-    prompts: Sequence[np.ndarray],
-    *,
-    max_new_tokens: int,
-    min_prob: float = 0.1,
-    guesses: Sequence[np.ndarray | None] | None = None,
-    batch_size: int = 32,
-    draft_tokens: int = 32,
-    done: Callable[[int, list[Reply]], None] | None = None,
-    work: Work | None = None,
-) -> list[list[Reply]]:
+    model: Any, engine: str, tokenizer: Any, prompts: Sequence[np.ndarray], *, max_new_tokens: int,
+    min_prob: float = 0.1, guesses: Sequence[np.ndarray | None] | None = None, batch_size: int = 32,
+    draft_tokens: int = 32, done: Callable[[int, list[Reply]], None] | None = None, work: Work | None = None,
+) -> list[list[Reply]]:  # fmt: skip
     """All replies whose probability is at least `min_prob`, each exactly once, by depth-first search.
 
     There are at most 1 / min_prob such replies, and at most as many tokens worth following at a position. A search has
@@ -48,7 +39,7 @@ def search_replies(
         guesses: for each prompt a likely reply (tokens,), whole or its beginning, or None.
         batch_size: prompts searched at once; the next prompt replaces a finished one.
         draft_tokens: longest draft after the first pass, 0: none. Does not limit `guesses`.
-        done: called with a prompt's number and its replies as soon as they are complete, in any order.
+        done: called with a prompt's number and its replies as soon as they are complete.
         work: gets the cost.
 
     Returns:

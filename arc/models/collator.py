@@ -49,15 +49,9 @@ class InputMaskingDataCollator:
     """
 
     def __init__(
-        self,
-        tokenizer: Any,
-        mask_inputs: bool = True,
-        mask_first_n_examples: int = 0,
-        pad_to_multiple_of: int = 8,
-        query_beg: str = "I",
-        reply_beg: str = "\n+/-=O",
-        reply_end: str | None = None,
-    ):
+        self, tokenizer: Any, mask_inputs: bool = True, mask_first_n_examples: int = 0, pad_to_multiple_of: int = 8,
+        query_beg: str = "I", reply_beg: str = "\n+/-=O", reply_end: str | None = None,
+    ):  # fmt: skip
         self.packed_for: str | None = None
         if tokenizer.pad_token_id is None:
             raise ValueError(
@@ -72,8 +66,7 @@ class InputMaskingDataCollator:
             raise ValueError("mask_first_n_examples needs mask_inputs=True: without it nothing of a row is masked")
         self.tokenizer = tokenizer
         self.mask_inputs = mask_inputs
-        self.mask_first_n_examples = mask_first_n_examples
-        self.pad_to_multiple_of = pad_to_multiple_of
+        self.mask_first_n_examples, self.pad_to_multiple_of = mask_first_n_examples, pad_to_multiple_of
         self.reply_beg = reply_beg
         self.reply_end = reply_end if reply_end is not None else "\n" + (tokenizer.eos_token or "")
 

@@ -22,20 +22,10 @@ EMBEDDING_MODULES = ("embed_tokens", "lm_head")
 
 
 def add_lora(
-    model: Any,
-    precision: Precision,
-    *,
-    target_modules: Sequence[str] = LINEAR_MODULES + EMBEDDING_MODULES,
-    r: int = 512,
-    lora_alpha: float = 24,
-    lora_dropout: float = 0.0,
-    use_rslora: bool = True,
-    random_state: int = 42,
-    max_seq_length: int = 2048,
-    gradient_checkpointing: bool = True,
-    fold: bool = False,
-    cast_together: bool = True,
-) -> Any:
+    model: Any, precision: Precision, *, target_modules: Sequence[str] = LINEAR_MODULES + EMBEDDING_MODULES,
+    r: int = 512, lora_alpha: float = 24, lora_dropout: float = 0.0, use_rslora: bool = True, random_state: int = 42,
+    max_seq_length: int = 2048, gradient_checkpointing: bool = True, fold: bool = False, cast_together: bool = True,
+) -> Any:  # fmt: skip
     """Add LoRA to a model of `load_model`, and make embeddings trainable in full.
 
     `embed_tokens` and `lm_head` among the targets become full matrices, whatever `r`, as with Unsloth; a tied model has
@@ -105,15 +95,10 @@ def _match_embedding_dtypes(model: Any, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         return
 
-    def narrow(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output.to(dtype)
-
-    def widen(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0].to(module.weight.dtype), *args[1:])
-
-    model.get_input_embeddings().register_forward_hook(narrow)
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
     head = model.get_output_embeddings()
-    getattr(head, "modules_to_save", {"default": head})["default"].register_forward_pre_hook(widen)
+    head = getattr(head, "modules_to_save", {"default": head})["default"]
+    head.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.dtype), *args[1:]))
 
 
 def set_gradient_checkpointing(model: Any, engine: str, on: bool) -> None:

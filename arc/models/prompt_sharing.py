@@ -32,21 +32,13 @@ def round_up(number: int, step: int) -> int:
 
 
 class SharedPrompts(NamedTuple):
-    """The segments of a row, as bounds: int32 (segments + 1,), from 0.
+    """The segments of a row, as bounds: int32 (segments + 1,), from 0."""
 
-    Args:
-        parts: bounds of all segments, first the prompts, then the replies.
-        prompts: bounds of the prompts: the first ones of `parts`.
-        owned: bounds of the replies to each prompt together, counted from the end of the prompts.
-        longest: tokens of the longest segment, of the longest prompt and of all replies to one prompt, or more.
-        tokens: tokens of all prompts.
-    """
-
-    parts: torch.Tensor
-    prompts: torch.Tensor
-    owned: torch.Tensor
-    longest: tuple[int, int, int]
-    tokens: int
+    parts: torch.Tensor  # of all segments, first the prompts, then the replies
+    prompts: torch.Tensor  # of the prompts: the first ones of `parts`
+    owned: torch.Tensor  # of the replies to each prompt together, counted from the end of the prompts
+    longest: tuple[int, int, int]  # tokens of the longest segment, prompt, and all replies to one prompt, or more
+    tokens: int  # of all prompts
 
 
 def share_prompts(
@@ -89,8 +81,8 @@ def share_prompts(
         "input_ids": torch.from_numpy(np.concatenate([*heads, *tails]).astype(np.int64))[None],
         "position_ids": torch.from_numpy(np.concatenate(positions).astype(np.int64))[None],
     }
-    parts, head_bounds, owned = (torch.from_numpy(np.append(0, np.cumsum(each)).astype(np.int32)) for each in lengths)
-    a, b, c = (round_up(int(each.max()), LENGTH_STEP) for each in lengths)
+    parts, head_bounds, owned = (torch.from_numpy(np.append(0, np.cumsum(n)).astype(np.int32)) for n in lengths)
+    a, b, c = (round_up(int(n.max()), LENGTH_STEP) for n in lengths)
     return row, SharedPrompts(parts, head_bounds, owned, (a, b, c), int(head_lengths.sum())), order
 
 
@@ -173,12 +165,10 @@ def covering_replies(prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray
     owner = [0] * len(replies)
     for number in sorted(range(len(replies)), key=lambda at: -len(replies[at])):
         tokens = np.asarray(replies[number], dtype=np.int64)
-        before, group = tokens[:-1].tobytes(), computed.setdefault(prompts[number].tobytes(), [])
-        cover = next((at for at, others in group if others.startswith(before)), None)
-        if cover is None:
-            cover = number
+        fed, group = tokens[:-1].tobytes(), computed.setdefault(prompts[number].tobytes(), [])
+        owner[number] = next((at for at, others in group if others.startswith(fed)), number)
+        if owner[number] == number:
             group.append((number, tokens.tobytes()))
-        owner[number] = cover
     return sorted(set(owner)), owner
 
 
@@ -233,13 +223,13 @@ def _attend_by_segment(
     results = []
     options = {"scale": scaling, "enable_gqa": query.shape[1] > key.shape[1]}
     for number, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        segment, before = slice(begin, end), slice(begin, begin)
+        segment, prompt = slice(begin, end), slice(begin, begin)
         if number >= count:
             owner = int(np.searchsorted(owned, begin - shared.tokens, side="right")) - 1
-            before = slice(bounds[owner], bounds[owner + 1])
-        keys, values = (torch.cat([each[:, :, before], each[:, :, segment]], dim=2) for each in (key, value))
-        places = torch.arange(keys.shape[2], device=query.device)
-        mask = places <= (places[-1] - (end - begin) + 1 + torch.arange(end - begin, device=query.device))[:, None]
+            prompt = slice(bounds[owner], bounds[owner + 1])
+        keys, values = (torch.cat([tensor[:, :, prompt], tensor[:, :, segment]], dim=2) for tensor in (key, value))
+        columns = torch.arange(keys.shape[2], device=query.device)
+        mask = columns <= columns[begin - end :, None]
         results.append(scaled_dot_product_attention(query[:, :, segment], keys, values, attn_mask=mask, **options))
     return torch.cat(results, dim=2).transpose(1, 2).contiguous()
 
@@ -268,9 +258,8 @@ def define_operators() -> None:
 
     @library.custom_op(name, mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {rest}) -> (Tensor, Tensor)")
     def forward(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts: torch.Tensor, prompts: torch.Tensor,
-        owned: torch.Tensor, longest: Sequence[int], tokens: int, scaling: float | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        q: Any, k: Any, v: Any, parts: Any, prompts: Any, owned: Any, longest: Any, tokens: int, scaling: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         attend, _ = _kernels()
         out, out_sum = attend(q, k, v, parts, parts, longest[0], longest[0], 0.0, True, False, scale=scaling)[:2]
         to_prompt, prompt_sum = attend(
@@ -291,9 +280,8 @@ def define_operators() -> None:
         " -> (Tensor, Tensor, Tensor)",
     )  # fmt: skip
     def backward(
-        gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
-        sums: torch.Tensor, parts: torch.Tensor, prompts: torch.Tensor, owned: torch.Tensor, longest: Sequence[int],
-        tokens: int, scaling: float | None,
+        gradient: torch.Tensor, q: Any, k: Any, v: Any, out: Any, sums: torch.Tensor, parts: Any, prompts: Any,
+        owned: Any, longest: Any, tokens: int, scaling: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         _, back = _kernels()
         gradient = gradient.contiguous()
