@@ -44,9 +44,6 @@ class DeviceSampler:
         temperature: logits are divided by it; 0: greedy.
     """
 
-    cache: PrefixCache
-    state: _State
-
     def __init__(self, model: Any, end: int, *, max_new_tokens: int, temperature: float = 1.0):
         self.model, self.end, self.length, self.temperature = model, end, max_new_tokens, temperature
         self.device = model.get_input_embeddings().weight.device
@@ -57,9 +54,8 @@ class DeviceSampler:
 
     def _forget(self) -> None:
         # Frees the memory of cache and graphs; `_reserve` makes them again.
-        self.ready = False
-        for name in ("cache", "state"):
-            vars(self).pop(name, None)
+        self.cache: Any = None  # a PrefixCache
+        self.state: Any = None  # a _State
         self.graphs: dict[tuple[int, int, int], Any] = {}  # by rows, prompts and most rows of one prompt
         self.pool: Any = None  # memory of the graphs
 
@@ -102,7 +98,7 @@ class DeviceSampler:
             chosen_attention(self.model, lambda *args, **kwargs: self.cache.attend(*args, **kwargs)),
         ):
             halve_on_out_of_memory(run, min(batch_size, self.work.batch_size or batch_size, len(rows)), self.work)
-        if self.on_cuda and self.ready:
+        if self.on_cuda and self.cache is not None:
             import torch
 
             if self.cache.bytes > KEPT * torch.cuda.get_device_properties(self.device).total_memory:
@@ -145,17 +141,15 @@ class DeviceSampler:
     def _reserve(self, rows: int, prompts: int, width: int) -> None:
         # Makes room for replies and prompts. Graphs stay valid as long as nothing moves.
         needed = {"prompts": prompts, "rows": rows, "width": width}
-        room = {name: max(size, getattr(self.cache, name) if self.ready else 0) for name, size in needed.items()}
-        if self.ready and all(room[name] == getattr(self.cache, name) for name in room):
+        room = {name: max(size, getattr(self.cache, name, 0)) for name, size in needed.items()}
+        if all(room[name] == getattr(self.cache, name, 0) for name in room):
             return
         self._forget()
         self.cache = PrefixCache(self.model.config, **room, length=self.length, device=self.device)
         self.state = _State(room["rows"], self.length, self.device)
-        self.ready = True
 
     def _prefill(self, prefixes: Sequence[np.ndarray]) -> None:
-        # All but the last token of each prompt. The first pass makes the room of each layer, so prompts of a single token
-        # get a pass too.
+        # All but the last token of each prompt. Prompts of one token get a pass too: it makes the room of each layer.
         lengths = [max(1, len(prefix)) for prefix in prefixes]
         begin = 0
         while begin < len(prefixes):

@@ -112,7 +112,7 @@ class PrefixCache:
 
     def begin_step(self, rows: int, column: torch.Tensor) -> None:
         """The next pass writes this column, int64 (1,), of the first rows; it attends to their prompts and tokens."""
-        self._is_prompt, self._step_rows, self._column = False, rows, column
+        self._is_prompt, self._column = False, column
         self._reply_lengths[:rows] = column + 1
         self._step_mask = None
 
@@ -138,8 +138,6 @@ class PrefixCache:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Room for prompts; models may ask, but use the positions that they are called with."""
         return self.width
-
-    # -- attention
 
     def attend(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,

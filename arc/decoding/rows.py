@@ -382,8 +382,7 @@ class _GroupedAttention:
         return out.transpose(1, 2).contiguous(), None
 
     def _bias_of(self, mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
-        # All layers get the same mask. From a bool mask torch would make the bias in each layer: three more kernels, in
-        # passes that take as long as launching their kernels.
+        # All layers get the same mask. From a bool mask torch would make the bias in each layer: three more kernels.
         if self.prepared is None or self.prepared[0] is not mask or self.prepared[1].dtype != dtype:
             repeated = mask if mask.shape[2] == 1 else mask.repeat(1, 1, groups, 1)
             bias = mask.new_zeros(repeated.shape, dtype=dtype).masked_fill_(~repeated, -math.inf)
@@ -432,14 +431,7 @@ def check_generation_settings(max_new_tokens: int, batch_size: int) -> None:
 def check_guesses(
     model: Any, prompts: Sequence[np.ndarray], guesses: Sequence[np.ndarray | None] | None
 ) -> list[np.ndarray | None]:
-    """Check prompts and guesses.
-
-    Returns:
-        A guess for each prompt; None where it has none or an empty one.
-
-    Raises:
-        ValueError: not as many guesses as prompts, or see `check_tokens`.
-    """
+    """Check prompts and guesses as `check_tokens`; the guess of each prompt, None where it has none or an empty one."""
     if guesses is not None and len(guesses) != len(prompts):
         raise ValueError(f"found {len(guesses)} guesses for {len(prompts)} prompts")
     check_tokens(model, "prompt", prompts)

@@ -85,13 +85,7 @@ def sample_replies(
 
 
 def random_draws(seed: int, numbers: Sequence[int], length: int, sample: int = 0) -> np.ndarray:
-    """Random numbers of samples, one a token: float64 from 0 to below 1, (numbers, length).
-
-    Args:
-        seed, numbers: from 0; one number for each prompt.
-        length: tokens.
-        sample: number of the sample among those of its prompt.
-    """
+    """Random numbers of one sample of each prompt, one a token: float64 from 0 to below 1, (numbers, length)."""
     return np.stack([np.random.default_rng([seed, number, sample]).random(length) for number in numbers])
 
 

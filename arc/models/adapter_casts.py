@@ -41,12 +41,8 @@ def cast_adapters_together(model: Any, dtype: torch.dtype) -> int:
         that reads adapters in another way.
     """
     casts = AdapterCasts(model, dtype)
-    if not casts.weights:
-        return 0
-    count = sum(weight.numel() for weight in casts.weights)
-    if count * dtype.itemsize > MOST_MEMORY * _memory(casts.weights[0].device):
-        return 0
-    if wrap_unsloth_reader(reading_casts) is None:
+    size = sum(weight.numel() for weight in casts.weights) * dtype.itemsize
+    if not size or size > MOST_MEMORY * _memory(casts.weights[0].device) or wrap_unsloth_reader(reading_casts) is None:
         return 0
     model.register_forward_pre_hook(casts.begin)
     model.register_forward_hook(casts.end, always_call=True)  # also when a pass runs out of memory

@@ -58,10 +58,8 @@ class InputMaskingDataCollator:
                 "the tokenizer has no pad token: load it with model_tools.load_tokenizer, which chooses one"
             )
         if mask_first_n_examples < 0 or pad_to_multiple_of < 1:
-            raise ValueError(
-                "expected mask_first_n_examples >= 0 and pad_to_multiple_of >= 1, "
-                f"got {mask_first_n_examples} and {pad_to_multiple_of}"
-            )
+            values = f"{mask_first_n_examples} and {pad_to_multiple_of}"
+            raise ValueError(f"expected mask_first_n_examples >= 0 and pad_to_multiple_of >= 1, got {values}")
         if mask_first_n_examples and not mask_inputs:
             raise ValueError("mask_first_n_examples needs mask_inputs=True: without it nothing of a row is masked")
         self.tokenizer = tokenizer
@@ -119,10 +117,8 @@ class InputMaskingDataCollator:
         for begin, end in spans[self.mask_first_n_examples :]:
             learned[begin:end] = True
         if not learned.any():
-            raise ValueError(
-                f"{name} has nothing left to learn: {len(spans)} replies, of which the first "
-                f"{self.mask_first_n_examples} are masked"
-            )
+            replies = f"{len(spans)} replies, of which the first {self.mask_first_n_examples} are masked"
+            raise ValueError(f"{name} has nothing left to learn: {replies}")
         return ids, learned
 
     def _encode_text(self, text: str, name: str) -> tuple[np.ndarray, np.ndarray]:

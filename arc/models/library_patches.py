@@ -1,13 +1,14 @@
 """Every change that this project makes to other libraries: why, for which versions, and how it is undone.
 
 A patch returns its undo, a function without arguments, or is a context manager. Where a library offers a hook, the
-hook is used. Where a library no longer has what a patch replaces, the patch changes nothing. The versions: torch 2.11
-to 2.13, transformers 5.17, trl 1.14, peft 0.21, bitsandbytes 0.50, Unsloth 2026.10.
+hook is used. Where a library no longer has what a patch replaces, the patch changes nothing. In this order, with the
+versions: transformers 5.17, torch 2.11 to 2.13, bitsandbytes 0.50, peft 0.21, Unsloth 2026.10, trl 1.14.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import sys
@@ -51,18 +52,13 @@ def undo_all(undos: Iterable[Undo]) -> Undo:
     return stack.close
 
 
-# -- transformers
-
-
-def choose_attention(
-    model: Any, name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None = None
-) -> Undo:
+def choose_attention(model: Any, name: str, attention: Callable[..., Any], mask: Any = None) -> Undo:
     """Give a model of transformers another attention function.
 
     Args:
         name: under which transformers knows the function from now on.
         attention: of transformers' interface: gets queries, keys, values and the mask.
-        mask: makes the mask; None: the attention gets only masks that the model is called with.
+        mask: a function that makes the mask; None: the attention gets only masks that the model is called with.
 
     Raises:
         ValueError: the model computes its attention by itself.
@@ -74,10 +70,7 @@ def choose_attention(
         AttentionMaskInterface.register(name, mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(name)
-
-    def undo() -> None:
-        model.set_attn_implementation(before)
-
+    undo = functools.partial(model.set_attn_implementation, before)
     if model.config._attn_implementation != name:
         undo()
         raise ValueError(f"{model.config.model_type} models do not let their attention be chosen")
@@ -122,9 +115,6 @@ def use_one_gpu(arguments: Any) -> Undo:
     return replace_attribute(arguments, "_n_gpu", min(1, arguments.n_gpu))
 
 
-# -- torch
-
-
 @contextlib.contextmanager
 def uncompiled_layers(model: Any) -> Iterator[None]:
     """Run the layers of a model without their compiled code (torch keeps it in a private attribute).
@@ -139,9 +129,6 @@ def uncompiled_layers(model: Any) -> Iterator[None]:
     finally:
         for module, call in compiled.items():
             module._compiled_call_impl = call
-
-
-# -- bitsandbytes
 
 
 def keep_4bit_layout(model: Any) -> Undo:
@@ -173,9 +160,6 @@ def let_run_ahead(optimizer: Any) -> Undo:
     return replace_attribute(optimizer, "step", method)
 
 
-# -- peft
-
-
 def change_class(modules: Iterable[Any], new: type) -> Undo:
     """Give modules a subclass of their class: peft has no hook for a forward pass that leaves out the base layer's."""
     before = [(module, type(module)) for module in modules]
@@ -187,9 +171,6 @@ def change_class(modules: Iterable[Any], new: type) -> Undo:
             module.__class__ = old
 
     return undo
-
-
-# -- Unsloth
 
 
 def wrap_unsloth_attention(wrap: Wrap) -> Undo:
@@ -258,9 +239,6 @@ def forget_plain_modules() -> None:
     """Take the modules that `plain_module` has made out of `sys.modules`."""
     while _plain_modules:
         sys.modules.pop(_plain_modules.popitem()[0], None)
-
-
-# -- trl
 
 
 @contextlib.contextmanager

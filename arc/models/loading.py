@@ -37,8 +37,8 @@ class Precision:
 def resolve_precision(engine: str = "auto", dtype: str = "auto", load_in_4bit: bool | None = None) -> Precision:
     """Choose engine and number formats for this machine.
 
-    `auto` is Unsloth in 4 bits with CUDA, else transformers. The type is bfloat16 on cards that have it, else float16
-    (such as on a T4), and float32 on a CPU.
+    `auto` is Unsloth in 4 bits with CUDA, else transformers. The type is bfloat16 on cards that have it, float16 on
+    others (such as a T4), and float32 on a CPU.
 
     Raises:
         ValueError: Unsloth was asked for and cannot run here.

@@ -189,13 +189,9 @@ def attend_shared(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shared: SharedPrompts, scaling: float | None = None,
     *, kernel: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """Causal attention within each segment of a row, and from each reply to its prompt.
+    """Causal attention within each segment of a row, and from each reply to its prompt; see packing.attend_documents.
 
     Args:
-        query: (1, query heads, tokens, size).
-        key, value: (1, heads, tokens, size).
-        shared: the segments.
-        scaling: factor of the scores; default: 1 / sqrt(size).
         kernel: use PyTorch's flash attention, see packing.has_document_kernel.
 
     Returns:

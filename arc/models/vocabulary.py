@@ -71,7 +71,9 @@ def cut_tokenizer(tokenizer: Any, keep_ids: Sequence[int] = ()) -> tuple[Any, li
             f"cannot cut a {tables['model']['type']} vocabulary: expected BPE; keep it whole with --full_vocab true"
         )
     vocabulary = tables["model"]["vocab"]
-    ids = {c: _character_id(c, vocabulary) for c in KEPT_CHARACTERS}
+    # Byte-level BPE writes "\n" as "Ċ" (byte 10 moved to U+010A); SentencePiece falls back to the byte token.
+    newline = next((vocabulary[name] for name in ("Ċ", "\n", "<0x0A>") if name in vocabulary), None)
+    ids = {c: newline if c == "\n" else vocabulary.get(c) for c in KEPT_CHARACTERS}
     missing = sorted(c for c, i in ids.items() if i is None)
     if missing:
         raise ValueError(f"the vocabulary has no token of its own for {missing}; keep it whole with --full_vocab true")
@@ -98,12 +100,6 @@ def cut_tokenizer(tokenizer: Any, keep_ids: Sequence[int] = ()) -> tuple[Any, li
             "the cut vocabulary does not give one token per character; keep it whole with --full_vocab true"
         )
     return cut, old_ids
-
-
-def _character_id(character: str, vocabulary: dict[str, int]) -> int | None:
-    # Byte-level BPE writes "\n" as "Ċ" (byte 10 moved to U+010A); SentencePiece falls back to the byte token.
-    names = ("Ċ", "\n", "<0x0A>") if character == "\n" else (character,)
-    return next((vocabulary[name] for name in names if name in vocabulary), None)
 
 
 def _post_processor_ids(node: Any, new_id: dict[int, int] | None = None) -> list[int]:
