@@ -260,11 +260,7 @@ class _State:
 
 
 def by_prompt(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Sort prompts so that equal ones stand together.
-
-    Returns:
-        The order, int64 (prompts,); for each prompt in it its number among the different ones, ascending from 0.
-    """
+    """The order of prompts, equal ones together, and each one's number among the different ones; both int64."""
     numbers: dict[bytes, int] = {}
     keys = [np.asarray(prompt, dtype=np.int64).tobytes() for prompt in prompts]
     owners = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)

@@ -22,7 +22,6 @@ def generate_replies(
         model: a causal language model; it is switched to decoding and back.
         engine: "unsloth" or "transformers".
         prompts: token ids, each (tokens,).
-        batch_size: prompts decoded at once.
         temperature: of the sampling; 0: greedy.
         seed: of the sampling, which also depends on prompts and batch size. torch's random state does not change.
 

@@ -14,7 +14,6 @@ from arc.models.loading import decoding
 if TYPE_CHECKING:
     import torch
 
-
 LOGIT_BYTES = 2**27  # of a batch's logits
 
 

@@ -71,12 +71,7 @@ class PrefixCache:
         return sum(tensor.numel() * tensor.element_size() for layer in self.layers for tensor in layer)
 
     def begin(self, lengths: Sequence[int], owners: np.ndarray) -> None:
-        """Start with new prompts and replies.
-
-        Args:
-            lengths: tokens of each prompt that will be in the cache; may be 0.
-            owners: the number of each reply's prompt, int64 (replies,), ascending.
-        """
+        """Start with new prompts of so many tokens, and replies; `owners` is each reply's prompt, int64, ascending."""
         import torch
 
         self._lengths = np.asarray(lengths)

@@ -66,10 +66,7 @@ class Work:
 class Row:
     """One row of a batch: feeds its last token and a draft, and takes the tokens that the model chooses.
 
-    Args:
-        number: of the prompt.
-        prompt, guess: token ids (tokens,); see `search.search_replies`.
-        end: the end token.
+    See `search.search_replies`; `number` is the prompt's, `end` the end token.
     """
 
     def __init__(
@@ -256,9 +253,8 @@ class RowCache:
     """Keys and values of a batch whose rows have different lengths, for the attention layers of transformers.
 
     It has the method of transformers' Cache that attention layers call, `update`. The caller says before each pass
-    where the tokens go, so rows are filled, rewound and copied independently. (A DynamicCache is cropped for all rows
-    at once, a StaticCache writes all rows at one position.) Columns behind a row's tokens hold finite leftovers, which
-    the mask hides.
+    where the tokens go, so rows are filled, rewound and copied independently. A DynamicCache is cropped for all rows at
+    once, a StaticCache writes all rows at one position. The mask hides the leftovers behind a row's tokens.
     """
 
     is_compileable = False
@@ -336,10 +332,7 @@ def row_attention(model: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def chosen_attention(model: Any, attention: Callable[..., tuple[torch.Tensor, None]]) -> Iterator[None]:
-    """Give a model of transformers another attention function for as long as the context lasts.
-
-    Args:
-        attention: of transformers' interface; it gets only masks that the model is called with.
+    """Give a model an attention function of transformers' interface for as long as the context lasts.
 
     Raises:
         UndecodableModelError: a model whose attention is not full, or cannot be chosen.

@@ -3,8 +3,8 @@
 Adapters are trained in float32, and Unsloth multiplies in 16 bits. It casts each matrix in the forward pass and again
 in the backward pass, and autograd casts each gradient: 672 launches of small kernels a pass for a 1B model. Here one
 call casts all matrices when the first layer reads its adapter. One call casts all gradients at the end of the backward
-pass. The numbers are the same. The casts take 2 bytes a weight until the backward pass has used them, their gradients
-2 more until its end, and 4 more where a step has several passes.
+pass. The numbers are the same. The casts take 2 bytes a weight until the backward pass has used them. Their gradients
+take 2 more until its end, and 4 more where a step has several passes.
 """
 
 from __future__ import annotations
@@ -56,11 +56,7 @@ def _memory(device: torch.device) -> float:
 
 
 class AdapterCasts:
-    """The adapters of a peft model, and their casts to a type in the present forward pass.
-
-    Attributes:
-        weights: the LoRA matrices that are trained, float32 (rank, in) and (out, rank).
-    """
+    """The adapters of a peft model, and their casts to a type in the present forward pass."""
 
     def __init__(self, model: Any, dtype: torch.dtype):
         from peft.tuners.lora import LoraLayer
@@ -68,6 +64,7 @@ class AdapterCasts:
         self.dtype = dtype
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         linears = [linear for layer in layers for pair in (layer.lora_A, layer.lora_B) for linear in pair.values()]
+        # The LoRA matrices that are trained, float32 (rank, in) and (out, rank).
         self.weights = [linear.weight for linear in linears if linear.weight.requires_grad]
         # Only modules with a flag of their own, not wrappers that look it up in the wrapped module.
         flag = "gradient_checkpointing"
@@ -105,11 +102,7 @@ class AdapterCasts:
 
 
 def reading_casts(plain: Callable[[Any], tuple[Any, ...]]) -> Callable[[Any], tuple[Any, ...]]:
-    """Unsloth's `get_lora_parameters`, giving casts of the adapters in passes that have them.
-
-    Args:
-        plain: Unsloth's function: gives a layer's weight, the weight's quantisation, A, B and their factor.
-    """
+    """Unsloth's `get_lora_parameters`, which returns the casts of the adapters in passes that have them."""
     import torch
 
     if getattr(plain, "reads_casts", False):

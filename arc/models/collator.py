@@ -41,9 +41,6 @@ class InputMaskingDataCollator:
         pad_to_multiple_of: the batch's length, packed or not, is rounded up to a multiple of this.
         query_beg, reply_beg, reply_end: the text format, for rows that come as text; `query_beg` is not used.
 
-    Attributes:
-        packed_for: None: rows are padded. An engine: a batch is one row of documents, see `packing.pack_rows`.
-
     Source: the ARChitects' collator of the same name. It searches token patterns and fails where only one output is
     left; this one works on spans and refuses rows without anything to learn.
     """
@@ -52,7 +49,7 @@ class InputMaskingDataCollator:
         self, tokenizer: Any, mask_inputs: bool = True, mask_first_n_examples: int = 0, pad_to_multiple_of: int = 8,
         query_beg: str = "I", reply_beg: str = "\n+/-=O", reply_end: str | None = None,
     ):  # fmt: skip
-        self.packed_for: str | None = None
+        self.packed_for: str | None = None  # None: rows are padded; an engine: one row, see `packing.pack_rows`
         if tokenizer.pad_token_id is None:
             raise ValueError(
                 "the tokenizer has no pad token: load it with model_tools.load_tokenizer, which chooses one"

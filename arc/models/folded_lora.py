@@ -1,8 +1,8 @@
 """Folded LoRA: one product with W + s·B·A, for ranks near the width of the layers.
 
-A LoRA layer of rank r multiplies each token by W (out x in), A (r x in) and B (out x r), and again in the backward
-pass. Where r is about the layer's width, that is two to three times the work of training W. Folded, A and B are added
-to W once for all tokens of a pass. For n tokens that is faster where out·in·(1 + 3·r/n) < 3·r·(out + in).
+A LoRA layer of rank r multiplies each token by W (out x in), A (r x in) and B (out x r). Where r is about the layer's
+width, that is two to three times the work of training W. Folded, A and B are added to W once for all tokens of a pass.
+For n tokens that is faster where out·in·(1 + 3·r/n) < 3·r·(out + in).
 """
 
 from __future__ import annotations

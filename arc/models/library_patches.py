@@ -190,9 +190,8 @@ def answer_unsloth_lengths(lengths: torch.Tensor, bounds: Any, longest: int) -> 
     This writes the answer into Unsloth's private table first. Unsloth overwrites it with the next batch.
 
     Args:
-        lengths: tokens of each document, int32 (documents,); the tensor that the model is called with.
-        bounds: where documents begin, and the end.
-        longest: tokens of the longest document, or more.
+        lengths: int32 (documents,), the tensor that the model is called with.
+        bounds, longest: see packing.attend_documents.
     """
     answers = getattr(sys.modules.get("unsloth.utils.packing"), "_PACKED_INFO_CACHE", None)
     if answers is not None:

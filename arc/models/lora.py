@@ -16,7 +16,6 @@ from arc.models.manifests import absolute_reference, apply_umask, write_manifest
 if TYPE_CHECKING:
     import torch
 
-
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDING_MODULES = ("embed_tokens", "lm_head")
 

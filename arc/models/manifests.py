@@ -39,7 +39,7 @@ def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:
 
 def apply_umask(path: str | Path) -> None:
     """Give a file, or all files of a folder, mode 0666 without the umask: safetensors' 0600 hides them from others."""
-    umask = os.umask(0)  # there is no other way to ask for it
+    umask = os.umask(0)  # the only way to read it
     os.umask(umask)
     for file in [Path(path)] if Path(path).is_file() else Path(path).rglob("*"):
         if file.is_file():

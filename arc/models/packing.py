@@ -94,9 +94,6 @@ def use_packed_attention(model: Any, engine: str = "transformers") -> library_pa
         engine: "transformers" or "unsloth". Unsloth separates documents by itself, but without xformers and flash-attn
             one after the other; here it gets one kernel for all.
 
-    Returns:
-        The undo.
-
     Raises:
         ValueError: a model whose attention is not full, or cannot be chosen.
     """
@@ -161,14 +158,16 @@ def unsloth_attention(plain: Callable[..., torch.Tensor]) -> Callable[..., torch
         bounds, longest = documents or (None, 0)
         if isinstance(bounds, SharedPrompts):
             return attend_shared(Q, K, V, bounds, kernel=has_document_kernel(Q))
-        is_other = (
+        if (
             bounds is None
+            or context.prefix_seg_info is not None
+            or context.attention_mask is not None
+            or context.sliding_window is not None
             or not context.is_causal
-            or any(
-                getattr(context, name) is not None for name in ("prefix_seg_info", "attention_mask", "sliding_window")
-            )
-        )
-        if is_other or not has_document_kernel(Q) or Q.shape[0] != 1 or Q.shape[2] != K.shape[2]:
+            or not has_document_kernel(Q)
+            or Q.shape[0] != 1
+            or Q.shape[2] != K.shape[2]
+        ):
             return plain(config=config, context=context, Q=Q, K=K, V=V)
         return attend_documents(Q, K, V, bounds, longest)
 

@@ -24,7 +24,6 @@ def prepare_base(base_model: str | Path, out: str | Path, full_vocab: bool = Fal
     Args:
         base_model: folder or hub name of an unquantised model.
         out: an existing folder.
-        full_vocab: keep the whole vocabulary.
 
     Returns:
         For the manifest: the base's name, the sizes of the vocabulary before and after.

@@ -14,12 +14,9 @@ PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|reser
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """Load a fast tokenizer that pads on the right; its pad token, or the first of `PAD_TOKENS`, is not its end token.
+    """Load a fast tokenizer, from a folder or the hub, that pads on the right with a token that is not its end token.
 
     With pad = EOS, many trainers would mask the end of replies together with the padding.
-
-    Args:
-        path: a folder or a hub name.
 
     Raises:
         ValueError: not a fast tokenizer, or without a token that could pad.

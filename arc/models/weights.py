@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BLOCK = 2**22  # weights that are summed and compared at once
 UNKNOWN_OPTIONS = (  # of peft's LoRA, which `AdapterSum` cannot add up
@@ -48,11 +47,7 @@ def add_low_rank(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling
 
 
 def summed_weights(trained: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Base + adapter of each weight of a peft model in memory.
-
-    Yields:
-        The name in the model without adapters, and the sum; float32 where an adapter is added.
-    """
+    """Name in the base, and base + adapter, of each weight of a peft model in memory; sums are float32."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in trained.base_model.model.named_modules():
@@ -76,9 +71,7 @@ def summed_weights(trained: Any) -> Iterator[tuple[str, torch.Tensor]]:
 class AdapterSum:
     """Base + adapter in float64, weight by weight, from the adapter's files and without peft: what a merge must equal.
 
-    Args:
-        model: the base. The embedding stands for both of two tied weights.
-        adapter: a folder.
+    The embedding stands for both of two tied weights.
 
     Raises:
         MergeError: the adapter has a tensor without a place in the model, or is of an unknown kind.
