@@ -39,7 +39,6 @@ class DeviceSampler:
 
     Args:
         model: of transformers, without adapters.
-        end: the end token.
         max_new_tokens: a reply that is cut off there has no end token.
         temperature: logits are divided by it; 0: greedy.
     """

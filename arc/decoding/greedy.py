@@ -19,8 +19,7 @@ def generate_replies(
     """Greedy or sampled replies to prompts, by the model's own `generate`.
 
     Args:
-        model: a causal language model; it is switched to decoding and back.
-        engine: "unsloth" or "transformers".
+        engine: "unsloth" or "transformers"; the model is switched to decoding and back.
         prompts: token ids, each (tokens,).
         temperature: of the sampling; 0: greedy.
         seed: of the sampling, which also depends on prompts and batch size. torch's random state does not change.

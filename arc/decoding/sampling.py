@@ -13,6 +13,8 @@ from arc.decoding.rows import Reply, Row, Work, check_generation_settings, check
 if TYPE_CHECKING:
     import torch
 
+LOOK = 32  # tokens of a reply between two calls of `hopeless`
+
 
 def sample_replies(
     model: Any, engine: str, tokenizer: Any, prompts: Sequence[np.ndarray], *, max_new_tokens: int, samples: int = 1,
@@ -30,7 +32,6 @@ def sample_replies(
     Args:
         model, engine, tokenizer, prompts, done, work: see `search.search_replies`.
         max_new_tokens: a reply that is cut off there has no end token.
-        samples: replies to each prompt.
         temperature: logits are divided by it; 0: greedy.
         seed: of the random numbers, from 0.
         seeds: a number from 0 for each prompt, in place of 0, 1 and so on.
@@ -110,9 +111,6 @@ def draw_tokens(logits: torch.Tensor, draws: torch.Tensor, temperature: float) -
         tokens = logits.argmax(-1, keepdim=True)
     log_probs = torch.log_softmax(logits, -1).gather(-1, tokens)
     return tokens[..., 0], log_probs[..., 0]
-
-
-LOOK = 32  # tokens of a reply between two calls of `hopeless`
 
 
 class _Sample(Row):

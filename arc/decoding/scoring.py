@@ -33,8 +33,7 @@ def score_replies(
     so there each reply has a row with its prompt.
 
     Args:
-        model, tokenizer, work: see `search.search_replies`.
-        engine: "unsloth" or "transformers".
+        model, engine, tokenizer, work: see `search.search_replies`; any engine.
         prompts: token ids (tokens,), one for each reply; equal prompts are computed once.
         replies: token ids (tokens,); an end token counts only where it is there.
         batch_size: rows of one pass.

@@ -71,7 +71,9 @@ def model_card(manifest: dict[str, Any]) -> str:
     base = str(manifest.get("base", "its base"))
     base = Path(base).name if Path(base).is_absolute() else base
     source = f"Made by `{manifest['script']}`." if "script" in manifest else "Saved outside of the stage scripts."
-    rows = [f"| {name} | {_written(settings[name])} |" for name in NAMED_SETTINGS if settings.get(name) is not None]
+    values = {name: settings[name] for name in NAMED_SETTINGS if settings.get(name) is not None}
+    values |= {name: " ".join(map(str, v)) for name, v in values.items() if isinstance(v, (list, tuple))}
+    rows = [f"| {name} | {value} |" for name, value in values.items()]
     if rows:
         source += "\n\n| setting | value |\n| --- | --- |\n" + "\n".join(rows)
         source += "\n\n`manifest.json` has all settings, the versions of the libraries and what it was made from."
@@ -90,7 +92,3 @@ def model_card(manifest: dict[str, Any]) -> str:
 def write_model_card(folder: str | Path, manifest: dict[str, Any]) -> None:
     """Write the card of a folder, over the one that peft writes."""
     (Path(folder) / CARD).write_text(model_card(manifest), encoding="utf-8")
-
-
-def _written(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -26,6 +26,7 @@ Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 UNSLOTH_KERNELS = "unsloth.kernels.fast_lora"  # the module where Unsloth's layers look up UNSLOTH_READER
 UNSLOTH_READER = "get_lora_parameters"
+_plain_modules: dict[str, Any] = {}  # see `plain_module`
 
 
 def replace_attribute(owner: Any, name: str, new: Any) -> Undo:
@@ -229,9 +230,6 @@ def plain_module(name: str) -> Any:
         _plain_modules[plain] = sys.modules[plain] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[plain])
     return _plain_modules[plain]
-
-
-_plain_modules: dict[str, Any] = {}
 
 
 def forget_plain_modules() -> None:

@@ -1,8 +1,7 @@
 """One row for the completions of several prompts, which holds each prompt once.
 
 GRPO trains on groups: several completions of one prompt that is many times longer. Here the completions attend to one
-copy of their prompt. Results and gradients are those of separate rows: a prompt's gradients from its completions add
-up.
+copy of their prompt. Results are those of separate rows: a prompt's gradients from its completions add up.
 
     row        prompt A without its last token | prompt B ... | last token of A, reply 1 without its last | ...
     attention  causal within each segment; and from each reply to its whole prompt

@@ -138,12 +138,10 @@ class AdapterSum:
         base = self.base[name]
         unit = 2.0**-24  # largest relative error of one rounding to float32
         with self._open() as file:
-            full = None
-            if name in self._full:
-                full = file.get_slice(self._full[name])
-                if list(full.get_shape()) != list(base.shape):
-                    shapes = f"{full.get_shape()}, the base's {list(base.shape)}"
-                    raise MergeError(f"{self._full[name]} of {self.adapter} is {shapes}")
+            full = file.get_slice(self._full[name]) if name in self._full else None
+            if full is not None and list(full.get_shape()) != list(base.shape):
+                shapes = f"{full.get_shape()}, the base's {list(base.shape)}"
+                raise MergeError(f"{self._full[name]} of {self.adapter} is {shapes}")
             factors = self._factors(file, name) if name in self._low_rank else None
             for rows in row_blocks(base):
                 total = (base[rows] if full is None else full[rows].to(base.device)).double()
