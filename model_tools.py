@@ -23,24 +23,8 @@ from arc.models.prepared_base import check_base, prepare_base
 from arc.models.vocabulary import KEPT_CHARACTERS, cut_tokenizer, load_tokenizer
 
 __all__ = [
-    "EMBEDDING_MODULES",
-    "KEPT_CHARACTERS",
-    "LINEAR_MODULES",
-    "InputMaskingDataCollator",
-    "Precision",
-    "add_lora",
-    "check_base",
-    "cut_tokenizer",
-    "decoding",
-    "load_adapter",
-    "load_model",
-    "load_tokenizer",
-    "merge_adapter",
-    "merge_and_check",
-    "prepare_base",
-    "read_manifest",
-    "resolve_precision",
-    "save_adapter",
-    "set_gradient_checkpointing",
-    "write_manifest",
-]
+    "EMBEDDING_MODULES", "KEPT_CHARACTERS", "LINEAR_MODULES", "InputMaskingDataCollator", "Precision", "add_lora",
+    "check_base", "cut_tokenizer", "decoding", "load_adapter", "load_model", "load_tokenizer", "merge_adapter",
+    "merge_and_check", "prepare_base", "read_manifest", "resolve_precision", "save_adapter",
+    "set_gradient_checkpointing", "write_manifest",
+]  # fmt: skip

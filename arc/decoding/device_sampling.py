@@ -1,8 +1,8 @@
 """Sampling on the device: the GPU chooses the tokens, and the host only starts the passes.
 
 `sampling.sample_replies` waits for the device at every token; on a large GPU the host then takes as long as the pass.
-Here one CUDA graph holds a pass, the choice of the tokens and the bookkeeping. The host starts it token after token
-and looks every few tokens which replies have ended. The random numbers, and so the samples, are the same.
+Here one CUDA graph holds a pass, the choice of the tokens and the bookkeeping. The host looks every few tokens which
+replies have ended. The random numbers, and so the samples, are the same.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from arc.decoding.rows import (
     PREFILL_TOKENS,
     Reply,
     Work,
+    cached_logits,
     check_numbers,
     check_tokens,
     chosen_attention,
+    fill_prompts,
     halve_on_out_of_memory,
 )
 from arc.decoding.sampling import draw_tokens, random_draws
@@ -37,13 +39,9 @@ class DeviceSampler:
 
     Args:
         model: of transformers, without adapters.
-        end: the end token.
-        max_new_tokens: longest reply; a reply that is cut off there has no end token.
+        max_new_tokens: a reply that is cut off there has no end token.
         temperature: logits are divided by it; 0: greedy.
     """
-
-    cache: PrefixCache
-    state: _State
 
     def __init__(self, model: Any, end: int, *, max_new_tokens: int, temperature: float = 1.0):
         self.model, self.end, self.length, self.temperature = model, end, max_new_tokens, temperature
@@ -55,29 +53,20 @@ class DeviceSampler:
 
     def _forget(self) -> None:
         # Frees the memory of cache and graphs; `_reserve` makes them again.
-        self.ready = False
-        for name in ("cache", "state"):
-            vars(self).pop(name, None)
+        self.cache: Any = None  # a PrefixCache
+        self.state: Any = None  # a _State
         self.graphs: dict[tuple[int, int, int], Any] = {}  # by rows, prompts and most rows of one prompt
         self.pool: Any = None  # memory of the graphs
 
     def sample(
-        self,
-        prompts: Sequence[np.ndarray],
-        *,
-        samples: int = 1,
-        seed: int = 0,
-        seeds: Sequence[int] | None = None,
+        self, prompts: Sequence[np.ndarray], *, samples: int = 1, seed: int = 0, seeds: Sequence[int] | None = None,
         batch_size: int = 128,
-    ) -> list[list[Reply]]:
+    ) -> list[list[Reply]]:  # fmt: skip
         """Sample replies to each prompt; equal prompts are computed once.
 
         Args:
             prompts: int64 (tokens,) each, not empty.
-            samples: replies to each prompt.
-            seed: of the random numbers, from 0.
-            seeds: a number from 0 for each prompt, in place of 0, 1 and so on. The random numbers of a reply depend
-                only on the seed, this number and the number of the sample, as in `sampling.sample_replies`.
+            samples, seed, seeds: see `sampling.sample_replies`.
             batch_size: replies decoded at once; where memory runs out, half as many.
 
         Returns:
@@ -103,9 +92,16 @@ class DeviceSampler:
                 self._forget()  # the next try needs the memory
                 raise
 
-        with decoding(self.model, "transformers"), chosen_attention(self.model, self._attend):
+        with (
+            decoding(self.model, "transformers"),
+            chosen_attention(self.model, lambda *args, **kwargs: self.cache.attend(*args, **kwargs)),
+        ):
             halve_on_out_of_memory(run, min(batch_size, self.work.batch_size or batch_size, len(rows)), self.work)
-        self._free_if_large()
+        if self.on_cuda and self.cache is not None:
+            import torch
+
+            if self.cache.bytes > KEPT * torch.cuda.get_device_properties(self.device).total_memory:
+                self._forget()  # the training must not lack the memory
         return [replies[at : at + samples] for at in range(0, len(rows), samples)]
 
     def _sample(self, prompts: Sequence[np.ndarray], draws: np.ndarray) -> list[Reply]:
@@ -119,7 +115,7 @@ class DeviceSampler:
         state = self.state
         state.begin([prompts[at] for at in order], draws[order])
         finished: dict[int, Reply] = {}
-        live = order.copy()  # of each row that is still decoded, the place of its prompt in `prompts`
+        live = order.copy()  # of each row that is still decoded, its prompt's index in `prompts`
         done = 0
         while len(live):
             for _ in range(min(LOOK, self.length - done)):
@@ -144,67 +140,45 @@ class DeviceSampler:
     def _reserve(self, rows: int, prompts: int, width: int) -> None:
         # Makes room for replies and prompts. Graphs stay valid as long as nothing moves.
         needed = {"prompts": prompts, "rows": rows, "width": width}
-        there = {name: getattr(self.cache, name) if self.ready else 0 for name in needed}
-        if not self.ready or any(needed[name] > there[name] for name in needed):
-            room = {name: max(needed[name], there[name]) for name in needed}
-            self._forget()
-            self.cache = PrefixCache(self.model.config, **room, length=self.length, device=self.device)
-            self.state = _State(room["rows"], self.length, self.device)
-            self.ready = True
-
-    def _attend(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        return self.cache.attend(*args, **kwargs)
+        room = {name: max(size, getattr(self.cache, name, 0)) for name, size in needed.items()}
+        if all(room[name] == getattr(self.cache, name, 0) for name in room):
+            return
+        self._forget()
+        self.cache = PrefixCache(self.model.config, **room, length=self.length, device=self.device)
+        self.state = _State(room["rows"], self.length, self.device)
 
     def _prefill(self, prefixes: Sequence[np.ndarray]) -> None:
-        # All but the last token of each prompt.
-        import torch
-
+        # All but the last token of each prompt. Prompts of one token get a pass too: it makes the room of each layer.
         lengths = [max(1, len(prefix)) for prefix in prefixes]
         begin = 0
         while begin < len(prefixes):
             end = begin + 1
             while end < len(prefixes) and (end + 1 - begin) * max(lengths[begin : end + 1]) <= PREFILL_TOKENS:
                 end += 1
-            # The first pass makes the room of each layer, so prompts of a single token get a pass too.
-            width = max(lengths[begin:end])
-            ids = np.zeros((end - begin, width), dtype=np.int64)
-            for row, prefix in enumerate(prefixes[begin:end]):
-                ids[row, : len(prefix)] = prefix  # padded on the right, where no token looks
-            self.cache.begin_prompts(begin, width)
-            places = torch.arange(width, device=self.device).expand(len(ids), width)
-            self.model(
-                input_ids=torch.from_numpy(ids).to(self.device), position_ids=places, attention_mask=None,
-                past_key_values=self.cache, use_cache=True, logits_to_keep=1,
-            )  # fmt: skip
+            fill_prompts(self.model, self.cache, begin, prefixes[begin:end], max(lengths[begin:end]))
             begin = end
 
     def _step(self, rows: int) -> None:
         # Decodes one more token of each of the first `rows` rows.
-        if not self.on_cuda:
-            self._pass(rows)()
-            return
-        key = (rows, self.cache.count, self.cache.most)
-        if key not in self.graphs:
-            self.graphs[key] = self._capture(self._pass(rows))
-        self.graphs[key].replay()
-
-    def _pass(self, rows: int) -> Callable[[], None]:
         state = self.state
 
         def run() -> None:
             self.cache.begin_step(rows, state.done[0])
-            logits = self.model(
-                input_ids=state.ids[:rows], position_ids=state.places[:rows], attention_mask=None,
-                past_key_values=self.cache, use_cache=True, logits_to_keep=0,
-            ).logits  # fmt: skip
+            logits = cached_logits(self.model, self.cache, state.ids[:rows], state.positions[:rows])
             state.take(logits, rows, self.temperature, self.end)
 
-        return run
+        if not self.on_cuda:
+            run()
+            return
+        key = (rows, self.cache.count, self.cache.most)
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(run)
+        self.graphs[key].replay()
 
     def _capture(self, run: Callable[[], None]) -> Any:
         import torch
 
-        before = self.state.copy()
+        before = [tensor.clone() for tensor in self.state.tensors]
         if self.stream is None:
             # One stream for all graphs: each stream that multiplies matrices holds a workspace for good.
             self.stream = torch.cuda.Stream()
@@ -220,53 +194,40 @@ class DeviceSampler:
         # threads go on, such as those that pin the memory of batches.
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             run()
-        self.state.restore(before)
+        for tensor, copied in zip(self.state.tensors, before, strict=True):
+            tensor.copy_(copied)
         return graph
-
-    def _free_if_large(self) -> None:
-        # The training must not lack the memory.
-        import torch
-
-        if not self.on_cuda or not self.ready:
-            return
-        if self.cache.bytes > KEPT * torch.cuda.get_device_properties(self.device).total_memory:
-            self._forget()
 
 
 class _State:
-    """The state of the rows, on the device. All rows have equally many tokens.
-
-    Args:
-        rows: of the batch.
-        length: tokens of the longest reply.
-        device: where.
-    """
+    # The state of the rows, on the device. All rows have equally many tokens, at most `length`.
 
     def __init__(self, rows: int, length: int, device: torch.device):
         import torch
 
         self.ids = torch.zeros((rows, 1), dtype=torch.int64, device=device)  # the token to feed
-        self.places = torch.zeros_like(self.ids)  # and its column
+        self.positions = torch.zeros_like(self.ids)  # of this token
         self.alive = torch.zeros(rows, dtype=torch.bool, device=device)
         self.draws = torch.zeros((rows, length), dtype=torch.float64, device=device)
         self.tokens = torch.zeros((rows, length), dtype=torch.int64, device=device)
         self.log_probs = torch.zeros((rows, length), dtype=torch.float64, device=device)
         self.done = torch.zeros((1, 1), dtype=torch.int64, device=device)  # tokens of each row
-        self.by_row = [self.ids, self.places, self.alive, self.draws, self.tokens, self.log_probs]
+        self.by_row = [self.ids, self.positions, self.alive, self.draws, self.tokens, self.log_probs]
+        self.tensors = [*self.by_row, self.done]
 
     def begin(self, prompts: Sequence[np.ndarray], draws: np.ndarray) -> None:
-        """Start with the last token of each prompt."""
+        # Start with the last token of each prompt.
         import torch
 
         rows = len(prompts)
         self.ids[:rows, 0] = torch.tensor([int(prompt[-1]) for prompt in prompts])
-        self.places[:rows, 0] = torch.tensor([len(prompt) - 1 for prompt in prompts])
+        self.positions[:rows, 0] = torch.tensor([len(prompt) - 1 for prompt in prompts])
         self.draws[:rows] = torch.from_numpy(draws)
         self.alive[:rows] = True
         self.done.zero_()
 
     def take(self, logits: torch.Tensor, rows: int, temperature: float, end: int) -> None:
-        """Choose the next token of each row from its logits (rows, 1, vocabulary)."""
+        # Choose the next token of each row from its logits (rows, 1, vocabulary).
         at = self.done.clamp(max=self.draws.shape[1] - 1).expand(rows, 1)
         tokens, log_probs = draw_tokens(logits, self.draws[:rows].gather(1, at)[..., None], temperature)
         self.tokens[:rows].scatter_(1, at, tokens)
@@ -274,11 +235,11 @@ class _State:
         self.ids[:rows] = tokens
         alive = self.alive[:rows]
         alive &= tokens[:, 0] != end
-        self.places[:rows] += alive[:, None]  # a reply that has ended stays where it is
+        self.positions[:rows] += alive[:, None]  # a reply that has ended stays where it is
         self.done += 1
 
     def replies(self, rows: np.ndarray, end: int, done: int) -> list[Reply]:
-        """The replies of rows after `done` tokens."""
+        # The replies of rows after `done` tokens.
         tokens, log_probs = (each.cpu().numpy()[rows] for each in (self.tokens, self.log_probs))
         replies = []
         for path, values in zip(tokens[:, :done], log_probs[:, :done], strict=True):
@@ -289,29 +250,16 @@ class _State:
         return replies
 
     def move(self, keep: np.ndarray) -> None:
-        """Make these rows, int64, the first ones."""
+        # Make these rows, int64, the first ones.
         import torch
 
         rows = torch.from_numpy(keep).to(self.ids.device)
         for tensor in self.by_row:
             tensor[: len(rows)] = tensor[rows]
 
-    def copy(self) -> list[torch.Tensor]:
-        """A copy of all tensors."""
-        return [tensor.clone() for tensor in (*self.by_row, self.done)]
-
-    def restore(self, copies: Sequence[torch.Tensor]) -> None:
-        """Set all tensors to their copies."""
-        for tensor, copied in zip((*self.by_row, self.done), copies, strict=True):
-            tensor.copy_(copied)
-
 
 def by_prompt(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Sort prompts so that equal ones stand together.
-
-    Returns:
-        The order, int64 (prompts,), and the number of each place's prompt among the different ones, ascending from 0.
-    """
+    """The order of prompts, equal ones together, and each one's number among the different ones; both int64."""
     numbers: dict[bytes, int] = {}
     keys = [np.asarray(prompt, dtype=np.int64).tobytes() for prompt in prompts]
     owners = np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64)
@@ -320,12 +268,9 @@ def by_prompt(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rows_to_keep(alive: np.ndarray) -> np.ndarray:
-    """Rows that go on: those that are alive, filled up with others to a half of all rows, a quarter, and so on.
+    """Rows that go on: those that are alive, bool (rows,), filled up with others to a half of all, a quarter and so on.
 
     Each number of rows needs a graph, so there shall be few numbers.
-
-    Args:
-        alive: bool (rows,).
     """
     rows = size = len(alive)
     while size % 2 == 0 and size // 2 >= max(8, alive.sum()):

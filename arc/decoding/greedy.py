@@ -13,25 +13,14 @@ from arc.puzzles.text import format_options
 
 
 def generate_replies(
-    model: Any,
-    engine: str,
-    tokenizer: Any,
-    prompts: Sequence[np.ndarray],
-    max_new_tokens: int,
-    batch_size: int = 8,
-    *,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> list[np.ndarray]:
+    model: Any, engine: str, tokenizer: Any, prompts: Sequence[np.ndarray], max_new_tokens: int, batch_size: int = 8,
+    *, temperature: float = 0.0, seed: int = 0,
+) -> list[np.ndarray]:  # fmt: skip
     """Greedy or sampled replies to prompts, by the model's own `generate`.
 
     Args:
-        model: a causal language model; it is switched to decoding and back.
-        engine: "unsloth" or "transformers".
-        tokenizer: gives the pad and the end token.
+        engine: "unsloth" or "transformers"; the model is switched to decoding and back.
         prompts: token ids, each (tokens,).
-        max_new_tokens: longest reply.
-        batch_size: prompts decoded at once.
         temperature: of the sampling; 0: greedy.
         seed: of the sampling, which also depends on prompts and batch size. torch's random state does not change.
 
@@ -45,29 +34,25 @@ def generate_replies(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     device = next(model.parameters()).device
     end = tokenizer.eos_token_id
-    # Explicit, because the model's configuration may cut the distribution.
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": bool(temperature), "use_cache": True}
+    if temperature:  # explicit, because the model's configuration may cut the distribution
+        options |= {"temperature": temperature, "top_k": 0, "top_p": 1.0}
     with decoding(model, engine), torch.random.fork_rng(enabled=bool(temperature)):
         if temperature:
             torch.manual_seed(seed)
         for first in range(0, len(order), batch_size):
-            chosen = order[first : first + batch_size]
-            width = max(len(prompts[i]) for i in chosen)
-            ids = np.full((len(chosen), width), tokenizer.pad_token_id, dtype=np.int64)
-            mask = np.zeros((len(chosen), width), dtype=np.int64)
-            for row, i in enumerate(chosen):  # padded on the left, so that all replies begin in one column
+            batch = order[first : first + batch_size]
+            width = max(len(prompts[i]) for i in batch)
+            ids = np.full((len(batch), width), tokenizer.pad_token_id, dtype=np.int64)
+            mask = np.zeros_like(ids)
+            for row, i in enumerate(batch):  # padded on the left, so that all replies begin in one column
                 ids[row, width - len(prompts[i]) :] = prompts[i]
                 mask[row, width - len(prompts[i]) :] = 1
             out = model.generate(
-                input_ids=torch.from_numpy(ids).to(device),
-                attention_mask=torch.from_numpy(mask).to(device),
-                max_new_tokens=max_new_tokens,
-                **(how or {"do_sample": False}),
-                eos_token_id=end,
-                pad_token_id=tokenizer.pad_token_id,
-                use_cache=True,
-            )
-            for row, i in enumerate(chosen):
+                input_ids=torch.from_numpy(ids).to(device), attention_mask=torch.from_numpy(mask).to(device),
+                eos_token_id=end, pad_token_id=tokenizer.pad_token_id, **options,
+            )  # fmt: skip
+            for row, i in enumerate(batch):
                 reply = out[row, width:].cpu().numpy()
                 ends = np.flatnonzero(reply == end)
                 replies[i] = reply[: ends[0] + 1] if len(ends) else reply
@@ -75,33 +60,19 @@ def generate_replies(
 
 
 class GreedyAnswer(NamedTuple):
-    """A greedy reply, and whether it solves its puzzle.
+    """A greedy reply, and whether it solves its puzzle."""
 
-    Attributes:
-        tokens: int64 (tokens,), see `generate_replies`.
-        decodable: the reply is a grid.
-        solved: the grid is the solution.
-    """
-
-    tokens: np.ndarray
-    decodable: bool
-    solved: bool
+    tokens: np.ndarray  # int64 (tokens,), see `generate_replies`
+    decodable: bool  # the reply is a grid
+    solved: bool  # the grid is the solution
 
 
 def greedy_answers(
-    model: Any,
-    engine: str,
-    tokenizer: Any,
-    dataset: ArcDataset,
-    prompts: Sequence[dict[str, Any]],
-    *,
-    batch_size: int,
+    model: Any, engine: str, tokenizer: Any, dataset: ArcDataset, prompts: Sequence[dict[str, Any]], *, batch_size: int
 ) -> list[GreedyAnswer]:
-    """Decode prompts greedily and compare with the solutions.
+    """Decode prompts greedily and compare with the dataset's solutions, see `generate_replies`.
 
     Args:
-        model, engine, tokenizer, batch_size: see `generate_replies`.
-        dataset: holds the solutions.
         prompts: rows with "key" and "input_ids", as SampleEncoder gives them with reply=False.
     """
     options = format_options(tokenizer.eos_token)
@@ -116,13 +87,7 @@ def greedy_answers(
 
 
 def exact_match(
-    model: Any,
-    engine: str,
-    tokenizer: Any,
-    dataset: ArcDataset,
-    prompts: Sequence[dict[str, Any]],
-    *,
-    batch_size: int,
+    model: Any, engine: str, tokenizer: Any, dataset: ArcDataset, prompts: Sequence[dict[str, Any]], *, batch_size: int
 ) -> dict[str, float]:
     """`eval_exact_match` and `eval_decodable`, shares of the prompts; see `greedy_answers`."""
     answers = greedy_answers(model, engine, tokenizer, dataset, prompts, batch_size=batch_size)
@@ -135,13 +100,11 @@ def exact_match(
 def longest_reply(dataset: ArcDataset, keys: Sequence[str], tokenizer: Any) -> int:
     """Tokens of the longest reply to any of the keys, with the end token, in its longer orientation."""
     options = format_options(tokenizer.eos_token)
-    shapes = {
-        dataset.solutions[dataset.get_base_key(key)][dataset.get_base_key_and_reply_num(key)[1]].shape for key in keys
-    }
+    bases = [(dataset.get_base_key(key), dataset.get_base_key_and_reply_num(key)[1]) for key in keys]
+    shapes = {dataset.solutions[base][number].shape for base, number in bases}
     longest = 0
     for shape in shapes | {shape[::-1] for shape in shapes}:
-        text = ArcDataset.fmt_output(
-            np.zeros(shape, dtype=np.uint8), options["reply_end"], lines_sep=options["lines_sep"]
-        )
+        grid = np.zeros(shape, dtype=np.uint8)
+        text = ArcDataset.fmt_output(grid, options["reply_end"], lines_sep=options["lines_sep"])
         longest = max(longest, len(tokenizer(text, add_special_tokens=False)["input_ids"]))
     return longest

@@ -14,7 +14,6 @@ from arc.models.loading import decoding
 if TYPE_CHECKING:
     import torch
 
-
 LOGIT_BYTES = 2**27  # of a batch's logits
 
 
@@ -46,13 +45,7 @@ def unsloth_logits(engine: str) -> Iterator[None]:
 
 
 def log_probabilities(model: Any, engine: str, row: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-    """Log probabilities of the token after each of these positions of a row.
-
-    Args:
-        model: of any engine, in training or not.
-        engine: "unsloth" or "transformers".
-        row: token ids (tokens,).
-        positions: ascending, int (positions,).
+    """Log probabilities of the token after each position, int (positions,) ascending, of a row, (tokens,).
 
     Returns:
         Natural logarithms, float64 (positions, vocabulary), on the CPU.
@@ -62,7 +55,7 @@ def log_probabilities(model: Any, engine: str, row: np.ndarray, positions: np.nd
 
 
 def log_probabilities_of_rows(
-    model: Any, rows: Sequence[np.ndarray], wanted: Sequence[np.ndarray], engine: str = "transformers"
+    model: Any, rows: Sequence[np.ndarray], positions: Sequence[np.ndarray], engine: str = "transformers"
 ) -> list[torch.Tensor]:
     """`log_probabilities` of several rows, for a model that is switched to decoding: one tensor a row.
 
@@ -74,8 +67,7 @@ def log_probabilities_of_rows(
     results: dict[int, torch.Tensor] = {}
     device, vocabulary = model.get_input_embeddings().weight.device, model.config.vocab_size
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    largest = max(1, LOGIT_BYTES // (4 * vocabulary * max(len(row) for row in rows)))
-    size = min(16, largest)
+    size = min(16, max(1, LOGIT_BYTES // (4 * vocabulary * max(len(row) for row in rows))))
     with torch.no_grad(), full_float32():
         for first in range(0, len(rows), size):
             batch = order[first : first + size]
@@ -83,14 +75,14 @@ def log_probabilities_of_rows(
             mask = np.zeros_like(ids)
             for at, i in enumerate(batch):
                 ids[at, : len(rows[i])], mask[at, : len(rows[i])] = rows[i], 1
-            kept = np.unique(np.concatenate([wanted[i] for i in batch]))
+            columns = np.unique(np.concatenate([positions[i] for i in batch]))
             if engine == "unsloth":
-                kept, options = np.arange(ids.shape[1]), {}
+                columns, options = np.arange(ids.shape[1]), {}
             else:
-                to_keep = torch.from_numpy(kept).to(device)
+                to_keep = torch.from_numpy(columns).to(device)
                 options = {"attention_mask": torch.from_numpy(mask).to(device), "logits_to_keep": to_keep}
             logits = model(input_ids=torch.from_numpy(ids).to(device), use_cache=False, **options).logits
             for at, i in enumerate(batch):
-                rows_of_logits = torch.from_numpy(np.searchsorted(kept, wanted[i])).to(device)
-                results[i] = torch.log_softmax(logits[at, rows_of_logits].double(), -1).cpu()
+                chosen = torch.from_numpy(np.searchsorted(columns, positions[i])).to(device)
+                results[i] = torch.log_softmax(logits[at, chosen].double(), -1).cpu()
     return [results[i] for i in range(len(rows))]

@@ -1,9 +1,8 @@
 """A cache for many replies to few prompts: it holds each prompt once, and the tokens of each reply apart.
 
-A step of decoding reads the keys and values that it attends to. For a group of replies most of these are their common
-prompt, so a step reads the prompt once: all queries of the group attend to it as if they were tokens of one row. Each
-query then attends to the tokens of its reply. Softmax over both is the mean of the two results, weighted by their sums
-of exponentials.
+A step of decoding reads the keys and values that it attends to. Here a step reads the prompt of a group once: all
+queries of the group attend to it as tokens of one row. Each query then attends to its reply. Softmax over both is the
+mean of the two results, weighted by their sums of exponentials.
 
 Everything has a fixed place in memory, so that the CUDA graph of a step stays valid while prompts and replies change.
 
@@ -17,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arc.decoding.rows import round_up
 from arc.models.packing import has_document_kernel
+from arc.models.prompt_sharing import round_up
 
 if TYPE_CHECKING:
     import torch
@@ -32,14 +31,10 @@ class PrefixCache:
 
     Args:
         config: of the model.
-        prompts: most prompts at once.
-        rows: most replies at once.
-        width: tokens of the longest prompt.
-        length: tokens of the longest reply.
-        device: of the cache.
+        prompts, rows: most prompts and replies at once.
+        width, length: tokens of the longest prompt and reply.
 
     Attributes:
-        prompts, rows, width, length: the room.
         groups: query heads that share keys.
         most: most replies to one prompt, rounded up: graphs depend on it.
         layers: of each layer the prompts' keys and values (prompts, width, heads, size of a head), then the replies'
@@ -65,7 +60,7 @@ class PrefixCache:
         self._query_bounds = torch.zeros(prompts + 1, **whole)
         self._owners = torch.zeros(rows, dtype=torch.int64, device=device)
         self._has_prompt = torch.zeros(rows * self.groups, dtype=torch.float32, device=device)
-        self._own_lengths = torch.zeros(rows, **whole)
+        self._reply_lengths = torch.zeros(rows, **whole)
         self._prompt_columns = torch.arange(prompts + 1, **whole) * self.width
         self._row_queries = torch.arange(rows + 1, **whole) * self.groups
         self._row_columns = torch.arange(rows + 1, **whole) * self.length
@@ -76,12 +71,7 @@ class PrefixCache:
         return sum(tensor.numel() * tensor.element_size() for layer in self.layers for tensor in layer)
 
     def begin(self, lengths: Sequence[int], owners: np.ndarray) -> None:
-        """Start with new prompts and replies.
-
-        Args:
-            lengths: tokens of each prompt that will be in the cache; may be 0.
-            owners: the number of each reply's prompt, int64 (replies,), ascending.
-        """
+        """Start with new prompts of so many tokens, and replies; `owners` is each reply's prompt, int64, ascending."""
         import torch
 
         self._lengths = np.asarray(lengths)
@@ -102,12 +92,7 @@ class PrefixCache:
         self.most = round_up(int(counts.max()), 8)
 
     def move(self, keep: np.ndarray, tokens: int) -> None:
-        """Continue with some of the replies.
-
-        Args:
-            keep: their rows, int64, ascending.
-            tokens: tokens of each reply so far.
-        """
+        """Continue with these rows, int64, ascending, which have so many tokens."""
         import torch
 
         rows = torch.from_numpy(keep).to(self._owners.device)
@@ -121,14 +106,9 @@ class PrefixCache:
         self._is_prompt, self._first, self._prefill = True, first, width
 
     def begin_step(self, rows: int, column: torch.Tensor) -> None:
-        """The next pass writes one column of the first rows, and attends to their prompts and tokens so far.
-
-        Args:
-            rows: how many rows.
-            column: the column, the same for all, int64 (1,).
-        """
-        self._is_prompt, self._step_rows, self._column = False, rows, column
-        self._own_lengths[:rows] = column + 1
+        """The next pass writes this column, int64 (1,), of the first rows; it attends to their prompts and tokens."""
+        self._is_prompt, self._column = False, column
+        self._reply_lengths[:rows] = column + 1
         self._step_mask = None
 
     def update(
@@ -154,20 +134,11 @@ class PrefixCache:
         """Room for prompts; models may ask, but use the positions that they are called with."""
         return self.width
 
-    # -- attention
-
     def attend(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
         dropout: float = 0.0, scaling: float | None = None, **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
-        """Attention of transformers' interface, for the pass that was begun.
-
-        Args:
-            module: the layer, with its `layer_idx`.
-            query: (rows, query heads, fed, size).
-            key, value: as `update` returned them.
-            attention_mask, dropout, kwargs: not used.
-            scaling: factor of the scores.
+        """Attention of transformers' interface, for the pass that was begun, of queries (rows, query heads, fed, size).
 
         Returns:
             (rows, fed, query heads, size), and None for the weights.
@@ -184,9 +155,7 @@ class PrefixCache:
             attend = self._attend_with_mask if query.is_cuda else self._attend_by_prompt
         return attend(query, layer, scaling), None
 
-    def _attend_with_kernel(
-        self, query: torch.Tensor, layer: list[torch.Tensor], scaling: float | None
-    ) -> torch.Tensor:
+    def _attend_with_kernel(self, query: torch.Tensor, layer: list[torch.Tensor], scaling: float | None) -> Any:
         import torch
 
         rows, heads, _, size = query.shape
@@ -205,12 +174,12 @@ class PrefixCache:
             self._prompt_columns[: self.count + 1], self.most * self.groups, self.width,
             self._prompt_lengths[: self.count],
         )  # fmt: skip
-        to_own, own_sum = flash(
+        to_reply, reply_sum = flash(
             layer[2][:rows], layer[3][:rows], self._row_queries[: rows + 1], self._row_columns[: rows + 1],
-            self.groups, self.length, self._own_lengths[:rows],
+            self.groups, self.length, self._reply_lengths[:rows],
         )  # fmt: skip
-        share = torch.sigmoid(prompt_sum - own_sum) * self._has_prompt[: rows * self.groups]
-        mixed = torch.lerp(to_own, to_prompt, share.to(to_own.dtype).t()[..., None])
+        share = torch.sigmoid(prompt_sum - reply_sum) * self._has_prompt[: rows * self.groups]
+        mixed = torch.lerp(to_reply, to_prompt, share.to(to_reply.dtype).t()[..., None])
         return mixed.view(rows, self.groups, shared, size).transpose(1, 2).reshape(rows, 1, heads, size)
 
     def _attend_by_prompt(self, query: torch.Tensor, layer: list[torch.Tensor], scaling: float | None) -> torch.Tensor:
@@ -220,8 +189,8 @@ class PrefixCache:
         shared, length = heads // self.groups, int(self._column) + 1
         scale = scaling or size**-0.5
         queries = query.view(rows, shared, self.groups, size)
-        own_keys, own_values = (stored[:rows, :length].transpose(1, 2) for stored in layer[2:])
-        own_scores = queries @ own_keys.transpose(-1, -2)  # (rows, heads, queries, seen)
+        reply_keys, reply_values = (stored[:rows, :length].transpose(1, 2) for stored in layer[2:])
+        reply_scores = queries @ reply_keys.transpose(-1, -2)  # (rows, heads, queries, seen)
         out = torch.empty_like(queries)
         bounds = np.searchsorted(self._numbers[:rows], np.arange(self.count + 1))
         for number, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
@@ -232,10 +201,10 @@ class PrefixCache:
             count = end - begin
             folded = queries[group].transpose(0, 1).reshape(shared, count * self.groups, size)
             scores = (folded @ keys.transpose(-1, -2)).view(shared, count, self.groups, width).transpose(0, 1)
-            weights = (torch.cat([scores, own_scores[group]], dim=-1).float() * scale).softmax(-1).to(query.dtype)
+            weights = (torch.cat([scores, reply_scores[group]], dim=-1).float() * scale).softmax(-1).to(query.dtype)
             to_prompt = weights[..., :width].transpose(0, 1).reshape(shared, count * self.groups, width) @ values
             to_prompt = to_prompt.view(shared, count, self.groups, size).transpose(0, 1)
-            out[group] = to_prompt + weights[..., width:] @ own_values[group]
+            out[group] = to_prompt + weights[..., width:] @ reply_values[group]
         return out.reshape(rows, 1, heads, size)
 
     def _attend_with_mask(self, query: torch.Tensor, layer: list[torch.Tensor], scaling: float | None) -> torch.Tensor:
@@ -247,8 +216,8 @@ class PrefixCache:
         owners = self._owners[:rows]
         if self._step_mask is None:  # one for all layers
             prompts = torch.arange(width, device=query.device) < self._prompt_lengths[owners][:, None]
-            own = torch.arange(length, device=query.device) < self._own_lengths[:rows, None]
-            self._step_mask = torch.cat([prompts, own], dim=1)[:, None, None]
+            replies = torch.arange(length, device=query.device) < self._reply_lengths[:rows, None]
+            self._step_mask = torch.cat([prompts, replies], dim=1)[:, None, None]
         keys, values = (
             torch.cat([layer[at][owners, :width], layer[2 + at][:rows, :length]], dim=1).transpose(1, 2)
             for at in (0, 1)

@@ -1,12 +1,11 @@
 """Decoding of many prompts at once on one key-value cache, whose rows advance and rewind independently.
 
 The time of decoding depends on the number of forward passes, hardly on their tokens: each pass reads all weights. So
-all rows advance together, a pass may carry several tokens of a row (a draft), a waiting row replaces a finished one,
-and equal prompts are computed once.
+all rows advance together. A pass may carry several tokens of a row (a draft). A waiting row replaces a finished one.
+Equal prompts are computed once.
 
-The column of a token in the cache is its position in its row, so one number, the length, says what a row holds. To go
-back to an earlier branch, a search makes the length smaller. Nothing is moved or cleared: a token attends only to its
-own position and those before it.
+A token's column in the cache is its position in its row, so the length says what a row holds. A search goes back to an
+earlier branch by a smaller length. Nothing is cleared: a token attends only to positions up to its own.
 """
 
 from __future__ import annotations
@@ -15,13 +14,14 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from arc.models.library_patches import choose_attention
 from arc.models.loading import decoding
 from arc.models.packing import check_full_attention
+from arc.models.prompt_sharing import round_up
 
 if TYPE_CHECKING:
     import torch
@@ -29,24 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """A reply and its probability.
+    """A reply and its probability."""
 
-    Args:
-        tokens: int64 (tokens,), end token included if there is one.
-        log_prob: natural logarithm of the probability that the model gives these tokens after the prompt.
-    """
-
-    tokens: np.ndarray
-    log_prob: float
+    tokens: np.ndarray  # int64 (tokens,), with the end token if there is one
+    log_prob: float  # natural logarithm of the probability of all tokens after the prompt
 
 
-def check_generation_settings(max_new_tokens: int, batch_size: int) -> None:
-    """Raise ValueError unless both are at least 1."""
-    if max_new_tokens < 1 or batch_size < 1:
-        raise ValueError(f"max_new_tokens and batch_size are {max_new_tokens} and {batch_size}: expected at least 1")
-
-
-T = TypeVar("T")
+Choose = Callable[["torch.Tensor", Sequence[Any]], tuple[np.ndarray, np.ndarray]]  # see `decode_rows`
 LOGIT_BYTES = 2**30  # limit of one pass, in float64: with a whole vocabulary, 64 rows of 100 tokens would take 6 GB
 MASK_BYTES = 2**32  # limit of one pass, as bool and as numbers: a mask grows with the square of a row's length
 PREFILL_TOKENS = 2**14  # limit of one pass over prompts: more tokens are hardly faster and take memory
@@ -65,56 +54,62 @@ class NonFiniteAnswersError(UndecodableModelError):
 
 @dataclass
 class Work:
-    """The cost of decoding; the functions that get one add to it.
+    """The cost of decoding; the functions that get one add to it."""
 
-    Args:
-        passes: forward passes, also those over prompts.
-        prompt_tokens: tokens of prompts that went through the model.
-        reply_tokens: tokens of replies that went through the model, also those of wrong drafts.
-        seen_tokens: tokens in the cache that passes over replies attended to, once per row and pass: what such a pass
-            reads besides the weights.
-        batch_size: rows that fit into memory after it ran out; None: it never ran out.
+    passes: int = 0  # forward passes, also those over prompts
+    prompt_tokens: int = 0  # that went through the model
+    reply_tokens: int = 0  # that went through the model, also those of wrong drafts
+    seen_tokens: int = 0  # tokens in the cache that passes over replies read, once per row and pass
+    batch_size: int | None = None  # rows that fit into memory after it ran out; None: it never ran out
+
+
+class Row:
+    """One row of a batch: feeds its last token and a draft, and takes the tokens that the model chooses.
+
+    See `search.search_replies`; `number` is the prompt's, `end` the end token.
     """
 
-    passes: int = 0
-    prompt_tokens: int = 0
-    reply_tokens: int = 0
-    seen_tokens: int = 0
-    batch_size: int | None = None
-
-
-class Row(Protocol):
-    """One row of a batch: gives the tokens to feed and takes the model's choices."""
-
-    prompt: list[int]
-    path: list[int]  # tokens after the prompt; the last token of both together has not been fed yet
-    is_open: bool
+    def __init__(
+        self, number: int, prompt: np.ndarray, guess: np.ndarray | None, end: int, max_new_tokens: int,
+        draft_tokens: int,
+    ):  # fmt: skip
+        self.number, self.end, self.max_new_tokens, self.draft_tokens = number, end, max_new_tokens, draft_tokens
+        self.prompt = [int(token) for token in prompt]
+        self.guess = [int(token) for token in guess] if guess is not None else []
+        if end in self.guess:  # it is never fed: nothing comes after it
+            del self.guess[self.guess.index(end) :]
+        self.draft = len(self.guess)  # tokens to draft next
+        self.drafted: list[int] = []
+        self.path: list[int] = []  # tokens after the prompt; the last token of both has not been fed yet
+        self.log_prob = 0.0  # of the path
+        self.is_open = True
 
     def feed(self) -> list[int]:
-        """The last token, and a draft of the tokens that may follow."""
-        ...
+        """The last token, which has not been fed yet, and a draft."""
+        at = len(self.path)
+        self.drafted = self.guess[at : min(at + self.draft, self.max_new_tokens - 1)]
+        return [self.path[-1] if self.path else self.prompt[-1], *self.drafted]
 
-    def take(self, *chosen: np.ndarray) -> None:
-        """Take the choices after each fed token, arrays (fed, ...); sets `path` and `is_open`."""
-        ...
+    def take(self, tokens: np.ndarray, log_probs: np.ndarray) -> None:
+        """Take the choices after each fed token, (fed, ...); sets `path` and `is_open`."""
+        raise NotImplementedError
+
+    def adapt_draft(self, right: int) -> None:
+        """Choose the next draft's length, after so many right tokens of this one."""
+        # At least 1: a guess whose first token is wrong may be right after it.
+        self.draft = min(self.draft_tokens, max(1, 2 * right if right == len(self.drafted) else right))
 
 
 def decode_rows(
-    model: Any,
-    engine: str,
-    rows: Sequence[Any],
-    batch_size: int,
-    choose: Callable[[torch.Tensor, Sequence[Any]], tuple[np.ndarray, ...]],
-    finish: Callable[[Any], None],
+    model: Any, engine: str, rows: Sequence[Row], batch_size: int, choose: Choose, finish: Callable[[Any], None],
     work: Work | None,
-) -> None:
+) -> None:  # fmt: skip
     """Advance rows until none is open.
 
     Args:
         model, engine, batch_size, work: see `search.search_replies`.
-        rows: see `Row`.
-        choose: from logits (rows, fed, vocabulary) and their rows makes arrays (rows, fed, ...), log probabilities
-            last; each row takes its slice.
+        choose: makes tokens and log probabilities, each (rows, fed, ...), from logits (rows, fed, vocabulary) and their
+            rows. Each row takes its slice.
         finish: called with each row that has ended.
 
     Raises:
@@ -122,10 +117,8 @@ def decode_rows(
         torch.OutOfMemoryError: not even one row fits.
     """
     if engine != "transformers":
-        raise ValueError(
-            f"engine {engine} cannot decode rows of different lengths on one cache: load the model with "
-            "--engine transformers"
-        )
+        reason = "cannot decode rows of different lengths on one cache"
+        raise ValueError(f"engine {engine} {reason}: load the model with --engine transformers")
     waiting: list[Row] = list(rows)
     live: list[Row] = []
 
@@ -148,7 +141,7 @@ def decode_rows(
                     finish(live[at])
                     last = live.pop()
                     if at < len(live):
-                        decoder.copy(len(live), at, _length(last))
+                        decoder.cache.copy(len(live), at, _length(last))
                         live[at] = last
 
     with decoding(model, engine), row_attention(model):
@@ -161,7 +154,7 @@ def _length(row: Row) -> int:
 
 
 class _Decoder:
-    """A model and its cache; the first rows of the cache are the live ones."""
+    # A model and its cache; the first rows of the cache are the live ones.
 
     def __init__(self, model: Any, rows: int, work: Work):
         self.model, self.work = model, work
@@ -177,49 +170,36 @@ class _Decoder:
                 break
             prefixes.setdefault(prefix, []).append(row)
         first = len(live)
-        self._fill(first, list(prefixes))
+        width = max(map(len, prefixes))
+        if width:
+            fill_prompts(self.model, self.cache, first, list(prefixes), width)
+            self.work.passes += 1
+            self.work.prompt_tokens += sum(map(len, prefixes))
         admitted = [members[0] for members in prefixes.values()]
         for at, (prefix, members) in enumerate(prefixes.items(), first):
             for row in members[1:]:
-                self.copy(at, first + len(admitted), len(prefix))
+                self.cache.copy(at, first + len(admitted), len(prefix))
                 admitted.append(row)
         live += admitted  # only now: if memory had run out, they would still wait
         chosen = {id(row) for row in admitted}
         waiting[:] = [row for row in waiting if id(row) not in chosen]
 
-    def _fill(self, first: int, prefixes: Sequence[Sequence[int]]) -> None:
-        import torch
-
-        width = max(len(prefix) for prefix in prefixes)
-        if not width:
-            return
-        ids = np.zeros((len(prefixes), width), dtype=np.int64)
-        for at, prefix in enumerate(prefixes):
-            ids[at, : len(prefix)] = prefix  # padded on the right, where later tokens overwrite the padding
-        self.cache.begin_prompts(first, width)
-        positions = torch.arange(width, device=self.device).expand(len(prefixes), width)
-        self._forward(ids, positions, None, logits_to_keep=1)  # fills the cache; the logits are not used
-        self.work.prompt_tokens += sum(map(len, prefixes))
-
-    def advance(
-        self, live: Sequence[Row], choose: Callable[[torch.Tensor, Sequence[Any]], tuple[np.ndarray, ...]]
-    ) -> None:
+    def advance(self, live: Sequence[Row], choose: Choose) -> None:
         """Feed every row once. Rows with long drafts get passes of their own: the others would be padded to them."""
         feeds = [row.feed() for row in live]
-        shortest = min(map(len, feeds))
-        long = [at for at, feed in enumerate(feeds) if len(feed) > 2 * shortest + 32]
-        short = [at for at, feed in enumerate(feeds) if len(feed) <= 2 * shortest + 32]
+        limit = 2 * min(map(len, feeds)) + 32
+        long = [at for at, feed in enumerate(feeds) if len(feed) > limit]
+        short = [at for at, feed in enumerate(feeds) if len(feed) <= limit]
         for chosen in (short, sorted(long, key=lambda at: -len(feeds[at]))):
             while chosen:
                 longest = max(len(feeds[at]) for at in chosen)
                 seen = max(_length(live[at]) for at in chosen) + longest
-                batch = chosen[: affordable_rows(len(chosen), self.model, longest)]
-                batch = batch[: affordable_masks(len(batch), self.model, longest, seen)]
+                batch = chosen[: affordable_rows(len(chosen), self.model, longest, (longest, seen))]
                 chosen = chosen[len(batch) :]
-                choices = choose(self._step(batch, live, feeds), [live[at] for at in batch])
-                check_numbers(choices[-1])
+                tokens, log_probs = choose(self._step(batch, live, feeds), [live[at] for at in batch])
+                check_numbers(log_probs)
                 for row, at in enumerate(batch):
-                    live[at].take(*(array[row] for array in choices))
+                    live[at].take(tokens[row], log_probs[row])
 
     def _step(self, batch: Sequence[int], live: Sequence[Row], feeds: Sequence[Sequence[int]]) -> torch.Tensor:
         # Logits (batch, fed, vocabulary).
@@ -231,62 +211,58 @@ class _Decoder:
         for row, at in enumerate(batch):
             ids[row, : len(feeds[at])] = feeds[at]
         columns = begins[:, None] + np.arange(fed)
-        places = torch.from_numpy(columns).to(self.device)
+        positions = torch.from_numpy(columns).to(self.device)
         width = round_up(int(columns.max()) + 1, MASK_STEP)
-        self.cache.begin_step(list(batch), places, width)
-        mask = torch.arange(width, device=self.device) <= places[:, None, :, None]
+        self.cache.begin_step(list(batch), positions, width)
+        mask = torch.arange(width, device=self.device) <= positions[:, None, :, None]
         fed_tokens = sum(len(feeds[at]) for at in batch)
+        self.work.passes += 1
         self.work.reply_tokens += fed_tokens
         self.work.seen_tokens += int(begins.sum()) + fed_tokens
-        return self._forward(ids, places, mask, logits_to_keep=0)
-
-    def _forward(
-        self, ids: np.ndarray, positions: torch.Tensor, mask: torch.Tensor | None, logits_to_keep: int
-    ) -> torch.Tensor:
-        import torch
-
-        self.work.passes += 1
-        return self.model(
-            input_ids=torch.from_numpy(ids).to(self.device),
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=logits_to_keep,
-        ).logits
-
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Make row `target` of the cache hold the first `length` tokens of row `source`."""
-        self.cache.copy(source, target, length)
+        return cached_logits(self.model, self.cache, torch.from_numpy(ids).to(self.device), positions, mask)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Cache and attention
+def fill_prompts(model: Any, cache: Any, first: int, prompts: Sequence[Sequence[int] | np.ndarray], width: int) -> None:
+    """Compute prompts of up to `width` tokens into the rows of a cache from `first` on."""
+    import torch
+
+    device = model.get_input_embeddings().weight.device
+    ids = np.zeros((len(prompts), width), dtype=np.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = prompt  # padded on the right, where no token looks
+    cache.begin_prompts(first, width)
+    positions = torch.arange(width, device=device).expand(len(prompts), width)
+    cached_logits(model, cache, torch.from_numpy(ids).to(device), positions, logits_to_keep=1)
+
+
+def cached_logits(
+    model: Any, cache: Any, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None = None,
+    logits_to_keep: int = 0,
+) -> torch.Tensor:  # fmt: skip
+    """Logits (rows, fed, vocabulary) of a pass over a cache."""
+    return model(
+        input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True,
+        logits_to_keep=logits_to_keep,
+    ).logits  # fmt: skip
+
+
+# -- cache and attention
 
 
 class RowCache:
     """Keys and values of a batch whose rows have different lengths, for the attention layers of transformers.
 
     It has the method of transformers' Cache that attention layers call, `update`. The caller says before each pass
-    where the tokens of each row go, so that rows are filled, rewound and copied independently. (A DynamicCache is
-    cropped for all rows at once, a StaticCache writes all rows at one position.) The column of a token is its
-    position. Columns behind a row's tokens hold finite leftovers, which the mask hides.
-
-    Args:
-        rows: of the batch.
-
-    Attributes:
-        layers: keys and values of each layer, each (rows, heads, columns, size of a head); made at the first pass, and
-            longer by CACHE_STEP columns where they are too short.
+    where the tokens go, so rows are filled, rewound and copied independently. A DynamicCache is cropped for all rows at
+    once, a StaticCache writes all rows at one position. The mask hides the leftovers behind a row's tokens.
     """
 
     is_compileable = False
 
     def __init__(self, rows: int):
         self.rows = rows
+        # Keys and values of each layer, each (rows, heads, columns, size of a head), made at the first pass.
         self.layers: list[list[torch.Tensor]] = []
-        self._is_prompt = False
-        self._width = 0
 
     def begin_prompts(self, first: int, width: int) -> None:
         """The next pass fills the rows from `first` on, from column 0, and attends to nothing else."""
@@ -342,28 +318,21 @@ class RowCache:
 
 @contextlib.contextmanager
 def row_attention(model: Any) -> Iterator[None]:
-    """Give a model an attention for the masks of `RowCache`, for as long as the context lasts.
+    """As `chosen_attention`, with an attention for the masks of `RowCache`.
 
     With a mask, transformers' attention copies keys and values for each query head that shares them.
-
-    Raises:
-        UndecodableModelError: see `chosen_attention`.
     """
     attention = _GroupedAttention()
     try:
         with chosen_attention(model, attention):
             yield
     finally:
-        attention.forget()
+        attention.prepared = None  # transformers keeps the function
 
 
 @contextlib.contextmanager
 def chosen_attention(model: Any, attention: Callable[..., tuple[torch.Tensor, None]]) -> Iterator[None]:
-    """Give a model another attention function for as long as the context lasts.
-
-    Args:
-        model: of transformers.
-        attention: of transformers' interface; it gets only masks that the model is called with.
+    """Give a model an attention function of transformers' interface for as long as the context lasts.
 
     Raises:
         UndecodableModelError: a model whose attention is not full, or cannot be chosen.
@@ -380,38 +349,16 @@ def chosen_attention(model: Any, attention: Callable[..., tuple[torch.Tensor, No
 
 
 class _GroupedAttention:
-    """Attention of transformers' interface for the masks of `RowCache`; a mask is prepared once for all layers."""
+    # Attention of transformers' interface for the masks of `RowCache`.
 
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Free the last mask."""
-        self._prepared: tuple[torch.Tensor, torch.Tensor] | None = None  # a mask, and the bias made of it
+    prepared: tuple[torch.Tensor, torch.Tensor] | None = None  # the last mask, and the bias made of it
 
     def __call__(
-        self,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """Attend.
-
-        Args:
-            module, dropout, kwargs: not used.
-            query: (rows, query heads, fed, size).
-            key, value: (rows, heads, seen, size).
-            attention_mask: bool (rows, 1, fed, seen), True where a query attends; None: causal, as many seen as fed.
-            scaling: factor of the scores.
-
-        Returns:
-            (rows, fed, query heads, size), and None for the weights.
-        """
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        attention_mask: torch.Tensor | None, dropout: float = 0.0, scaling: float | None = None, **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        # query (rows, query heads, fed, size), key and value (rows, heads, seen, size). Mask: bool (rows, 1, fed,
+        # seen), True where a query attends; None: causal, as many seen as fed. Returns (rows, fed, query heads, size).
         from torch.nn.functional import scaled_dot_product_attention
 
         rows, heads, fed, size = query.shape
@@ -428,28 +375,24 @@ class _GroupedAttention:
         return out.transpose(1, 2).contiguous(), None
 
     def _bias_of(self, mask: torch.Tensor, groups: int, dtype: torch.dtype) -> torch.Tensor:
-        # All layers get the same mask. From a bool mask torch would make the bias in each layer: three more kernels, in
-        # passes that take as long as launching their kernels.
-        if self._prepared is None or self._prepared[0] is not mask or self._prepared[1].dtype != dtype:
+        # All layers get the same mask. From a bool mask torch would make the bias in each layer: three more kernels.
+        if self.prepared is None or self.prepared[0] is not mask or self.prepared[1].dtype != dtype:
             repeated = mask if mask.shape[2] == 1 else mask.repeat(1, 1, groups, 1)
             bias = mask.new_zeros(repeated.shape, dtype=dtype).masked_fill_(~repeated, -math.inf)
-            self._prepared = mask, bias
-        return self._prepared[1]
+            self.prepared = mask, bias
+        return self.prepared[1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory and numbers
+# -- memory and checks
 
 
-def halve_on_out_of_memory(run: Callable[[int], T], batch_size: int, work: Work | None = None) -> T:
+def halve_on_out_of_memory(run: Callable[[int], Any], batch_size: int, work: Work | None = None) -> Any:
     """Call `run(batch_size)`, and again with half the batch each time memory runs out.
 
-    accelerate's `find_executable_batch_size` frees the memory while the error still holds the tensors, and ends with an
-    error of its own where a batch of 1 does not fit.
+    (accelerate's `find_executable_batch_size` frees the memory while the error still holds the tensors.)
 
     Args:
-        run: does the work with batches of the given size; called again, it continues where it stopped.
-        batch_size: the first size.
+        run: works with batches of the given size; called again, it continues where it stopped.
         work: gets the size that fits, so that the caller can start with it the next time.
 
     Raises:
@@ -472,7 +415,25 @@ def halve_on_out_of_memory(run: Callable[[int], T], batch_size: int, work: Work 
         clear_device_cache()
 
 
-def check_tokens(model: Any, what: str, rows: Sequence[np.ndarray | None]) -> None:
+def check_generation_settings(max_new_tokens: int, batch_size: int) -> None:
+    """Raise ValueError unless both are at least 1."""
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(f"max_new_tokens and batch_size are {max_new_tokens} and {batch_size}: expected at least 1")
+
+
+def check_guesses(
+    model: Any, prompts: Sequence[np.ndarray], guesses: Sequence[np.ndarray | None] | None
+) -> list[np.ndarray | None]:
+    """Check prompts and guesses as `check_tokens`; the guess of each prompt, None where it has none or an empty one."""
+    if guesses is not None and len(guesses) != len(prompts):
+        raise ValueError(f"found {len(guesses)} guesses for {len(prompts)} prompts")
+    check_tokens(model, "prompt", prompts)
+    checked = [guess if guess is not None and len(guess) else None for guess in guesses or [None] * len(prompts)]
+    check_tokens(model, "guess", checked)
+    return checked
+
+
+def check_tokens(model: Any, name: str, rows: Sequence[np.ndarray | None]) -> None:
     """Refuse token ids that a model does not have: on a CUDA device they would end the process.
 
     Raises:
@@ -481,37 +442,31 @@ def check_tokens(model: Any, what: str, rows: Sequence[np.ndarray | None]) -> No
     size = model.get_input_embeddings().weight.shape[0]
     for number, row in enumerate(rows):
         if row is not None and not len(row):
-            raise ValueError(f"{what} {number} is empty: expected at least one token")
+            raise ValueError(f"{name} {number} is empty: expected at least one token")
         if row is not None and not 0 <= np.min(row) <= np.max(row) < size:
-            raise UndecodableModelError(
-                f"{what} {number} has tokens from {np.min(row)} to {np.max(row)}, the model {size:,}"
-            )
+            least, most = np.min(row), np.max(row)
+            raise UndecodableModelError(f"{name} {number} has tokens from {least} to {most}, the model {size:,}")
 
 
 def check_numbers(log_probs: Any) -> None:
-    """Refuse log probabilities that cannot be compared.
-
-    Raises:
-        NonFiniteAnswersError: a log probability is NaN.
-    """
+    """Raise NonFiniteAnswersError if a log probability is NaN."""
     if np.isnan(log_probs).any():
         raise NonFiniteAnswersError("the model answers with numbers that are none (NaN): nothing can be decoded")
 
 
-def affordable_rows(count: int, model: Any, fed: int) -> int:
-    """How many of `count` rows have logits that fit into LOGIT_BYTES; at least 1."""
-    return max(1, min(count, LOGIT_BYTES // (8 * model.config.vocab_size * fed)))
+def affordable_rows(count: int, model: Any, logits: int, mask: tuple[int, int] | None) -> int:
+    """How many of `count` rows have logits and attention masks that fit into LOGIT_BYTES and MASK_BYTES; at least 1.
 
-
-def affordable_masks(count: int, model: Any, fed: int, seen: int) -> int:
-    """How many of `count` rows have attention masks (fed, seen) that fit into MASK_BYTES; at least 1."""
+    Args:
+        logits: columns of logits of each row.
+        mask: the shape of each mask, (fed, seen), or None.
+    """
     config = model.config
-    groups = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    # The bool mask; for each query head that shares keys two more and the bias: see `_GroupedAttention`.
-    row = fed * seen * (1 + groups * (2 + model.get_input_embeddings().weight.element_size()))
-    return max(1, min(count, MASK_BYTES // row))
-
-
-def round_up(number: int, step: int) -> int:
-    """The least multiple of `step` that is not below `number`."""
-    return -(-number // step) * step
+    count = min(count, LOGIT_BYTES // (8 * config.vocab_size * logits))
+    if mask is not None:
+        heads = config.num_attention_heads
+        groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
+        # The bool mask; for each query head that shares keys two more and the bias: see `_GroupedAttention`.
+        size = mask[0] * mask[1] * (1 + groups * (2 + model.get_input_embeddings().weight.element_size()))
+        count = min(count, MASK_BYTES // size)
+    return max(1, count)

@@ -8,47 +8,35 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arc.decoding.rows import Reply, Work, check_generation_settings, check_tokens, decode_rows
+from arc.decoding.rows import Reply, Row, Work, check_generation_settings, check_guesses, decode_rows
 
 if TYPE_CHECKING:
     import torch
 
+LOOK = 32  # tokens of a reply between two calls of `hopeless`
+
 
 def sample_replies(
-    model: Any,
-    engine: str,
-    tokenizer: Any,
-    prompts: Sequence[np.ndarray],
-    *,
-    max_new_tokens: int,
-    samples: int = 1,
-    temperature: float = 1.0,
-    seed: int = 0,
-    seeds: Sequence[int] | None = None,
-    guesses: Sequence[np.ndarray | None] | None = None,
-    batch_size: int = 32,
-    draft_tokens: int = 32,
-    hopeless: Callable[[list[int]], bool] | None = None,
-    done: Callable[[int, list[Reply]], None] | None = None,
+    model: Any, engine: str, tokenizer: Any, prompts: Sequence[np.ndarray], *, max_new_tokens: int, samples: int = 1,
+    temperature: float = 1.0, seed: int = 0, seeds: Sequence[int] | None = None,
+    guesses: Sequence[np.ndarray | None] | None = None, batch_size: int = 32, draft_tokens: int = 32,
+    hopeless: Callable[[list[int]], bool] | None = None, done: Callable[[int, list[Reply]], None] | None = None,
     work: Work | None = None,
-) -> list[list[Reply]]:
+) -> list[list[Reply]]:  # fmt: skip
     """Sampled or greedy replies; samples of one prompt compute it once.
 
     Each sample has its own random numbers, one a token, from the seed, the prompt's and the sample's number. So the
-    replies do not depend on the batch size or on when others end (apart from the rounding of 16-bit passes). A
-    sample's token is known as soon as its logits are, so one pass can verify a whole guess: the tokens up to its first
-    wrong one cost nothing more.
+    replies do not depend on the batch size or on when others end, apart from the rounding of 16-bit passes. One pass
+    verifies a whole guess: its tokens up to the first wrong one cost nothing more.
 
     Args:
         model, engine, tokenizer, prompts, done, work: see `search.search_replies`.
-        max_new_tokens: longest reply; a reply that is cut off there has no end token.
-        samples: replies to each prompt.
+        max_new_tokens: a reply that is cut off there has no end token.
         temperature: logits are divided by it; 0: greedy.
         seed: of the random numbers, from 0.
         seeds: a number from 0 for each prompt, in place of 0, 1 and so on.
-        guesses: for each prompt a likely reply (tokens,), or None. Changes the time, not the result.
+        guesses, draft_tokens: see `search.search_replies`. They change the time, not the result.
         batch_size: replies decoded at once; the next reply replaces a finished one.
-        draft_tokens: most tokens of a guess that one pass verifies, after the first pass.
         hopeless: called with a reply's tokens every few tokens; True ends the reply there, without an end token.
 
     Returns:
@@ -63,25 +51,19 @@ def sample_replies(
         raise ValueError(
             f"samples, temperature and seed are {samples}, {temperature} and {seed}: expected at least 1, 0 and 0"
         )
-    for name, given in (("guesses", guesses), ("seeds", seeds)):
-        if given is not None and len(given) != len(prompts):
-            raise ValueError(f"found {len(given)} {name} for {len(prompts)} prompts")
+    if seeds is not None and len(seeds) != len(prompts):
+        raise ValueError(f"found {len(seeds)} seeds for {len(prompts)} prompts")
     check_generation_settings(max_new_tokens, batch_size)
-    check_tokens(model, "prompt", prompts)
-    guesses = [guess if guess is not None and len(guess) else None for guess in guesses or [None] * len(prompts)]
-    check_tokens(model, "guess", guesses)
+    guesses, end = check_guesses(model, prompts, guesses), tokenizer.eos_token_id
     numbers = list(range(len(prompts)) if seeds is None else seeds)
-    rows = [
-        _Sample(
-            i, prompt, guess, tokenizer.eos_token_id,
-            random_draws(seed, [numbers[i]], max_new_tokens, k)[0], draft_tokens, hopeless,
-        )
-        for i, (prompt, guess) in enumerate(zip(prompts, guesses, strict=True))
-        for k in range(samples)
-    ]  # fmt: skip
+    rows = []
+    for i in range(len(prompts)):
+        for k in range(samples):
+            draws = random_draws(seed, [numbers[i]], max_new_tokens, k)[0]
+            rows.append(_Sample(draws, hopeless, i, prompts[i], guesses[i], end, max_new_tokens, draft_tokens))
     remaining = [samples] * len(prompts)
 
-    def choose(logits: torch.Tensor, rows: Sequence[Any]) -> tuple[np.ndarray, ...]:
+    def choose(logits: torch.Tensor, rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         draws = np.zeros((len(rows), logits.shape[1], 1))
         if temperature:
             for at, row in enumerate(rows):
@@ -90,41 +72,32 @@ def sample_replies(
         tokens, log_probs = draw_tokens(logits, torch.from_numpy(draws).to(logits.device), temperature)
         return tokens.cpu().numpy(), log_probs.cpu().numpy()
 
+    def replies_of(number: int) -> list[Reply]:
+        group = rows[number * samples : (number + 1) * samples]
+        return [Reply(np.array(row.path, dtype=np.int64), row.log_prob) for row in group]
+
     def finish(row: _Sample) -> None:
         remaining[row.number] -= 1
         if done is not None and not remaining[row.number]:
             done(row.number, replies_of(row.number))
-
-    def replies_of(number: int) -> list[Reply]:
-        chosen = rows[number * samples : (number + 1) * samples]
-        return [Reply(np.array(row.path, dtype=np.int64), row.log_prob) for row in chosen]
 
     decode_rows(model, engine, rows, batch_size, choose, finish, work)
     return [replies_of(number) for number in range(len(prompts))]
 
 
 def random_draws(seed: int, numbers: Sequence[int], length: int, sample: int = 0) -> np.ndarray:
-    """Random numbers of samples, one a token: float64 from 0 to below 1, (numbers, length).
-
-    Args:
-        seed: from 0.
-        numbers: one from 0 for each prompt.
-        length: tokens.
-        sample: number of the sample among those of its prompt.
-    """
+    """Random numbers of one sample of each prompt, one a token: float64 from 0 to below 1, (numbers, length)."""
     return np.stack([np.random.default_rng([seed, number, sample]).random(length) for number in numbers])
 
 
 def draw_tokens(logits: torch.Tensor, draws: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose tokens by random numbers; with their log probabilities at temperature 1.
+    """Choose tokens from logits (rows, fed, vocabulary) by random numbers; temperature 0: the most probable ones.
 
     Args:
-        logits: (rows, fed, vocabulary).
         draws: float64 from 0 to below 1, (rows, fed, 1); not used for temperature 0.
-        temperature: logits are divided by it; 0: the most probable token.
 
     Returns:
-        Tokens, int64, and log probabilities, float64, each (rows, fed).
+        Tokens, int64, and log probabilities at temperature 1, float64, each (rows, fed).
     """
     import torch
 
@@ -140,41 +113,15 @@ def draw_tokens(logits: torch.Tensor, draws: torch.Tensor, temperature: float) -
     return tokens[..., 0], log_probs[..., 0]
 
 
-LOOK = 32  # tokens of a reply between two calls of `hopeless`
+class _Sample(Row):
+    # One sampled reply. It does not call the model.
 
-
-class _Sample:
-    """One sampled reply; see `rows.Row`. It does not call the model."""
-
-    def __init__(
-        self,
-        number: int,
-        prompt: np.ndarray,
-        guess: np.ndarray | None,
-        end: int,
-        draws: np.ndarray,
-        draft_tokens: int,
-        hopeless: Callable[[list[int]], bool] | None,
-    ):
-        self.number, self.end, self.draws, self.draft_tokens, self.hopeless = number, end, draws, draft_tokens, hopeless
-        self.prompt = [int(token) for token in prompt]
-        self.guess = [int(token) for token in guess] if guess is not None else []
-        if end in self.guess:  # it is never fed: nothing comes after it
-            del self.guess[self.guess.index(end) :]
-        self.draft = len(self.guess)  # tokens to draft next
-        self.drafted: list[int] = []
-        self.path: list[int] = []
-        self.log_prob = 0.0
-        self.is_open = True
-
-    def feed(self) -> list[int]:
-        """The last token, which has not been fed yet, and a draft."""
-        at = len(self.path)
-        self.drafted = self.guess[at : min(at + self.draft, len(self.draws) - 1)]
-        return [self.path[-1] if self.path else self.prompt[-1], *self.drafted]
+    def __init__(self, draws: np.ndarray, hopeless: Callable[[list[int]], bool] | None, *arguments: Any):
+        super().__init__(*arguments)
+        self.draws, self.hopeless = draws, hopeless
 
     def take(self, tokens: np.ndarray, log_probs: np.ndarray) -> None:
-        """Add the tokens chosen after each fed token, (fed,), up to the first one that the draft has wrong."""
+        # Add the tokens chosen after each fed token, (fed,), up to the first one that the draft has wrong.
         before, right = len(self.path), 0
         for token, log_prob, drafted in zip(tokens.tolist(), log_probs.tolist(), [*self.drafted, None], strict=False):
             self.path.append(token)
@@ -182,8 +129,7 @@ class _Sample:
             if token != drafted:
                 break
             right += 1
-        # At least 1: a guess whose first token is wrong may be right after it.
-        self.draft = min(self.draft_tokens, max(1, 2 * right if right == len(self.drafted) else right))
-        self.is_open = self.path[-1] != self.end and len(self.path) < len(self.draws)
+        self.adapt_draft(right)
+        self.is_open = self.path[-1] != self.end and len(self.path) < self.max_new_tokens
         if self.is_open and self.hopeless and len(self.path) // LOOK > before // LOOK:
             self.is_open = not self.hopeless(self.path)

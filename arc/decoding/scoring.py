@@ -12,40 +12,31 @@ import numpy as np
 from arc.decoding.rows import (
     MASK_STEP,
     Work,
-    affordable_masks,
     affordable_rows,
     check_generation_settings,
     check_numbers,
     check_tokens,
     halve_on_out_of_memory,
-    round_up,
     row_attention,
 )
 from arc.models.loading import decoding
+from arc.models.prompt_sharing import round_up
 
 
 def score_replies(
-    model: Any,
-    engine: str,
-    tokenizer: Any,
-    prompts: Sequence[np.ndarray],
-    replies: Sequence[np.ndarray],
-    *,
-    batch_size: int = 8,
-    work: Work | None = None,
-) -> list[float]:
+    model: Any, engine: str, tokenizer: Any, prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray], *,
+    batch_size: int = 8, work: Work | None = None,
+) -> list[float]:  # fmt: skip
     """Log probabilities of given replies after given prompts.
 
-    Replies to the same prompt share its computation: they follow it in one row, each blind to the others. Unsloth's
-    fast path takes no such mask, so there each reply is a row of its own behind its prompt.
+    Replies to the same prompt follow it in one row, each blind to the others. Unsloth's fast path takes no such mask,
+    so there each reply has a row with its prompt.
 
     Args:
-        model, tokenizer: see `search.search_replies`.
-        engine: "unsloth" or "transformers".
+        model, engine, tokenizer, work: see `search.search_replies`; any engine.
         prompts: token ids (tokens,), one for each reply; equal prompts are computed once.
         replies: token ids (tokens,); an end token counts only where it is there.
         batch_size: rows of one pass.
-        work: gets the cost.
 
     Returns:
         Natural logarithms, in the replies' order.
@@ -67,11 +58,9 @@ def score_replies(
     def run(size: int) -> None:
         while waiting:
             batch = waiting[:size]
-            logits = max(row.length if alone else row.reply_length for row in batch)  # columns with logits
-            batch = batch[: affordable_rows(size, model, logits)]
-            if not alone:
-                width = max(row.length for row in batch)
-                batch = batch[: affordable_masks(size, model, width, width)]
+            width = batch[0].length  # the longest
+            logits = width if alone else max(row.reply_length for row in batch)
+            batch = batch[: affordable_rows(size, model, logits, None if alone else (width, width))]
             for number, score in _score_alone(model, batch) if alone else _score_packed(model, batch):
                 scores[number] = score
             work.passes += 1
@@ -87,7 +76,7 @@ def score_replies(
 
 
 class _Row:
-    """A prompt and replies to it, which stand in one row."""
+    # A prompt and replies to it, which stand in one row.
 
     def __init__(self, prompt: np.ndarray):
         self.prompt = np.asarray(prompt)
@@ -125,9 +114,9 @@ def _score_packed(model: Any, batch: Sequence[_Row]) -> Iterator[tuple[int, floa
     import torch
 
     width = round_up(max(row.length for row in batch), MASK_STEP)
-    columns_kept = max(row.reply_length for row in batch)
+    scored = max(row.reply_length for row in batch)  # columns with logits, the last ones
     ids, positions, document = (np.zeros((len(batch), width), dtype=np.int64) for _ in range(3))
-    targets = np.zeros((len(batch), columns_kept), dtype=np.int64)
+    targets = np.zeros((len(batch), scored), dtype=np.int64)
     document -= 1  # -1: padding, 0: the prompt, 1 and so on: the replies
     for at, row in enumerate(batch):
         begin, shared = width - row.length, len(row.prompt) - 1
@@ -138,26 +127,20 @@ def _score_packed(model: Any, batch: Sequence[_Row]) -> Iterator[tuple[int, floa
             ids[at, begin], ids[at, begin + 1 : end] = row.prompt[-1], reply[:-1]
             positions[at, begin:end] = np.arange(shared, shared + len(reply))
             document[at, begin:end] = number
-            targets[at, begin - width + columns_kept : end - width + columns_kept] = reply
+            targets[at, begin - width + scored : end - width + scored] = reply
     device = model.get_input_embeddings().weight.device
-    documents = torch.from_numpy(document).to(device)
+    tokens, places, documents, chosen = (torch.from_numpy(a).to(device) for a in (ids, positions, document, targets))
     columns = torch.arange(width, device=device)
-    seen = (documents[:, None, :] == 0) | (documents[:, None, :] == documents[:, :, None])
+    mask = (documents[:, None, :] == 0) | (documents[:, None, :] == documents[:, :, None])
+    mask &= columns[None, :] <= columns[:, None]
     logits = model(
-        input_ids=torch.from_numpy(ids).to(device),
-        position_ids=torch.from_numpy(positions).to(device),
-        attention_mask=(seen & (columns[None, :] <= columns[:, None]))[:, None],
-        use_cache=False,
-        logits_to_keep=columns_kept,
+        input_ids=tokens, position_ids=places, attention_mask=mask[:, None], use_cache=False, logits_to_keep=scored
     ).logits
-    log_probs = torch.log_softmax(logits, -1, dtype=torch.float64).gather(
-        -1, torch.from_numpy(targets).to(device)[..., None]
-    )
-    chosen = log_probs[..., 0].cpu().numpy()
+    log_probs = torch.log_softmax(logits, -1, dtype=torch.float64).gather(-1, chosen[..., None])[..., 0].cpu().numpy()
     for at, row in enumerate(batch):
-        begin = columns_kept - row.reply_length
+        begin = scored - row.reply_length
         for number, reply in row.replies:
-            yield number, float(chosen[at, begin : begin + len(reply)].sum())
+            yield number, float(log_probs[at, begin : begin + len(reply)].sum())
             begin += len(reply)
 
 

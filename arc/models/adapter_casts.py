@@ -1,13 +1,10 @@
 """One cast of all adapters in a forward pass, for Unsloth's LoRA layers.
 
-Adapters are trained in float32, and Unsloth multiplies in 16 bits. It rounds each matrix in the forward pass and again
-in the backward pass, and autograd widens each gradient: 672 launches of small kernels a pass for a 1B model. Here one
-call rounds all matrices when the first layer reads its adapter, and one call widens all gradients at the end of the
-backward pass.
-
-The numbers are the same: each matrix is rounded once from float32, gradients are computed in 16 bits and add up in
-float32. The rounded matrices take 2 bytes a weight of the adapters until the backward pass has used them, their
-gradients 2 more until its end, and 4 more where a step has several passes.
+Adapters are trained in float32, and Unsloth multiplies in 16 bits. It casts each matrix in the forward pass and again
+in the backward pass, and autograd casts each gradient: 672 launches of small kernels a pass for a 1B model. Here one
+call casts all matrices when the first layer reads its adapter. One call casts all gradients at the end of the backward
+pass. The numbers are the same. The casts take 2 bytes a weight until the backward pass has used them. Their gradients
+take 2 more until its end, and 4 more where a step has several passes.
 """
 
 from __future__ import annotations
@@ -31,25 +28,21 @@ _running: AdapterCasts | None = None  # the casts of the present forward pass
 def cast_adapters_together(model: Any, dtype: torch.dtype) -> int:
     """Have Unsloth's layers of a model share one cast of their adapters in each training pass, in place.
 
-    This applies to forward passes in training mode, with gradients, without checkpointing, in a run of one process. In
-    other passes and in compiled layers Unsloth casts its adapters itself: checkpointing computes layers again after
-    the pass, and several processes exchange gradients during the backward pass.
+    This applies to forward passes in training mode, with gradients, without checkpointing, in a run of one process.
+    Checkpointing computes layers again after the pass. Several processes exchange gradients during the backward pass.
+    There, and in compiled layers, Unsloth casts its adapters itself.
 
     Args:
         model: a peft model of the Unsloth engine, with adapters that are trained in float32.
         dtype: of the activations: bfloat16 or float16.
 
     Returns:
-        How many matrices are cast together. 0, and nothing changes, without adapters, with too little GPU memory, or
-        with an Unsloth that reads adapters in another way.
+        How many matrices are cast together. 0, and nothing changes: no adapters, too little GPU memory, or an Unsloth
+        that reads adapters in another way.
     """
     casts = AdapterCasts(model, dtype)
-    if not casts.weights:
-        return 0
-    count = sum(weight.numel() for weight in casts.weights)
-    if count * dtype.itemsize > MOST_MEMORY * _memory(casts.weights[0].device):
-        return 0
-    if wrap_unsloth_reader(reading_casts) is None:
+    size = sum(weight.numel() for weight in casts.weights) * dtype.itemsize
+    if not size or size > MOST_MEMORY * _memory(casts.weights[0].device) or wrap_unsloth_reader(reading_casts) is None:
         return 0
     model.register_forward_pre_hook(casts.begin)
     model.register_forward_hook(casts.end, always_call=True)  # also when a pass runs out of memory
@@ -63,15 +56,7 @@ def _memory(device: torch.device) -> float:
 
 
 class AdapterCasts:
-    """The adapters of a model, and their casts in the present forward pass.
-
-    Args:
-        model: a peft model.
-        dtype: type of the casts.
-
-    Attributes:
-        weights: the LoRA matrices that are trained, float32 (rank, in) and (out, rank).
-    """
+    """The adapters of a peft model, and their casts to a type in the present forward pass."""
 
     def __init__(self, model: Any, dtype: torch.dtype):
         from peft.tuners.lora import LoraLayer
@@ -79,6 +64,7 @@ class AdapterCasts:
         self.dtype = dtype
         layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         linears = [linear for layer in layers for pair in (layer.lora_A, layer.lora_B) for linear in pair.values()]
+        # The LoRA matrices that are trained, float32 (rank, in) and (out, rank).
         self.weights = [linear.weight for linear in linears if linear.weight.requires_grad]
         # Only modules with a flag of their own, not wrappers that look it up in the wrapped module.
         flag = "gradient_checkpointing"
@@ -102,7 +88,7 @@ class AdapterCasts:
     def take(self, weight: torch.Tensor | None) -> torch.Tensor | None:
         """The cast of a weight, once; the weight itself if it has no cast or the cast was taken before.
 
-        So autograd adds a second gradient of the weight in float32, as without casts.
+        So autograd adds up several gradients of the weight in float32, as without casts.
         """
         import torch
 
@@ -116,11 +102,7 @@ class AdapterCasts:
 
 
 def reading_casts(plain: Callable[[Any], tuple[Any, ...]]) -> Callable[[Any], tuple[Any, ...]]:
-    """Unsloth's `get_lora_parameters`, giving casts of the adapters in passes that have them.
-
-    Args:
-        plain: Unsloth's function: gives a layer's weight, the weight's quantisation, A, B and their factor.
-    """
+    """Unsloth's `get_lora_parameters`, which returns the casts of the adapters in passes that have them."""
     import torch
 
     if getattr(plain, "reads_casts", False):
@@ -142,10 +124,9 @@ def reading_casts(plain: Callable[[Any], tuple[Any, ...]]) -> Callable[[Any], tu
 
 @functools.cache
 def cast_function() -> Any:
-    """An autograd function that casts float32 tensors to a type, and their gradients back to float32.
+    """An autograd function that casts float32 tensors to a type, and their gradients back, each in few launches.
 
-    One call casts all tensors and another all gradients; PyTorch packs each into few launches. Each result is a
-    separate tensor: aligned as a single cast is, and freed as soon as the backward pass has used it.
+    Each result is a separate tensor: aligned as a single cast is, and freed as soon as the backward pass has used it.
     """
     import torch
     from torch.autograd.function import once_differentiable

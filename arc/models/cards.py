@@ -24,7 +24,7 @@ tags: [lora, arc]
 
 A LoRA adapter on `{base}`, for ARC puzzles in the text format of the folder's tokenizer.
 
-{made}
+{source}
 
 {how} Load it with peft:
 
@@ -48,7 +48,7 @@ tags: [arc]
 
 `{base}` with an adapter merged into its weights, for ARC puzzles in the text format of the folder's tokenizer.
 
-{made}
+{source}
 
 {how} Load it with transformers:
 
@@ -62,22 +62,21 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 
 def model_card(manifest: dict[str, Any]) -> str:
-    """The card of an adapter, or of a merged model if the manifest says what it was merged onto.
+    """The card of an adapter, or of a merged model: Markdown that does not depend on time, machine and output folder.
 
     Args:
         manifest: `base`; where known `precision`, `stage`, `script` and `settings`; of a merge `merged_onto`, `dtype`.
-
-    Returns:
-        Markdown; the same for the same training, whatever the time, the machine and the output folder.
     """
     settings, precision = manifest.get("settings", {}), manifest.get("precision") or {}
     base = str(manifest.get("base", "its base"))
     base = Path(base).name if Path(base).is_absolute() else base
-    made = f"Made by `{manifest['script']}`." if "script" in manifest else "Saved outside of the stage scripts."
-    rows = [f"| {name} | {_written(settings[name])} |" for name in NAMED_SETTINGS if settings.get(name) is not None]
+    source = f"Made by `{manifest['script']}`." if "script" in manifest else "Saved outside of the stage scripts."
+    values = {name: settings[name] for name in NAMED_SETTINGS if settings.get(name) is not None}
+    values |= {name: " ".join(map(str, v)) for name, v in values.items() if isinstance(v, (list, tuple))}
+    rows = [f"| {name} | {value} |" for name, value in values.items()]
     if rows:
-        made += "\n\n| setting | value |\n| --- | --- |\n" + "\n".join(rows)
-        made += "\n\n`manifest.json` has all settings, the versions of the libraries and what it was made from."
+        source += "\n\n| setting | value |\n| --- | --- |\n" + "\n".join(rows)
+        source += "\n\n`manifest.json` has all settings, the versions of the libraries and what it was made from."
     if "merged_onto" in manifest:
         text = MERGED
         how = f"It was merged onto the {manifest['merged_onto']} base and is stored as {manifest['dtype']}."
@@ -87,13 +86,9 @@ def model_card(manifest: dict[str, Any]) -> str:
         if precision.get("load_in_4bit"):
             how += " `quantization` in `manifest.json` has the arguments of transformers' BitsAndBytesConfig."
     stage = f" of stage {manifest['stage']}" if "stage" in manifest else ""
-    return text.format(stage=stage, base=base, how=how, made=made)
+    return text.format(stage=stage, base=base, how=how, source=source)
 
 
 def write_model_card(folder: str | Path, manifest: dict[str, Any]) -> None:
     """Write the card of a folder, over the one that peft writes."""
     (Path(folder) / CARD).write_text(model_card(manifest), encoding="utf-8")
-
-
-def _written(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

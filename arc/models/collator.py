@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from arc.models.packing import IGNORE_INDEX, pack_rows
+from arc.models.prompt_sharing import round_up
 from arc.puzzles.text import find_reply_spans
 
 if TYPE_CHECKING:
@@ -18,65 +18,50 @@ if TYPE_CHECKING:
 class InputMaskingDataCollator:
     """Pads rows into a batch and masks what is not to be learned.
 
-    With `mask_inputs`, the labels keep the replies (with their end token) and mask everything else: the text before
-    the first reply, every query and the padding. `mask_first_n_examples` masks that many leading replies as well: the
-    rule of a puzzle cannot be known before its first pair has been seen. Without `mask_inputs` all tokens but the
-    padding are learned.
+    With `mask_inputs`, the labels keep the replies (with their end token) and mask everything else. Without it all
+    tokens but the padding are learned. `mask_first_n_examples` masks leading replies as well: the rule of a puzzle
+    cannot be known before its first pair has been seen.
 
     A row is a dict of one of two forms, with an optional "key" that names it in errors:
 
     - `{"input_ids": (tokens,), "reply_spans": (replies, 2)}`: spans count tokens, end exclusive, end token inside;
-    - `{"text": str}`: tokenised here; character offsets say which tokens are replies. That is right for any vocabulary,
-      also where digits and line breaks merge; a token belongs to a reply if it starts in it.
+    - `{"text": str}`: tokenised here, with any vocabulary. A token belongs to a reply if it starts in it.
 
-    A worked example with one token per character, "^" for BOS and "$" for the end: the row `^I1O2$I3O4$` has the
-    `reply_spans` `[[4, 6], [9, 11]]`. Its labels are `.` (masked) and characters:
+    Example with one token per character, "^" for BOS and "$" for the end: the row `^I1O2$I3O4$` has the `reply_spans`
+    `[[4, 6], [9, 11]]`. Its labels are `.` (masked) and characters:
 
     >>> #  ^ I 1 O 2 $ I 3 O 4 $
     >>> #  . . . . 2 $ . . . 4 $    mask_first_n_examples=0
     >>> #  . . . . . . . . . 4 $    mask_first_n_examples=1
 
     Args:
-        tokenizer: a transformers tokenizer; its `pad_token_id` pads, and it tokenises rows that come as text.
+        tokenizer: of transformers, with a pad token.
         mask_inputs: learn replies only.
         mask_first_n_examples: leading replies of each row that are masked too (only with `mask_inputs`).
         pad_to_multiple_of: the batch's length, packed or not, is rounded up to a multiple of this.
-        query_beg, reply_beg, reply_end: the text format, needed for rows that come as text.
-
-    Attributes:
-        packed_for: None: rows are padded. An engine: a batch is one row of documents, see `packing.pack_rows`.
+        query_beg, reply_beg, reply_end: the text format, for rows that come as text; `query_beg` is not used.
 
     Source: the ARChitects' collator of the same name. It searches token patterns and fails where only one output is
     left; this one works on spans and refuses rows without anything to learn.
     """
 
     def __init__(
-        self,
-        tokenizer: Any,
-        mask_inputs: bool = True,
-        mask_first_n_examples: int = 0,
-        pad_to_multiple_of: int = 8,
-        query_beg: str = "I",
-        reply_beg: str = "\n+/-=O",
-        reply_end: str | None = None,
-    ):
-        self.packed_for: str | None = None
+        self, tokenizer: Any, mask_inputs: bool = True, mask_first_n_examples: int = 0, pad_to_multiple_of: int = 8,
+        query_beg: str = "I", reply_beg: str = "\n+/-=O", reply_end: str | None = None,
+    ):  # fmt: skip
+        self.packed_for: str | None = None  # None: rows are padded; an engine: one row, see `packing.pack_rows`
         if tokenizer.pad_token_id is None:
             raise ValueError(
                 "the tokenizer has no pad token: load it with model_tools.load_tokenizer, which chooses one"
             )
         if mask_first_n_examples < 0 or pad_to_multiple_of < 1:
-            raise ValueError(
-                "expected mask_first_n_examples >= 0 and pad_to_multiple_of >= 1, "
-                f"got {mask_first_n_examples} and {pad_to_multiple_of}"
-            )
+            values = f"{mask_first_n_examples} and {pad_to_multiple_of}"
+            raise ValueError(f"expected mask_first_n_examples >= 0 and pad_to_multiple_of >= 1, got {values}")
         if mask_first_n_examples and not mask_inputs:
             raise ValueError("mask_first_n_examples needs mask_inputs=True: without it nothing of a row is masked")
         self.tokenizer = tokenizer
         self.mask_inputs = mask_inputs
-        self.mask_first_n_examples = mask_first_n_examples
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self.query_beg = query_beg
+        self.mask_first_n_examples, self.pad_to_multiple_of = mask_first_n_examples, pad_to_multiple_of
         self.reply_beg = reply_beg
         self.reply_end = reply_end if reply_end is not None else "\n" + (tokenizer.eos_token or "")
 
@@ -84,38 +69,28 @@ class InputMaskingDataCollator:
         """Make a batch of rows.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, each int64 (rows, tokens), padded on the right; packed: as
-            `packing.pack_rows` returns.
+            `input_ids`, `attention_mask` and `labels`, each int64 (rows, tokens), padded on the right; packed: see
+            `packing.pack_rows`.
 
         Raises:
-            ValueError: a row has nothing to learn or ends in the middle of a reply; the message names its key.
+            ValueError: a row has nothing to learn or ends in the middle of a reply.
         """
         import torch
 
         encoded = [self.encode(row) for row in rows]
         if self.packed_for is not None:
             return pack_rows(encoded, self.packed_for, self.tokenizer.pad_token_id, self.pad_to_multiple_of)
-        longest = max(len(ids) for ids, _ in encoded)
-        width = math.ceil(longest / self.pad_to_multiple_of) * self.pad_to_multiple_of
-        input_ids = np.full((len(rows), width), self.tokenizer.pad_token_id, dtype=np.int64)
-        attention_mask = np.zeros((len(rows), width), dtype=np.int64)
-        labels = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
+        width = round_up(max(len(ids) for ids, _ in encoded), self.pad_to_multiple_of)
+        fillers = {"input_ids": self.tokenizer.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
+        batch = {name: np.full((len(rows), width), filler, dtype=np.int64) for name, filler in fillers.items()}
         for i, (ids, learned) in enumerate(encoded):
-            input_ids[i, : len(ids)] = ids
-            attention_mask[i, : len(ids)] = 1
-            labels[i, : len(ids)] = np.where(learned, ids, IGNORE_INDEX)
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy(attention_mask),
-            "labels": torch.from_numpy(labels),
-        }
+            batch["input_ids"][i, : len(ids)] = ids
+            batch["attention_mask"][i, : len(ids)] = 1
+            batch["labels"][i, : len(ids)] = np.where(learned, ids, IGNORE_INDEX)
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
 
     def encode(self, row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of one row and which of them are learned: int64 (tokens,) and bool (tokens,).
-
-        Raises:
-            ValueError: as for a batch.
-        """
+        """Token ids of one row and which of them are learned, int64 and bool (tokens,); raises as for a batch."""
         name = f"row {row['key']}" if row.get("key") is not None else "a row without a key"
         if row.get("filler"):  # of training: it makes batches of all processes equally long
             return np.asarray(row["input_ids"], dtype=np.int64), np.zeros(len(row["input_ids"]), dtype=bool)
@@ -139,10 +114,8 @@ class InputMaskingDataCollator:
         for begin, end in spans[self.mask_first_n_examples :]:
             learned[begin:end] = True
         if not learned.any():
-            raise ValueError(
-                f"{name} has nothing left to learn: {len(spans)} replies, of which the first "
-                f"{self.mask_first_n_examples} are masked"
-            )
+            replies = f"{len(spans)} replies, of which the first {self.mask_first_n_examples} are masked"
+            raise ValueError(f"{name} has nothing left to learn: {replies}")
         return ids, learned
 
     def _encode_text(self, text: str, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,9 +1,8 @@
 """Folded LoRA: one product with W + s·B·A, for ranks near the width of the layers.
 
-A LoRA layer of rank r multiplies each token by W (out x in), A (r x in) and B (out x r), and again in the backward
-pass. Where r is about the layer's width, that is two to three times the work of training W itself. Folded, A and B are
-added to W first, once for all tokens of a pass. That is faster for a pass of n tokens where out·in·(1 + 3·r/n) is less
-than 3·r·(out + in).
+A LoRA layer of rank r multiplies each token by W (out x in), A (r x in) and B (out x r). Where r is about the layer's
+width, that is two to three times the work of training W. Folded, A and B are added to W once for all tokens of a pass.
+For n tokens that is faster where out·in·(1 + 3·r/n) < 3·r·(out + in).
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from arc.models.weights import add_low_rank
 def fold_lora(model: Any) -> int:
     """Have the linear LoRA layers of a model add their matrices to the weight before they multiply, in place.
 
-    Only passes with gradients change; decoding, measuring and saving do not. The sum is rounded to the weight's type:
-    in 16 bits a change below half of a weight's last digit has no effect until it grows. Use it for trainings that
-    change weights a lot, such as those of small models; not for small steps on pretrained weights.
+    Only passes with gradients change. The sum is rounded to the weight's type: in 16 bits a change below half of a
+    weight's last digit has no effect until it grows. Use it for trainings that change weights a lot, such as those of
+    small models, not for small steps on pretrained weights.
 
     Args:
         model: a peft model with one adapter, without dropout, whose base is not quantised.
@@ -50,11 +49,7 @@ def fold_lora(model: Any) -> int:
 
 @contextmanager
 def folded_throughout(model: Any) -> Iterator[None]:
-    """Fold in passes without gradients too, so that passes over many tokens give the numbers of the update.
-
-    Args:
-        model: any; layers that are not folded do not change.
-    """
+    """Fold in passes without gradients too, so that passes over many tokens give the numbers of the update."""
     layers: list[Any] = [module for module in model.modules() if isinstance(module, _folded_class())]
     for layer in layers:
         layer.folds_always = True
@@ -71,8 +66,6 @@ def _folded_class() -> type:
     from peft.tuners.lora import Linear
 
     class FoldedLinear(Linear):
-        """peft's layer, with another forward pass where gradients are computed."""
-
         folds_always = False  # see `folded_throughout`
 
         def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,14 +1,14 @@
 """Every change that this project makes to other libraries: why, for which versions, and how it is undone.
 
-A function returns its undo, a function without arguments, or is a context manager. Where a library offers a hook
-(transformers' attention and mask functions, torch's forward hooks), the hook is used. The versions: torch 2.11 to
-2.13, transformers 5.17, trl 1.14, peft 0.21, bitsandbytes 0.50, Unsloth 2026.10. Where a library no longer has what
-a patch replaces, the patch changes nothing.
+A patch returns its undo, a function without arguments, or is a context manager. Where a library offers a hook, the
+hook is used. Where a library no longer has what a patch replaces, the patch changes nothing. In this order, with the
+versions: transformers 5.17, torch 2.11 to 2.13, bitsandbytes 0.50, peft 0.21, Unsloth 2026.10, trl 1.14.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import sys
@@ -26,21 +26,18 @@ Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 UNSLOTH_KERNELS = "unsloth.kernels.fast_lora"  # the module where Unsloth's layers look up UNSLOTH_READER
 UNSLOTH_READER = "get_lora_parameters"
+_plain_modules: dict[str, Any] = {}  # see `plain_module`
 
 
 def replace_attribute(owner: Any, name: str, new: Any) -> Undo:
-    """Set an attribute of a module or object.
-
-    Returns:
-        The undo: it brings back the attribute as it was, unless something else has replaced it since.
-    """
-    was_there, before = name in vars(owner), getattr(owner, name, None)
+    """Set an attribute of a module or object; the undo changes nothing if something else has replaced it since."""
+    existed, before = name in vars(owner), getattr(owner, name, None)
     setattr(owner, name, new)
 
     def undo() -> None:
         if vars(owner).get(name) is not new:
             return
-        if was_there:
+        if existed:
             setattr(owner, name, before)
         else:
             delattr(owner, name)
@@ -56,20 +53,13 @@ def undo_all(undos: Iterable[Undo]) -> Undo:
     return stack.close
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# transformers
-
-
-def choose_attention(
-    model: Any, name: str, attention: Callable[..., Any], mask: Callable[..., Any] | None = None
-) -> Undo:
-    """Give a model another attention function, by transformers' hooks AttentionInterface and AttentionMaskInterface.
+def choose_attention(model: Any, name: str, attention: Callable[..., Any], mask: Any = None) -> Undo:
+    """Give a model of transformers another attention function.
 
     Args:
-        model: of transformers.
-        name: what transformers calls the function from now on.
+        name: under which transformers knows the function from now on.
         attention: of transformers' interface: gets queries, keys, values and the mask.
-        mask: makes the mask; None: the attention gets only masks that the model is called with.
+        mask: a function that makes the mask; None: the attention gets only masks that the model is called with.
 
     Raises:
         ValueError: the model computes its attention by itself.
@@ -81,10 +71,7 @@ def choose_attention(
         AttentionMaskInterface.register(name, mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(name)
-
-    def undo() -> None:
-        model.set_attn_implementation(before)
-
+    undo = functools.partial(model.set_attn_implementation, before)
     if model.config._attn_implementation != name:
         undo()
         raise ValueError(f"{model.config.model_type} models do not let their attention be chosen")
@@ -98,7 +85,6 @@ def skip_document_search(model: Any, is_packed: Callable[[dict[str, Any]], bool]
     it an empty one; the attention of packed rows does not look at it.
 
     Args:
-        model: of transformers.
         is_packed: tells from the keyword arguments of a forward pass whether its row is packed.
     """
 
@@ -111,13 +97,9 @@ def skip_document_search(model: Any, is_packed: Callable[[dict[str, Any]], bool]
 
 
 def change_train_loader(trainer: Any, change: Callable[[Any], None]) -> Undo:
-    """Change the loader of batches of a trainer when the trainer makes it.
+    """Change a trainer's loader of batches, torch's inside accelerate's, when the trainer makes it.
 
     transformers makes the loader inside `train` and has no setting for what its processes do first.
-
-    Args:
-        trainer: of transformers, trl or Unsloth.
-        change: called with torch's loader, which accelerate's wraps.
     """
     make = trainer.get_train_dataloader
 
@@ -130,16 +112,8 @@ def change_train_loader(trainer: Any, change: Callable[[Any], None]) -> Undo:
 
 
 def use_one_gpu(arguments: Any) -> Undo:
-    """Have a trainer use one GPU, however many its process sees: transformers would divide each batch among them.
-
-    Args:
-        arguments: transformers' TrainingArguments, whose count of GPUs is a private attribute.
-    """
+    """Have transformers' TrainingArguments use one GPU: transformers would divide each batch among all that it sees."""
     return replace_attribute(arguments, "_n_gpu", min(1, arguments.n_gpu))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# torch
 
 
 @contextlib.contextmanager
@@ -158,10 +132,6 @@ def uncompiled_layers(model: Any) -> Iterator[None]:
             module._compiled_call_impl = call
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# bitsandbytes
-
-
 def keep_4bit_layout(model: Any) -> Undo:
     """Keep 4-bit weights as stored: on CPUs with AVX512-BF16 the first pass repacks them, and gradients are wrong."""
     name = "support_avx512bf16_for_cpu"
@@ -172,11 +142,11 @@ def let_run_ahead(optimizer: Any) -> Undo:
     """Keep an 8-bit optimizer of bitsandbytes from waiting for the device after each tensor.
 
     A stream runs its kernels in the order of their launch, so the waits change no number. Paged optimizers, whose state
-    moves between memories, and optimizers of other libraries are left as they are.
+    moves between memories, and other optimizers do not change.
     """
     module = sys.modules.get("bitsandbytes.optim.optimizer")
     applies = module is not None and isinstance(optimizer, module.Optimizer8bit) and not optimizer.is_paged
-    if not applies or "step" in vars(optimizer):  # or it is done already
+    if not applies or "step" in vars(optimizer):  # "step": patched before
         return undo_all([])
     step = optimizer.step
 
@@ -187,63 +157,42 @@ def let_run_ahead(optimizer: Any) -> Undo:
         finally:
             undo()
 
-    return replace_attribute(
-        optimizer, "step", types.MethodType(run_ahead, optimizer)
-    )  # torch's schedulers want a method
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# peft
+    method = types.MethodType(run_ahead, optimizer)  # torch's schedulers want a method
+    return replace_attribute(optimizer, "step", method)
 
 
 def change_class(modules: Iterable[Any], new: type) -> Undo:
-    """Give modules a subclass of their class.
-
-    peft chooses the class of a layer when it adds the adapter; there is no hook for another forward pass that leaves
-    out the base layer's.
-    """
-
-    def back(module: Any, old: type) -> Undo:
-        return lambda: setattr(module, "__class__", old)  # noqa: B010 - in an expression
-
-    undos = []
-    for module in modules:
-        undos.append(back(module, type(module)))
+    """Give modules a subclass of their class: peft has no hook for a forward pass that leaves out the base layer's."""
+    before = [(module, type(module)) for module in modules]
+    for module, _ in before:
         module.__class__ = new
-    return undo_all(undos)
 
+    def undo() -> None:
+        for module, old in reversed(before):
+            module.__class__ = old
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Unsloth
+    return undo
 
 
 def wrap_unsloth_attention(wrap: Wrap) -> Undo:
-    """Wrap Unsloth's attention, `run_attention`.
-
-    Without xformers and flash-attn, Unsloth attends to the documents of a packed row one after the other. Each of its
-    model modules has imported the function by name, so each gets the wrapped one.
+    """Wrap Unsloth's attention, `run_attention`, in each of Unsloth's modules that imported it by name.
 
     Args:
         wrap: makes the new function of Unsloth's; gives back one that it has made already.
     """
-    modules = [module for name, module in list(sys.modules.items()) if name.startswith("unsloth.models.")]
-    return undo_all(
-        replace_attribute(module, "run_attention", wrap(vars(module)["run_attention"]))
-        for module in modules
-        if "run_attention" in vars(module)
-    )
+    name = "run_attention"
+    modules = [module for key, module in list(sys.modules.items()) if key.startswith("unsloth.models.")]
+    return undo_all(replace_attribute(m, name, wrap(vars(m)[name])) for m in modules if name in vars(m))
 
 
 def answer_unsloth_lengths(lengths: torch.Tensor, bounds: Any, longest: int) -> None:
     """Tell Unsloth the lengths of a batch's documents, for which it would wait for the device.
 
-    Unsloth keeps its answer for the other layers of the pass in a private table; this writes the answer there first.
-    Unsloth itself overwrites it with the next batch, which is the undo.
+    This writes the answer into Unsloth's private table first. Unsloth overwrites it with the next batch.
 
     Args:
-        lengths: tokens of each document, int32 (documents,); the tensor that the model is called with.
-        bounds: where documents begin, and the end.
-        longest: tokens of the longest document, or more.
+        lengths: int32 (documents,), the tensor that the model is called with.
+        bounds, longest: see packing.attend_documents.
     """
     answers = getattr(sys.modules.get("unsloth.utils.packing"), "_PACKED_INFO_CACHE", None)
     if answers is not None:
@@ -251,10 +200,7 @@ def answer_unsloth_lengths(lengths: torch.Tensor, bounds: Any, longest: int) -> 
 
 
 def wrap_unsloth_reader(wrap: Wrap) -> Undo | None:
-    """Wrap the function by which Unsloth's layers read their adapters, see adapter_casts.
-
-    Args:
-        wrap: makes the new function of Unsloth's; gives back one that it has made already.
+    """Wrap the function by which Unsloth's layers read their adapters, see `wrap_unsloth_attention`.
 
     Returns:
         The undo; None where this Unsloth reads adapters in another way, or is not loaded.
@@ -266,11 +212,7 @@ def wrap_unsloth_reader(wrap: Wrap) -> Undo | None:
 
 
 def plain_class(kind: type) -> type:
-    """A model class of transformers as transformers wrote it; Unsloth replaces methods of the classes that it knows.
-
-    Args:
-        kind: the class, changed or not.
-    """
+    """A model class of transformers as transformers wrote it; Unsloth replaces methods of the classes that it knows."""
     return kind if "unsloth" not in sys.modules else getattr(plain_module(kind.__module__), kind.__name__)
 
 
@@ -279,9 +221,6 @@ def plain_module(name: str) -> Any:
 
     Unsloth keeps no reference to the classes of trl and transformers that it replaces. The file runs again under
     another name in the same package, so that its relative imports work.
-
-    Args:
-        name: of a module that can be imported.
     """
     plain = f"{name}_plain"
     if plain not in _plain_modules:
@@ -293,25 +232,15 @@ def plain_module(name: str) -> Any:
     return _plain_modules[plain]
 
 
-_plain_modules: dict[str, Any] = {}
-
-
 def forget_plain_modules() -> None:
     """Take the modules that `plain_module` has made out of `sys.modules`."""
     while _plain_modules:
         sys.modules.pop(_plain_modules.popitem()[0], None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# trl
-
-
 @contextlib.contextmanager
 def decoding_once(trainer: Any) -> Iterator[None]:
-    """Have a trainer decode equal rows once: for its log, trl decodes a group's prompt once a completion.
-
-    trl has no setting for it. For as long as the context lasts, the trainer's tokenizer is a `DecodingOnce`.
-    """
+    """Have a trainer decode equal rows once: for its log, trl decodes a group's prompt once a completion."""
     tokenizer = trainer.processing_class
     trainer.processing_class = DecodingOnce(tokenizer)
     try:
@@ -321,11 +250,7 @@ def decoding_once(trainer: Any) -> Iterator[None]:
 
 
 class DecodingOnce:
-    """A tokenizer that decodes equal rows once.
-
-    Args:
-        tokenizer: does everything else.
-    """
+    """A tokenizer that decodes equal rows once."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer

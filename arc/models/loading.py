@@ -1,7 +1,6 @@
 """Loading a model, in the number formats and with the engine of the run, and switching it to decoding.
 
-Heavy libraries (torch, transformers, peft, unsloth) are imported inside the functions that need them, so that
-`--help` is quick and so that Unsloth, where it is used, comes before the libraries it patches.
+Heavy libraries are imported inside functions: so `--help` is quick, and Unsloth comes before the libraries it patches.
 """
 
 from __future__ import annotations
@@ -21,17 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Precision:
-    """How the training loads its base; the merge repeats it.
+    """How the training loads its base; the merge repeats it."""
 
-    Args:
-        engine: "unsloth" or "transformers".
-        dtype: "bfloat16", "float16" or "float32": the type of the frozen weights and of the arithmetic.
-        load_in_4bit: the frozen linear layers are quantised to 4-bit NormalFloat, with nested scales.
-    """
-
-    engine: str
-    dtype: str
-    load_in_4bit: bool
+    engine: str  # "unsloth" or "transformers"
+    dtype: str  # "bfloat16", "float16" or "float32": of the frozen weights and of the arithmetic
+    load_in_4bit: bool  # the frozen linear layers are quantised to 4-bit NormalFloat, with nested scales
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -44,8 +37,8 @@ class Precision:
 def resolve_precision(engine: str = "auto", dtype: str = "auto", load_in_4bit: bool | None = None) -> Precision:
     """Choose engine and number formats for this machine.
 
-    `auto` is Unsloth in 4 bits with CUDA, else transformers. The type is bfloat16 on cards that have it, else float16
-    (such as on a T4), and float32 on a CPU.
+    `auto` is Unsloth in 4 bits with CUDA, else transformers. The type is bfloat16 on cards that have it, float16 on
+    others (such as a T4), and float32 on a CPU.
 
     Raises:
         ValueError: Unsloth was asked for and cannot run here.
@@ -61,12 +54,10 @@ def resolve_precision(engine: str = "auto", dtype: str = "auto", load_in_4bit: b
     if engine == "unsloth" and not (cuda and has_unsloth):
         why = "no CUDA device is seen" if not cuda else "it is not installed (pip install -r requirements.txt)"
         raise ValueError(f"--engine unsloth cannot run here: {why}; use --engine transformers")
-    if dtype == "auto":
-        dtype = (
-            ("bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16")
-            if cuda
-            else "float32"
-        )
+    if dtype == "auto" and not cuda:
+        dtype = "float32"
+    elif dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     if engine == "unsloth" and dtype == "float32":
         raise ValueError("--engine unsloth trains in bfloat16 or float16, not float32")
     return Precision(engine, dtype, engine == "unsloth" if load_in_4bit is None else load_in_4bit)
@@ -77,11 +68,9 @@ def quantization_config(precision: Precision) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=precision.torch_dtype,
-    )
+    )  # fmt: skip
 
 
 def several_processes() -> bool:
@@ -96,56 +85,40 @@ def load_model(path: str | Path, precision: Precision, max_seq_length: int = 204
 
     Args:
         path: a `-prepared` or `-merged` folder.
-        precision: engine and formats, see `resolve_precision`.
         max_seq_length: the longest row in tokens (Unsloth sizes its tables by it).
 
     Returns:
         The model, on the first CUDA device if there is one, and the folder's tokenizer.
     """
+    import torch
+
     tokenizer = load_tokenizer(path)
+    options: dict[str, Any] = {"dtype": precision.torch_dtype, "trust_remote_code": False}
     if precision.engine == "unsloth":
-        import torch
         from unsloth import FastLanguageModel
 
-        model, _ = FastLanguageModel.from_pretrained(
-            model_name=str(path),
-            max_seq_length=max_seq_length,
-            dtype=precision.torch_dtype,
-            load_in_4bit=precision.load_in_4bit,
-            trust_remote_code=False,
-            **({"device_map": {"": torch.cuda.current_device()}} if several_processes() else {}),
-        )
+        if several_processes():
+            options["device_map"] = {"": torch.cuda.current_device()}
+        options |= {"max_seq_length": max_seq_length, "load_in_4bit": precision.load_in_4bit}
+        model, _ = FastLanguageModel.from_pretrained(model_name=str(path), **options)
     else:
-        model = _load_transformers(path, precision)
+        from transformers import AutoModelForCausalLM
+
+        if precision.load_in_4bit:
+            options["quantization_config"] = quantization_config(precision)
+        device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"  # each process has its GPU
+        options |= {"device_map": {"": device}, "use_safetensors": True}
+        model = AutoModelForCausalLM.from_pretrained(str(path), **options)
+        keep_4bit_layout(model)
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
-
-
-def _load_transformers(path: str | Path, precision: Precision) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    # Each process uses its own GPU.
-    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
-    quantised = {"quantization_config": quantization_config(precision)} if precision.load_in_4bit else {}
-    model = AutoModelForCausalLM.from_pretrained(
-        str(path),
-        dtype=precision.torch_dtype,
-        device_map={"": device},
-        trust_remote_code=False,
-        use_safetensors=True,
-        **quantised,
-    )
-    keep_4bit_layout(model)
-    return model
 
 
 @contextlib.contextmanager
 def decoding(model: Any, engine: str) -> Iterator[Any]:
     """Switch a model in training to decoding and back: evaluation mode, no checkpointing, no compiled layers.
 
-    Attention by cuDNN, which PyTorch prefers on Hopper GPUs, is off: it makes a plan for each length, and each token of
-    a reply is a new length.
+    Attention by cuDNN, which PyTorch prefers on Hopper GPUs, is off: it makes a plan for each length of a reply.
     """
     import torch
 

@@ -16,43 +16,29 @@ from arc.models.manifests import absolute_reference, apply_umask, write_manifest
 if TYPE_CHECKING:
     import torch
 
-
 LINEAR_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EMBEDDING_MODULES = ("embed_tokens", "lm_head")
 
 
 def add_lora(
-    model: Any,
-    precision: Precision,
-    *,
-    target_modules: Sequence[str] = LINEAR_MODULES + EMBEDDING_MODULES,
-    r: int = 512,
-    lora_alpha: float = 24,
-    lora_dropout: float = 0.0,
-    use_rslora: bool = True,
-    random_state: int = 42,
-    max_seq_length: int = 2048,
-    gradient_checkpointing: bool = True,
-    fold: bool = False,
-    cast_together: bool = True,
-) -> Any:
-    """Add LoRA to the linear layers and make the embeddings trainable in full.
+    model: Any, precision: Precision, *, target_modules: Sequence[str] = LINEAR_MODULES + EMBEDDING_MODULES,
+    r: int = 512, lora_alpha: float = 24, lora_dropout: float = 0.0, use_rslora: bool = True, random_state: int = 42,
+    max_seq_length: int = 2048, gradient_checkpointing: bool = True, fold: bool = False, cast_together: bool = True,
+) -> Any:  # fmt: skip
+    """Add LoRA to a model of `load_model`, and make embeddings trainable in full.
 
     `embed_tokens` and `lm_head` among the targets become full matrices, whatever `r`, as with Unsloth; a tied model has
     one matrix for both. All trainable weights are float32: in bfloat16 most updates of an embedding at a rate of 1e-5
     would round to nothing.
 
     Args:
-        model: as `load_model` gives it.
-        precision: the same.
         target_modules: names of linear layers, and "embed_tokens", "lm_head".
         r, lora_alpha, lora_dropout, use_rslora: see peft.LoraConfig; rsLoRA scales by alpha / sqrt(r).
         random_state: seed of the initial values.
         max_seq_length: the longest row in tokens.
-        gradient_checkpointing: recompute activations in the backward pass to save memory.
+        gradient_checkpointing: see `set_gradient_checkpointing`.
         fold: add LoRA's matrices to the weights before they multiply, see folded_lora.
-        cast_together: on the Unsloth engine, share one cast of all adapters, see adapter_casts. The numbers are the
-            same; measurements turn it off.
+        cast_together: on the Unsloth engine, share one cast of all adapters, see adapter_casts.
 
     Returns:
         A peft model.
@@ -62,36 +48,28 @@ def add_lora(
     """
     import torch
 
-    full = [name for name in EMBEDDING_MODULES if name in target_modules]
-    linear = [name for name in target_modules if name not in EMBEDDING_MODULES]
-    tied = bool(model.config.tie_word_embeddings)
     lora = {"r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "bias": "none", "use_rslora": use_rslora}
     if precision.engine == "unsloth":
         from unsloth import FastLanguageModel
 
         model = FastLanguageModel.get_peft_model(
-            model,
-            target_modules=list(target_modules),
-            use_gradient_checkpointing=gradient_checkpointing,
-            random_state=random_state,
-            max_seq_length=max_seq_length,
-            loftq_config=None,
-            **lora,
-        )
+            model, target_modules=list(target_modules), use_gradient_checkpointing=gradient_checkpointing,
+            random_state=random_state, max_seq_length=max_seq_length, loftq_config=None, **lora,
+        )  # fmt: skip
     else:
         from peft import LoraConfig, get_peft_model
 
+        full = [name for name in EMBEDDING_MODULES if name in target_modules]
+        tied = bool(model.config.tie_word_embeddings and full)
         torch.manual_seed(random_state)
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                target_modules=linear,
-                modules_to_save=(["embed_tokens"] if tied and full else full) or None,
-                ensure_weight_tying=tied and bool(full),
-                task_type="CAUSAL_LM",
-                **lora,
-            ),
+        config = LoraConfig(
+            target_modules=[name for name in target_modules if name not in EMBEDDING_MODULES],
+            modules_to_save=(["embed_tokens"] if tied else full) or None,
+            ensure_weight_tying=tied,
+            task_type="CAUSAL_LM",
+            **lora,
         )
+        model = get_peft_model(model, config)
     train_in_float32(model)
     if precision.engine == "transformers":
         _match_embedding_dtypes(model, precision.torch_dtype)
@@ -116,25 +94,14 @@ def _match_embedding_dtypes(model: Any, dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         return
 
-    def narrow(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output.to(dtype)
-
-    def widen(module: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0].to(module.weight.dtype), *args[1:])
-
-    model.get_input_embeddings().register_forward_hook(narrow)
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.to(dtype))
     head = model.get_output_embeddings()
-    getattr(head, "modules_to_save", {"default": head})["default"].register_forward_pre_hook(widen)
+    head = getattr(head, "modules_to_save", {"default": head})["default"]
+    head.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.dtype), *args[1:]))
 
 
 def set_gradient_checkpointing(model: Any, engine: str, on: bool) -> None:
-    """Turn gradient checkpointing on or off: on, the backward pass computes activations again, which saves memory.
-
-    Args:
-        model: a peft model.
-        engine: "unsloth" or "transformers".
-        on: recompute.
-    """
+    """Turn gradient checkpointing on or off: on, the backward pass computes activations again, which saves memory."""
     if engine == "unsloth":
         from unsloth import FastLanguageModel
 
@@ -147,20 +114,12 @@ def set_gradient_checkpointing(model: Any, engine: str, on: bool) -> None:
 
 
 def save_adapter(
-    model: Any,
-    tokenizer: Any,
-    path: str | Path,
-    *,
-    base: str | Path,
-    precision: Precision,
+    model: Any, tokenizer: Any, path: str | Path, *, base: str | Path, precision: Precision,
     manifest: dict[str, Any] | None = None,
-) -> None:
-    """Save adapter, tokenizer, manifest and model card into a folder.
+) -> None:  # fmt: skip
+    """Save adapter, tokenizer, manifest and model card into an existing folder.
 
     Args:
-        model: a peft model.
-        tokenizer: the tokenizer that it was trained with.
-        path: an existing folder.
         base: the folder that the adapter was trained on; adapter_config.json names it, so that plain peft finds it.
         precision: how the training loaded the base; a merge onto the quantised base repeats it.
         manifest: further entries.
@@ -174,12 +133,11 @@ def save_adapter(
     # modules_to_save names the embeddings already; "auto" would guess from the base's vocabulary whether to save them.
     model.save_pretrained(str(path), save_embedding_layers=False)
     tokenizer.save_pretrained(str(path))
-    how = {"base": absolute_reference(base), "precision": asdict(precision)}
+    manifest = {**(manifest or {}), "base": absolute_reference(base), "precision": asdict(precision)}
     if precision.load_in_4bit:
         # For loading without this pipeline: transformers.BitsAndBytesConfig(**quantization).
         recorded = quantization_config(precision).to_dict()
-        how["quantization"] = {name: recorded[name] for name in recorded if name.startswith(("load_in_4", "bnb_4"))}
-    manifest = {**(manifest or {}), **how}
+        manifest["quantization"] = {n: recorded[n] for n in recorded if n.startswith(("load_in_4", "bnb_4"))}
     write_manifest(path, manifest)
     write_model_card(path, manifest)
     apply_umask(path)
@@ -201,6 +159,5 @@ def load_adapter(model: Any, path: str | Path) -> Any:
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
-        raise ValueError(
-            f"the adapter {path} was trained on another base: {str(error).splitlines()[-1].strip()}"
-        ) from None
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"the adapter {path} was trained on another base: {reason}") from None

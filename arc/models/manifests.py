@@ -12,11 +12,7 @@ MANIFEST = "manifest.json"
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of an artifact, or an empty dict if it has none.
-
-    Raises:
-        ValueError: it is there and cannot be read.
-    """
+    """The manifest of an artifact, or an empty dict if it has none; ValueError if it cannot be read."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         return {}
@@ -36,17 +32,14 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> None:
-    """Write what an artifact is and how it was made."""
+    """Write the manifest of an artifact."""
     text = json.dumps(manifest, indent=2, sort_keys=True, default=str, allow_nan=False)
     (Path(folder) / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def apply_umask(path: str | Path) -> None:
-    """Give a file, or all files of a folder, the mode of any new file: 0666 without the bits of the umask.
-
-    safetensors writes files with mode 0600, which colleagues and containers cannot read.
-    """
-    umask = os.umask(0)  # there is no other way to ask for it
+    """Give a file, or all files of a folder, mode 0666 without the umask: safetensors' 0600 hides them from others."""
+    umask = os.umask(0)  # the only way to read it
     os.umask(umask)
     for file in [Path(path)] if Path(path).is_file() else Path(path).rglob("*"):
         if file.is_file():

@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from arc.models.library_patches import (
-    Undo,
-    answer_unsloth_lengths,
-    choose_attention,
-    skip_document_search,
-    undo_all,
-    wrap_unsloth_attention,
-)
-from arc.models.prompt_sharing import SharedPrompts, attend_shared, define_operators
+from arc.models import library_patches
+from arc.models.prompt_sharing import LENGTH_STEP, SharedPrompts, attend_shared, define_operators, round_up
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +19,6 @@ if TYPE_CHECKING:
 ATTENTION = "packed_documents"  # the name under which transformers knows `packed_attention`
 IGNORE_INDEX = -100
 DOCUMENTS = "packed_documents"  # in a batch for Unsloth: bounds (or SharedPrompts) and longest, see `pack_rows`
-LENGTH_STEP = 256  # the longest length is rounded up to such steps, so that compiled code seldom sees a new one
 
 _attend_uncompiled: Callable[..., Any] = attend_shared  # `use_packed_attention` takes it out of compiled layers
 
@@ -36,16 +28,15 @@ def pack_rows(
 ) -> dict[str, Any]:
     """One row of several documents.
 
-    A document's first token is not learned, as in separate rows: no token of its document comes before it. The last
-    document is padded at its end where the row's length must be a multiple of something: the fast 16-bit kernels of a
-    GPU need a multiple of 8. (transformers' DataCollatorWithFlattening neither pads nor rounds lengths, and does not
-    know Unsloth's form.)
+    A document's first token is not learned, as in separate rows: no token of its document comes before it.
+    (transformers' DataCollatorWithFlattening neither pads nor rounds lengths, and does not know Unsloth's form.)
 
     Args:
         rows: token ids, int64 (tokens,), and which of them are learned, bool (tokens,), of each document.
         engine: "transformers" or "unsloth", which read the borders of documents in different forms.
         filler: the padding token; it is not learned.
-        multiple_of: the row's length is rounded up to a multiple of this.
+        multiple_of: the last document is padded, so that the row has a multiple of so many tokens. The fast 16-bit
+            kernels of a GPU need a multiple of 8.
 
     Returns:
         `input_ids`, `labels` and `position_ids`, int64 (1, all tokens), and `use_cache` False; for transformers
@@ -55,10 +46,10 @@ def pack_rows(
     import torch
 
     lengths = np.array([len(ids) for ids, _ in rows], dtype=np.int32)
-    more = -int(lengths.sum()) % multiple_of
-    lengths[-1] += more
-    ids = np.concatenate([*(ids for ids, _ in rows), np.full(more, filler)])
-    learned = np.concatenate([*(learned for _, learned in rows), np.zeros(more, dtype=bool)])
+    padding = -int(lengths.sum()) % multiple_of
+    lengths[-1] += padding
+    ids = np.concatenate([*(ids for ids, _ in rows), np.full(padding, filler)])
+    learned = np.concatenate([*(learned for _, learned in rows), np.zeros(padding, dtype=bool)])
     bounds = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     learned[bounds[:-1]] = False
     positions = np.arange(len(ids)) - np.repeat(bounds[:-1], lengths)
@@ -68,7 +59,7 @@ def pack_rows(
         "position_ids": torch.from_numpy(positions.astype(np.int64))[None],
         "use_cache": False,
     }
-    longest = -(-int(lengths.max()) // LENGTH_STEP) * LENGTH_STEP
+    longest = round_up(int(lengths.max()), LENGTH_STEP)
     ends = torch.from_numpy(bounds)
     if engine == "unsloth":
         return batch | {"packed_seq_lengths": torch.from_numpy(lengths), DOCUMENTS: (ends, longest)}
@@ -76,11 +67,7 @@ def pack_rows(
 
 
 def check_full_attention(config: Any) -> None:
-    """Refuse models whose attention has a window, which the attention functions here do not have.
-
-    Raises:
-        ValueError: such a model.
-    """
+    """Raise ValueError for a model whose attention has a window, which the attention functions here do not have."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if kinds != {"full_attention"} or window:
@@ -88,12 +75,7 @@ def check_full_attention(config: Any) -> None:
 
 
 def can_pack(model: Any, dtype: torch.dtype) -> bool:
-    """Whether this device has a fast kernel for packed rows of a model.
-
-    Args:
-        model: any.
-        dtype: of its arithmetic; the kernel needs 16 bits.
-    """
+    """Whether this device has a fast kernel for packed rows of a model; `dtype` is the type of its arithmetic."""
     import torch
 
     if not torch.cuda.is_available() or dtype not in (torch.bfloat16, torch.float16):
@@ -105,16 +87,12 @@ def can_pack(model: Any, dtype: torch.dtype) -> bool:
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
-def use_packed_attention(model: Any, engine: str = "transformers") -> Undo:
+def use_packed_attention(model: Any, engine: str = "transformers") -> library_patches.Undo:
     """Give a model an attention that separates packed documents; other batches are computed as before.
 
     Args:
-        model: of either engine.
         engine: "transformers" or "unsloth". Unsloth separates documents by itself, but without xformers and flash-attn
             one after the other; here it gets one kernel for all.
-
-    Returns:
-        What undoes it.
 
     Raises:
         ValueError: a model whose attention is not full, or cannot be chosen.
@@ -127,18 +105,18 @@ def use_packed_attention(model: Any, engine: str = "transformers") -> Undo:
             raise ValueError(
                 "this model's attention is not Unsloth's, and rows cannot be packed: --engine transformers"
             )
-        undo = wrap_unsloth_attention(unsloth_attention)
+        undo = library_patches.wrap_unsloth_attention(unsloth_attention)
         hook = model.register_forward_pre_hook(_hand_over_documents, with_kwargs=True)
-        return undo_all([undo, hook.remove])
+        return library_patches.undo_all([undo, hook.remove])
     import torch
 
     global _attend_uncompiled
     _attend_uncompiled = torch.compiler.disable(attend_shared)
     try:
-        undo = choose_attention(model, ATTENTION, packed_attention, _packed_mask)
+        undo = library_patches.choose_attention(model, ATTENTION, packed_attention, _packed_mask)
     except ValueError as error:
         raise ValueError(f"{error}: rows cannot be packed") from None
-    return undo_all([undo, skip_document_search(model, _is_packed)])
+    return library_patches.undo_all([undo, library_patches.skip_document_search(model, _is_packed)])
 
 
 def _is_packed(kwargs: dict[str, Any]) -> bool:
@@ -155,24 +133,21 @@ def _packed_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwarg
 
 
 def _hand_over_documents(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    # `unsloth_attention` finds the documents at the tensor of the lengths. Unsloth's own table of answers may hold a
-    # later batch's where activations are recomputed.
+    # `unsloth_attention` reads the documents from the tensor of the lengths. Where activations are recomputed,
+    # Unsloth's table may hold those of a later batch.
     documents = kwargs.pop(DOCUMENTS, None)
     if documents is not None:
         lengths = kwargs["packed_seq_lengths"]
         lengths.documents = documents
-        answer_unsloth_lengths(lengths, *documents)
+        library_patches.answer_unsloth_lengths(lengths, *documents)
     return args, kwargs
 
 
 def unsloth_attention(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Unsloth's attention, with PyTorch's kernel for all documents of a packed row at once where it can be used.
-
-    Args:
-        plain: Unsloth's `run_attention`, for all other calls.
+    """Unsloth's `run_attention`, with PyTorch's kernel for all documents of a packed row at once where it can be used.
 
     Returns:
-        A function of `config`, `context`, `Q`, `K` and `V` (rows, heads, tokens, size); it returns (rows, tokens,
+        A function of `config`, `context`, `Q`, `K` and `V` (rows, heads, tokens, size), which gives (rows, tokens,
         heads, size).
     """
     if getattr(plain, "knows_documents", False):
@@ -238,42 +213,26 @@ def attend_documents(
             longest, 0.0, True, False, scale=scaling,
         )[0]  # fmt: skip
         return out[None]
-    parts = []
+    results = []
+    options = {"is_causal": True, "scale": scaling, "enable_gqa": query.shape[1] > key.shape[1]}
     for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        document = (slice(None), slice(None), slice(begin, end))
-        parts.append(
-            scaled_dot_product_attention(
-                query[document], key[document], value[document], is_causal=True, scale=scaling,
-                enable_gqa=query.shape[1] > key.shape[1],
-            )
-        )  # fmt: skip
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+        q, k, v = (tensor[:, :, begin:end] for tensor in (query, key, value))
+        results.append(scaled_dot_product_attention(q, k, v, **options))
+    return torch.cat(results, dim=2).transpose(1, 2).contiguous()
 
 
 def packed_attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int = 0,
-    shared_prompts: SharedPrompts | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
+    dropout: float = 0.0, scaling: float | None = None, cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int = 0, shared_prompts: SharedPrompts | None = None, **kwargs: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
     """Attention of transformers' interface: within documents where their bounds are given, else causal or as masked.
 
     Args:
-        module: the layer.
         query: (rows, query heads, tokens, size).
         key, value: (rows, heads, tokens, size).
-        attention_mask: of transformers, or None.
-        dropout: not supported; no Llama has it.
-        scaling: factor of the scores.
-        cu_seq_lens_q: bounds of the documents, int32 (documents + 1,); None: each row is one document.
-        max_length_q: tokens of the longest document, or more; goes with the bounds.
+        dropout: only without documents; no Llama has it.
+        cu_seq_lens_q, max_length_q: bounds and longest of `attend_documents`; None: each row is one document.
         shared_prompts: segments of a row of prompt_sharing.
 
     Returns:
@@ -287,7 +246,5 @@ def packed_attention(
         # Not compiled: each row has other segments.
         return _attend_uncompiled(query, key, value, shared_prompts, scaling, kernel=False), None
     if cu_seq_lens_q is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     return attend_documents(query, key, value, cu_seq_lens_q, max_length_q, scaling), None

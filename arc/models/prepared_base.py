@@ -23,8 +23,7 @@ def prepare_base(base_model: str | Path, out: str | Path, full_vocab: bool = Fal
 
     Args:
         base_model: folder or hub name of an unquantised model.
-        out: an existing folder, written into.
-        full_vocab: keep the whole vocabulary.
+        out: an existing folder.
 
     Returns:
         For the manifest: the base's name, the sizes of the vocabulary before and after.
@@ -38,9 +37,8 @@ def prepare_base(base_model: str | Path, out: str | Path, full_vocab: bool = Fal
 
     check_base(base_model)
     tokenizer = load_tokenizer(base_model)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(base_model), dtype="auto", trust_remote_code=False, use_safetensors=True
-    )
+    options = {"dtype": "auto", "trust_remote_code": False, "use_safetensors": True}
+    model = AutoModelForCausalLM.from_pretrained(str(base_model), **options)
     if model.dtype == torch.float32:
         model = model.to(torch.bfloat16)
     before = len(tokenizer)

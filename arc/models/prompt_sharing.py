@@ -1,8 +1,7 @@
 """One row for the completions of several prompts, which holds each prompt once.
 
-GRPO trains on groups: several completions of one prompt that is many times longer. With a row for each completion the
-prompt would be computed again each time; here the completions attend to one copy of it. Results and gradients are
-those of separate rows: a prompt's gradients from its completions add up.
+GRPO trains on groups: several completions of one prompt that is many times longer. Here the completions attend to one
+copy of their prompt. Results are those of separate rows: a prompt's gradients from its completions add up.
 
     row        prompt A without its last token | prompt B ... | last token of A, reply 1 without its last | ...
     attention  causal within each segment; and from each reply to its whole prompt
@@ -26,22 +25,19 @@ LENGTH_STEP = 256  # the longest lengths are rounded up to such steps, so that c
 MULTIPLE = 8  # a row has a multiple of so many tokens, see packing.pack_rows
 
 
+def round_up(number: int, step: int) -> int:
+    """The least multiple of `step` that is not below `number`."""
+    return -(-number // step) * step
+
+
 class SharedPrompts(NamedTuple):
-    """The segments of a row, as bounds: int32 (segments + 1,), from 0.
+    """The segments of a row, as bounds: int32 (segments + 1,), from 0."""
 
-    Args:
-        parts: bounds of all segments, first the prompts, then the replies.
-        prompts: bounds of the prompts: the first ones of `parts`.
-        owned: bounds of the replies to each prompt together, counted from the end of the prompts.
-        longest: tokens of the longest segment, of the longest prompt and of all replies to one prompt, or more.
-        tokens: tokens of all prompts.
-    """
-
-    parts: torch.Tensor
-    prompts: torch.Tensor
-    owned: torch.Tensor
-    longest: tuple[int, int, int]
-    tokens: int
+    parts: torch.Tensor  # of all segments, first the prompts, then the replies
+    prompts: torch.Tensor  # of the prompts: the first ones of `parts`
+    owned: torch.Tensor  # of the replies to each prompt together, counted from the end of the prompts
+    longest: tuple[int, int, int]  # tokens of the longest segment, prompt, and all replies to one prompt, or more
+    tokens: int  # of all prompts
 
 
 def share_prompts(
@@ -71,46 +67,34 @@ def share_prompts(
     order = [number for numbers in groups.values() for number in numbers]
     heads = [prompt[:-1] for prompt in firsts]
     tails = [np.concatenate([prompts[number][-1:], replies[number][:-1]]) for number in order]
-    more = -sum(map(len, [*heads, *tails])) % MULTIPLE
-    tails[-1] = np.concatenate([tails[-1], np.zeros(more, dtype=np.int64)])
+    padding = -sum(map(len, [*heads, *tails])) % MULTIPLE
+    tails[-1] = np.concatenate([tails[-1], np.zeros(padding, dtype=np.int64)])
     positions = [np.arange(len(head)) for head in heads]
     positions += [len(prompts[n]) - 1 + np.arange(len(tail)) for n, tail in zip(order, tails, strict=True)]
     head_lengths = np.array([len(head) for head in heads])
     tail_lengths = np.array([len(tail) for tail in tails])
     owners = np.repeat(np.arange(len(heads)), [len(numbers) for numbers in groups.values()])
     owned_lengths = np.bincount(owners, weights=tail_lengths).astype(np.int64)
-    lengths = np.concatenate([head_lengths, tail_lengths])
+    lengths = (np.concatenate([head_lengths, tail_lengths]), head_lengths, owned_lengths)
     row = {
         "input_ids": torch.from_numpy(np.concatenate([*heads, *tails]).astype(np.int64))[None],
         "position_ids": torch.from_numpy(np.concatenate(positions).astype(np.int64))[None],
     }
-    a, b, c = (-(-int(each.max()) // LENGTH_STEP) * LENGTH_STEP for each in (lengths, head_lengths, owned_lengths))
-    bounds = (_bounds(lengths), _bounds(head_lengths), _bounds(owned_lengths))
-    return row, SharedPrompts(*bounds, (a, b, c), int(head_lengths.sum())), order
-
-
-def _bounds(lengths: np.ndarray) -> torch.Tensor:
-    import torch
-
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    parts, head_bounds, owned = (torch.from_numpy(np.append(0, np.cumsum(n)).astype(np.int32)) for n in lengths)
+    a, b, c = (round_up(int(n.max()), LENGTH_STEP) for n in lengths)
+    return row, SharedPrompts(parts, head_bounds, owned, (a, b, c), int(head_lengths.sum())), order
 
 
 def reply_log_probs(
-    model: Any,
-    engine: str,
-    prompts: Sequence[np.ndarray],
-    replies: Sequence[np.ndarray],
-    *,
-    temperature: float = 1.0,
-    width: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    model: Any, engine: str, prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray], *,
+    temperature: float = 1.0, width: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Log probability of each token of replies, and the entropy of its distribution, in one pass.
 
     Args:
         model: a model with packing.use_packed_attention.
         engine: "transformers" or "unsloth".
-        prompts: token ids of each reply's prompt, int64 (tokens,).
-        replies: token ids, int64 (tokens,).
+        prompts, replies: token ids, int64 (tokens,); a prompt for each reply.
         temperature: logits are divided by it.
         width: columns of the results; default: the longest reply.
 
@@ -122,24 +106,20 @@ def reply_log_probs(
     logits, rows, columns, places = _logits_of_replies(model, engine, prompts, replies)
     logits = logits.float() / temperature
     targets = np.concatenate(replies).astype(np.int64)
-    sent = torch.from_numpy(np.stack([targets, rows, columns, places])).to(logits.device, non_blocking=True)
+    indices = torch.from_numpy(np.stack([targets, rows, columns, places])).to(logits.device, non_blocking=True)
     log_probs = torch.log_softmax(logits, dim=-1)
     with torch.no_grad():
         entropies = -(log_probs.exp() * log_probs).sum(-1)
     shape = (len(replies), width or max(map(len, replies)))
-    cells = (sent[1], sent[2])
-    chosen, entropies = log_probs[sent[3], sent[0]], entropies[sent[3]]
+    cells = (indices[1], indices[2])
+    chosen, entropies = log_probs[indices[3], indices[0]], entropies[indices[3]]
     return chosen.new_zeros(shape).index_put(cells, chosen), entropies.new_zeros(shape).index_put(cells, entropies)
 
 
 def solution_logits(
     model: Any, engine: str, prompts: Sequence[np.ndarray], solutions: Sequence[np.ndarray]
 ) -> torch.Tensor:
-    """Logits that predict the tokens of solutions, in one pass.
-
-    Args:
-        model, engine: see `reply_log_probs`.
-        prompts, solutions: token ids, int64 (tokens,) each.
+    """Logits that predict the tokens of solutions, in one pass; see `reply_log_probs`.
 
     Returns:
         (tokens of all solutions, vocabulary), one solution after the other.
@@ -153,8 +133,8 @@ def solution_logits(
 def _logits_of_replies(
     model: Any, engine: str, prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray]
 ) -> tuple[torch.Tensor, np.ndarray, np.ndarray, np.ndarray]:
-    # The logits of the row after the prompts; and for each token of each reply, one reply after the other: the number
-    # of the reply, the token's column in the reply, and the place of its logits.
+    # The logits after the prompts; and for each token of each reply: the reply's number, the token's column in the
+    # reply, and the place of its logits.
     computed, owner = covering_replies(prompts, replies)
     row, shared, order = share_prompts([prompts[at] for at in computed], [replies[at] for at in computed])
     begins, begin = {}, 0  # where the computed replies begin, counted from the end of the prompts
@@ -167,7 +147,7 @@ def _logits_of_replies(
     places = np.array([begins[number] for number in owner])[rows] + columns
     device = model.get_input_embeddings().weight.device if hasattr(model, "get_input_embeddings") else model.device
     batch = {name: value.to(device, non_blocking=True) for name, value in row.items()}
-    batch |= engine_arguments(shared, engine, device)
+    batch |= _engine_arguments(shared, engine, device)
     after_prompts = row["input_ids"].shape[1] - shared.tokens  # with the padding of the row
     return model(**batch, logits_to_keep=after_prompts, use_cache=False).logits[0, :begin], rows, columns, places
 
@@ -177,10 +157,6 @@ def covering_replies(prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray
 
     The last token may differ: the logits that predict a reply depend on its prompt and on its tokens but the last.
 
-    Args:
-        prompts: token ids of each reply's prompt, int64 (tokens,).
-        replies: token ids, int64 (tokens,).
-
     Returns:
         The numbers of the replies to compute, ascending, and for each reply the number of the one that covers it.
     """
@@ -188,49 +164,33 @@ def covering_replies(prompts: Sequence[np.ndarray], replies: Sequence[np.ndarray
     owner = [0] * len(replies)
     for number in sorted(range(len(replies)), key=lambda at: -len(replies[at])):
         tokens = np.asarray(replies[number], dtype=np.int64)
-        before, group = tokens[:-1].tobytes(), computed.setdefault(prompts[number].tobytes(), [])
-        cover = next((at for at, others in group if others.startswith(before)), None)
-        if cover is None:
-            cover = number
+        fed, group = tokens[:-1].tobytes(), computed.setdefault(prompts[number].tobytes(), [])
+        owner[number] = next((at for at, others in group if others.startswith(fed)), number)
+        if owner[number] == number:
             group.append((number, tokens.tobytes()))
-        owner[number] = cover
     return sorted(set(owner)), owner
 
 
-def engine_arguments(shared: SharedPrompts, engine: str, device: torch.device) -> dict[str, Any]:
-    """The arguments of a forward pass besides ids and positions, see packing.use_packed_attention.
-
-    Args:
-        shared: the segments of the row.
-        engine: "transformers" or "unsloth".
-        device: of the model.
-    """
-    moved = shared._replace(
-        parts=shared.parts.to(device, non_blocking=True),
-        prompts=shared.prompts.to(device, non_blocking=True),
-        owned=shared.owned.to(device, non_blocking=True),
-    )
+def _engine_arguments(shared: SharedPrompts, engine: str, device: torch.device) -> dict[str, Any]:
+    # The arguments of a forward pass besides ids and positions, see packing.use_packed_attention.
+    parts, prompts, owned = (bounds.to(device, non_blocking=True) for bounds in shared[:3])
+    moved = SharedPrompts(parts, prompts, owned, shared.longest, shared.tokens)
     if engine == "unsloth":
         lengths = (shared.parts[1:] - shared.parts[:-1]).to(device, non_blocking=True)
         return {"packed_seq_lengths": lengths, "packed_documents": (moved, shared.longest[0])}
     return {"shared_prompts": moved}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention
+# -- attention
 
 
 def attend_shared(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shared: SharedPrompts, scaling: float | None = None,
     *, kernel: bool,
 ) -> torch.Tensor:  # fmt: skip
-    """Causal attention within each segment of a row, and from each reply to its prompt.
+    """Causal attention within each segment of a row, and from each reply to its prompt; see packing.attend_documents.
 
     Args:
-        query: (1, query heads, tokens, size).
-        key, value: (1, heads, tokens, size).
-        shared: the segments.
-        scaling: factor of the scores; default: 1 / sqrt(size).
         kernel: use PyTorch's flash attention, see packing.has_document_kernel.
 
     Returns:
@@ -244,10 +204,10 @@ def attend_shared(
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         attend = torch.ops.arc_finetuning.attend_shared
         return attend(q, k, v, *shared[:3], shared.longest, shared.tokens, scaling)[0][None]
-    return _attend_part_by_part(query, key, value, shared, scaling)
+    return _attend_by_segment(query, key, value, shared, scaling)
 
 
-def _attend_part_by_part(
+def _attend_by_segment(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shared: SharedPrompts, scaling: float | None
 ) -> torch.Tensor:
     import torch
@@ -256,20 +216,16 @@ def _attend_part_by_part(
     bounds, owned = shared.parts.tolist(), shared.owned.tolist()
     count = len(shared.prompts) - 1
     results = []
+    options = {"scale": scaling, "enable_gqa": query.shape[1] > key.shape[1]}
     for number, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        segment, before = slice(begin, end), slice(begin, begin)
+        segment, prompt = slice(begin, end), slice(begin, begin)
         if number >= count:
             owner = int(np.searchsorted(owned, begin - shared.tokens, side="right")) - 1
-            before = slice(bounds[owner], bounds[owner + 1])
-        keys, values = (torch.cat([each[:, :, before], each[:, :, segment]], dim=2) for each in (key, value))
-        places = torch.arange(keys.shape[2], device=query.device)
-        seen = places <= (places[-1] - (end - begin) + 1 + torch.arange(end - begin, device=query.device))[:, None]
-        results.append(
-            scaled_dot_product_attention(
-                query[:, :, segment], keys, values, attn_mask=seen, scale=scaling,
-                enable_gqa=query.shape[1] > key.shape[1],
-            )
-        )  # fmt: skip
+            prompt = slice(bounds[owner], bounds[owner + 1])
+        keys, values = (torch.cat([tensor[:, :, prompt], tensor[:, :, segment]], dim=2) for tensor in (key, value))
+        columns = torch.arange(keys.shape[2], device=query.device)
+        mask = columns <= columns[begin - end :, None]
+        results.append(scaled_dot_product_attention(query[:, :, segment], keys, values, attn_mask=mask, **options))
     return torch.cat(results, dim=2).transpose(1, 2).contiguous()
 
 
@@ -285,9 +241,9 @@ def _kernels() -> tuple[Any, Any]:
 def define_operators() -> None:
     """Register the operators that `attend_shared` calls; for compiled layers each is one operation, whatever the row.
 
-    The kernel is called twice: for each segment to itself, and for the replies to their prompts. Softmax over both is
-    the mean of the two results, weighted by their sums of exponentials; the kernel returns the logarithms of the sums.
-    In the backward pass each call gives its share of the gradients, from the whole result and the whole sum.
+    The kernel runs twice: for each segment to itself, and for the replies to their prompts. Softmax over both is the
+    mean of the two results, weighted by their sums of exponentials; the kernel returns the logarithms of the sums. In
+    the backward pass each call gives its share of the gradients, from the whole result and the whole sum.
     """
     import torch
     from torch import library
@@ -297,18 +253,17 @@ def define_operators() -> None:
 
     @library.custom_op(name, mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {rest}) -> (Tensor, Tensor)")
     def forward(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, parts: torch.Tensor, prompts: torch.Tensor,
-        owned: torch.Tensor, longest: Sequence[int], tokens: int, scaling: float | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        q: Any, k: Any, v: Any, parts: Any, prompts: Any, owned: Any, longest: Any, tokens: int, scaling: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         attend, _ = _kernels()
-        own, own_sum = attend(q, k, v, parts, parts, longest[0], longest[0], 0.0, True, False, scale=scaling)[:2]
+        out, out_sum = attend(q, k, v, parts, parts, longest[0], longest[0], 0.0, True, False, scale=scaling)[:2]
         to_prompt, prompt_sum = attend(
             q[tokens:], k[:tokens], v[:tokens], owned, prompts, longest[2], longest[1], 0.0, False, False, scale=scaling
         )[:2]
-        both = torch.logaddexp(own_sum[:, tokens:], prompt_sum)  # (heads, tokens of replies)
+        both = torch.logaddexp(out_sum[:, tokens:], prompt_sum)  # (heads, tokens of replies)
         share = torch.exp(prompt_sum - both).t()[..., None]
-        mixed = torch.lerp(own[tokens:].float(), to_prompt.float(), share).to(own.dtype)
-        return torch.cat([own[:tokens], mixed]), torch.cat([own_sum[:, :tokens], both], dim=1)
+        mixed = torch.lerp(out[tokens:].float(), to_prompt.float(), share).to(out.dtype)
+        return torch.cat([out[:tokens], mixed]), torch.cat([out_sum[:, :tokens], both], dim=1)
 
     @forward.register_fake
     def _(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -320,9 +275,8 @@ def define_operators() -> None:
         " -> (Tensor, Tensor, Tensor)",
     )  # fmt: skip
     def backward(
-        gradient: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
-        sums: torch.Tensor, parts: torch.Tensor, prompts: torch.Tensor, owned: torch.Tensor, longest: Sequence[int],
-        tokens: int, scaling: float | None,
+        gradient: torch.Tensor, q: Any, k: Any, v: Any, out: Any, sums: torch.Tensor, parts: Any, prompts: Any,
+        owned: Any, longest: Any, tokens: int, scaling: float | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
         _, back = _kernels()
         gradient = gradient.contiguous()

@@ -13,16 +13,13 @@ KEPT_CHARACTERS = string.ascii_uppercase + string.ascii_lowercase + string.digit
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<pad>", "<|pad|>", "[PAD]", "<|reserved_special_token_0|>", "<unk>")
 
 
-def load_tokenizer(path: str | Path, pad_token: str | None = None) -> Any:
-    """Load a fast tokenizer that pads on the right with a token that is not its end token.
+def load_tokenizer(path: str | Path) -> Any:
+    """Load a fast tokenizer, from a folder or the hub, that pads on the right with a token that is not its end token.
 
-    Args:
-        path: a folder or a hub name.
-        pad_token: the pad token; default: the tokenizer's own, else the first of `PAD_TOKENS` that it knows.
+    With pad = EOS, many trainers would mask the end of replies together with the padding.
 
     Raises:
-        ValueError: not a fast tokenizer, or without a token that could pad. (With pad = EOS, many trainers would mask
-            the end of replies together with the padding.)
+        ValueError: not a fast tokenizer, or without a token that could pad.
     """
     from transformers import AutoTokenizer
 
@@ -33,11 +30,10 @@ def load_tokenizer(path: str | Path, pad_token: str | None = None) -> Any:
         raise ValueError(f"the tokenizer of {path} cannot be loaded ({reason})") from None
     if not tokenizer.is_fast:
         raise ValueError(f"{path} has no tokenizer.json: expected a fast tokenizer")
-    if pad_token is None and tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
-        pad_token = tokenizer.pad_token
-    known = tokenizer.get_vocab()
-    pad_token = pad_token or next((t for t in PAD_TOKENS if t in known and t != tokenizer.eos_token), None)
-    if pad_token is None or pad_token not in known:
+    vocabulary, pad_token = tokenizer.get_vocab(), tokenizer.pad_token
+    if pad_token is None or pad_token == tokenizer.eos_token:
+        pad_token = next((token for token in PAD_TOKENS if token in vocabulary and token != tokenizer.eos_token), None)
+    if pad_token not in vocabulary:
         raise ValueError(
             f"the tokenizer of {path} has no token to pad with: expected {pad_token or ' or '.join(PAD_TOKENS)}; add "
             "one with tokenizer.add_special_tokens and save it"
@@ -60,8 +56,8 @@ def cut_tokenizer(tokenizer: Any, keep_ids: Sequence[int] = ()) -> tuple[Any, li
     Raises:
         ValueError: not BPE, or a needed character is not a token of its own.
 
-    Source: ARChitects' keep_single_char_tokens. It edits the tokenizer in place and leaves special tokens that no
-    longer exist in its configuration; this one builds a new tokenizer from the cut tables and checks it.
+    Source: ARChitects' keep_single_char_tokens. It edits the tokenizer in place, and its configuration keeps special
+    tokens that no longer exist. This one builds a new tokenizer from the cut tables and checks it.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -72,7 +68,9 @@ def cut_tokenizer(tokenizer: Any, keep_ids: Sequence[int] = ()) -> tuple[Any, li
             f"cannot cut a {tables['model']['type']} vocabulary: expected BPE; keep it whole with --full_vocab true"
         )
     vocabulary = tables["model"]["vocab"]
-    ids = {c: _character_id(c, vocabulary) for c in KEPT_CHARACTERS}
+    # Byte-level BPE writes "\n" as "Ċ" (byte 10 moved to U+010A); SentencePiece falls back to the byte token.
+    newline = next((vocabulary[name] for name in ("Ċ", "\n", "<0x0A>") if name in vocabulary), None)
+    ids = {c: newline if c == "\n" else vocabulary.get(c) for c in KEPT_CHARACTERS}
     missing = sorted(c for c, i in ids.items() if i is None)
     if missing:
         raise ValueError(f"the vocabulary has no token of its own for {missing}; keep it whole with --full_vocab true")
@@ -90,26 +88,15 @@ def cut_tokenizer(tokenizer: Any, keep_ids: Sequence[int] = ()) -> tuple[Any, li
         # SentencePiece types prepend "▁" to the text: without its merges that would be an extra token.
         tables["normalizer"] = tables["pre_tokenizer"] = None
     cut = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(tables)),
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-        pad_token=tokenizer.pad_token,
-        model_max_length=tokenizer.model_max_length,
-        clean_up_tokenization_spaces=False,
-        padding_side="right",
-    )
-    got = cut(KEPT_CHARACTERS, add_special_tokens=False)["input_ids"]
-    if got != [new_id[ids[c]] for c in KEPT_CHARACTERS]:
+        tokenizer_object=Tokenizer.from_str(json.dumps(tables)), bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token, pad_token=tokenizer.pad_token, model_max_length=tokenizer.model_max_length,
+        clean_up_tokenization_spaces=False, padding_side="right",
+    )  # fmt: skip
+    if cut(KEPT_CHARACTERS, add_special_tokens=False)["input_ids"] != [new_id[ids[c]] for c in KEPT_CHARACTERS]:
         raise ValueError(
             "the cut vocabulary does not give one token per character; keep it whole with --full_vocab true"
         )
     return cut, old_ids
-
-
-def _character_id(character: str, vocabulary: dict[str, int]) -> int | None:
-    # Byte-level BPE writes "\n" as "Ċ" (byte 10 moved to U+010A); SentencePiece falls back to the byte token.
-    names = ("Ċ", "\n", "<0x0A>") if character == "\n" else (character,)
-    return next((vocabulary[name] for name in names if name in vocabulary), None)
 
 
 def _post_processor_ids(node: Any, new_id: dict[int, int] | None = None) -> list[int]:

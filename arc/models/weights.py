@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BLOCK = 2**22  # weights that are summed and compared at once
+UNKNOWN_OPTIONS = (  # of peft's LoRA, which `AdapterSum` cannot add up
+    "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "alpha_pattern", "layer_replication", "lora_bias",
+    "trainable_token_indices", "target_parameters", "alora_invocation_tokens",
+)  # fmt: skip
 
 
 def saved_dtype(folder: str | Path) -> torch.dtype:
@@ -36,24 +39,15 @@ def dequantised_weight(layer: Any) -> torch.Tensor:
 
 
 def add_low_rank(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
-    """W + scaling * B A, rounded once to the type of W: the product is summed and added in float32.
+    """W + scaling * B A, (out, in), rounded once to the type of W; A is (rank, in), B (out, rank), of the same type.
 
     peft's `get_delta_weight` rounds the product, the scaled product and the sum, each by itself: other bytes.
-
-    Args:
-        weight: W, (out, in).
-        a, b: LoRA's matrices, (rank, in) and (out, rank), of the same type.
-        scaling: their factor.
     """
     return weight.addmm(b, a, alpha=scaling)
 
 
 def summed_weights(trained: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Base + adapter of each weight of a peft model in memory, one after the other.
-
-    Yields:
-        The name in the model without adapters, and the sum; float32 where an adapter is added.
-    """
+    """Name in the base, and base + adapter, of each weight of a peft model in memory; sums are float32."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in trained.base_model.model.named_modules():
@@ -62,7 +56,7 @@ def summed_weights(trained: Any) -> Iterator[tuple[str, torch.Tensor]]:
             weight = dequantised_weight(layer).float()
             for adapter in module.active_adapters:
                 if adapter in module.lora_A:
-                    a, b = (part[adapter].weight.float() for part in (module.lora_A, module.lora_B))
+                    a, b = module.lora_A[adapter].weight.float(), module.lora_B[adapter].weight.float()
                     weight = add_low_rank(weight, a, b, module.scaling[adapter])
             yield f"{name}.weight", weight
             if getattr(layer, "bias", None) is not None:
@@ -77,12 +71,10 @@ def summed_weights(trained: Any) -> Iterator[tuple[str, torch.Tensor]]:
 class AdapterSum:
     """Base + adapter in float64, weight by weight, from the adapter's files and without peft: what a merge must equal.
 
-    Args:
-        model: the base. Its state names the weights; the embedding stands for both of two tied ones.
-        adapter: the folder of the adapter.
+    The embedding stands for both of two tied weights.
 
     Raises:
-        MergeError: the adapter holds a tensor that has no place in the model, or is of an unknown kind.
+        MergeError: the adapter has a tensor without a place in the model, or is of an unknown kind.
     """
 
     def __init__(self, model: Any, adapter: str | Path):
@@ -93,39 +85,33 @@ class AdapterSum:
         self._tied = bool(model.config.tie_word_embeddings)
         self._low_rank: dict[str, dict[str, str]] = {}  # weight -> "A.weight" and so on -> tensor of the adapter
         self._full: dict[str, str] = {}  # weight -> tensor of the adapter that replaces it
-        self._refuse_unknown()
-        self._sort_tensors()
-
-    def _refuse_unknown(self) -> None:
-        unknown = (
-            "use_dora", "use_qalora", "use_bdlora", "fan_in_fan_out", "alpha_pattern", "layer_replication", "lora_bias",
-            "trainable_token_indices", "target_parameters", "alora_invocation_tokens",
-        )  # fmt: skip
-        used = [name for name in unknown if self.config.get(name)]
+        used = [name for name in UNKNOWN_OPTIONS if self.config.get(name)]
         if self.config.get("peft_type") != "LORA" or used:
             kind = ", ".join(used) or self.config.get("peft_type")
             raise MergeError(f"{self.adapter} uses {kind}, which this check cannot add up: expected plain LoRA")
+        self._sort_tensors()
 
     def _sort_tensors(self) -> None:
+        import torch
+
         with self._open() as file:
-            tensors = list(file.keys())
-        for tensor in tensors:
-            name = tensor.removeprefix("base_model.model.")
-            module, _, rest = name.partition(".lora_")
-            if rest in ("A.weight", "B.weight", "embedding_A", "embedding_B"):
-                self._low_rank.setdefault(self._place(f"{module}.weight", tensor), {})[rest] = tensor
-            else:
-                name = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
-                other = self._full.setdefault(self._place(name, tensor), tensor)
-                if not self._are_equal(other, tensor):
-                    raise MergeError(f"{self.adapter} holds two matrices, {other} and {tensor}, for one tied one")
+            for tensor in file.keys():
+                name = tensor.removeprefix("base_model.model.")
+                module, _, rest = name.partition(".lora_")
+                if rest in ("A.weight", "B.weight", "embedding_A", "embedding_B"):
+                    self._low_rank.setdefault(self._place(f"{module}.weight", tensor), {})[rest] = tensor
+                else:
+                    name = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
+                    other = self._full.setdefault(self._place(name, tensor), tensor)
+                    if other != tensor and not torch.equal(file.get_tensor(other), file.get_tensor(tensor)):
+                        raise MergeError(f"{self.adapter} holds two matrices, {other} and {tensor}, for one tied one")
         tied = {self._embedding, self._head} if self._tied else set()
         if tied & set(self._low_rank):
             raise MergeError(
                 f"{self.adapter} has a low-rank change of one of two tied matrices ({self._embedding}): a tied model "
                 "cannot hold the sum; untie the base before training, or train the matrix in full"
             )
-        incomplete = [name for name, parts in self._low_rank.items() if len(parts) != 2]
+        incomplete = [name for name, factors in self._low_rank.items() if len(factors) != 2]
         if incomplete:
             raise MergeError(f"{self.adapter} has half of a low-rank change only for {incomplete[0]}")
 
@@ -134,12 +120,6 @@ class AdapterSum:
 
         return safe_open(str(self.adapter / ADAPTER_WEIGHTS), "pt")
 
-    def _are_equal(self, one: str, other: str) -> bool:
-        import torch
-
-        with self._open() as file:
-            return one == other or torch.equal(file.get_tensor(one), file.get_tensor(other))
-
     def _place(self, name: str, tensor: str) -> str:
         # A tied model has one matrix for both names.
         place = self._embedding if self._tied and name == self._head else name
@@ -147,35 +127,27 @@ class AdapterSum:
             raise MergeError(f"{self.adapter} holds {tensor}, for which the base has no weight {name}")
         return place
 
-    def scale(self, rank: int) -> float:
-        """The factor of a low-rank product: alpha / sqrt(rank) (rsLoRA) or alpha / rank."""
-        return self.config["lora_alpha"] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-
     def blocks(self, name: str) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """The sum of one weight, a block of rows at a time.
 
         Yields:
-            Rows; the sum, float64 (rows, ...); and how far a sum in float32, in whatever order, may be from it: a
-            product of rank r errs by at most r + 2 roundings of |B| |A| (here: of the product of the norms of B's rows
-            and A's columns, which is no less), the addition by one of the sum.
+            Rows; the sum, float64 (rows, ...); and how far a sum in float32, in any order, may be from it. A product of
+            rank r errs by at most r + 2 roundings of |B| |A|, which is at most the product of the norms of B's rows and
+            A's columns. The addition errs by one rounding of the sum.
         """
         base = self.base[name]
         unit = 2.0**-24  # largest relative error of one rounding to float32
         with self._open() as file:
-            full = None
-            if name in self._full:
-                full = file.get_slice(self._full[name])
-                if list(full.get_shape()) != list(base.shape):
-                    raise MergeError(
-                        f"{self._full[name]} of {self.adapter} is {full.get_shape()}, the base's {list(base.shape)}"
-                    )
-            change = self._factors(file, name) if name in self._low_rank else None
+            full = file.get_slice(self._full[name]) if name in self._full else None
+            if full is not None and list(full.get_shape()) != list(base.shape):
+                shapes = f"{full.get_shape()}, the base's {list(base.shape)}"
+                raise MergeError(f"{self._full[name]} of {self.adapter} is {shapes}")
+            factors = self._factors(file, name) if name in self._low_rank else None
             for rows in row_blocks(base):
-                whole = base[rows] if full is None else full[rows].to(base.device)
-                total = whole.double()
+                total = (base[rows] if full is None else full[rows].to(base.device)).double()
                 slack = total.new_zeros(())
-                if change is not None:
-                    left, right, scale = change
+                if factors is not None:
+                    left, right, scale = factors
                     total = total + scale * (left[rows] @ right)
                     norms = left[rows].norm(dim=1)[:, None] * right.norm(dim=0)[None]
                     slack = unit * ((left.shape[1] + 2) * abs(scale) * norms + total.abs())
@@ -183,16 +155,15 @@ class AdapterSum:
 
     def _factors(self, file: Any, name: str) -> tuple[torch.Tensor, torch.Tensor, float]:
         # The change of a weight as left @ right * scale: float64 (rows, rank), (rank, columns).
-        base, parts = self.base[name], self._low_rank[name]
-        a, b = (file.get_tensor(parts[part]).to(base.device).double() for part in sorted(parts))
+        base, tensors = self.base[name], self._low_rank[name]
+        a, b = (file.get_tensor(tensors[kind]).to(base.device).double() for kind in sorted(tensors))
         # An embedding is looked up by rows: its change is stored transposed.
-        left, right = (a.T, b.T) if "embedding_A" in parts else (b, a)
-        if (left.shape[0], right.shape[1]) != tuple(base.shape):
-            raise MergeError(
-                f"the change of {name} in {self.adapter} is {[left.shape[0], right.shape[1]]}, the base's "
-                f"{list(base.shape)}"
-            )
-        return left, right, self.scale(a.shape[0])
+        left, right = (a.T, b.T) if "embedding_A" in tensors else (b, a)
+        shape = [left.shape[0], right.shape[1]]
+        if shape != list(base.shape):
+            raise MergeError(f"the change of {name} in {self.adapter} is {shape}, the base's {list(base.shape)}")
+        rank = a.shape[0]
+        return left, right, self.config["lora_alpha"] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
 def row_blocks(tensor: torch.Tensor) -> Iterator[slice]:
