@@ -27,15 +27,16 @@ from arc.training.optimizers import MUON, optimizer_with_embedding_rate
 from arc.training.rows import lazy_dataset, planned_rows
 from arc.training.trainer import kept_in_checkpoints
 
+SAME_NAMES = ("num_generations", "temperature", "beta", "epsilon", "epsilon_high", "loss_type")  # in GRPOConfig
+
 
 def grpo_trainer(
     model: Any, run: PolicyRun, data: StageData, reward_functions: list[Callable[..., Any]], *,
     reward_weights: list[float], max_completion_length: int, chosen: np.ndarray | None = None,
 ) -> Any:  # fmt: skip
-    """trl's GRPOTrainer on the prompts of the samples.
+    """trl's GRPOTrainer on the prompts of the samples; Unsloth's version where its engine does not share prompts.
 
-    Where prompts are shared (see `shares_prompts`), both engines use trl's own class. How a step is divided is then
-    planned (see `plan_batches`), printed and stored as `run.plan`. Otherwise the Unsloth engine uses Unsloth's version.
+    Where prompts are shared (see `shares_prompts`), the plan of a step is made, printed and stored as `run.plan`.
 
     Args:
         model: a peft model.
@@ -62,12 +63,8 @@ def grpo_trainer(
     optimizer = None  # trl makes one
     if set(settings.target_modules) & set(EMBEDDING_MODULES) or settings.optim == MUON:
         optimizer = optimizer_with_embedding_rate(model, arguments, settings.optim)
-    if shared:
-        trainer_class = type("SharingTrainer", (SharedPromptMixin, trl_trainer), {})
-        options = {"policy_settings": settings, "engine": engine, "mix": mix}
-    else:
-        trainer_class, options = type("StageTrainer", (StageMixin, trl_trainer), {}), {}
-    trainer = trainer_class(
+    options = {"policy_settings": settings, "engine": engine, "mix": mix} if shared else {}
+    trainer = type("StageTrainer", (SharedPromptMixin if shared else StageMixin, trl_trainer), {})(
         callbacks=[kept_in_checkpoints(run), *([ends_with_training(mix)] if mix is not None else [])],
         model=model,
         reward_funcs=reward_functions,
@@ -95,10 +92,7 @@ def plan_step(trial: PolicyTrial, run: PolicyRun, mix: SupervisedMix | None) -> 
 
 
 def grpo_classes(engine: str, shared: bool) -> tuple[Any, Any]:
-    """trl's GRPOConfig and GRPOTrainer, as Unsloth has changed them or as trl wrote them.
-
-    Unsloth, which is imported by now on its engine, replaces both in trl. Its version cannot share prompts.
-    """
+    """GRPOConfig and GRPOTrainer of trl. Unsloth has replaced both, if it is imported, and cannot share prompts."""
     if engine == "unsloth" and shared:
         trainer = plain_module("trl.trainer.grpo_trainer").GRPOTrainer
         return plain_module("trl.trainer.grpo_config").GRPOConfig, trainer
@@ -112,13 +106,8 @@ def grpo_arguments(config_class: Any, run: PolicyRun, reward_weights: list[float
     settings = run.settings
     arguments = config_class(
         **common_arguments(run),
-        num_generations=settings.num_generations,
+        **{name: getattr(settings, name) for name in SAME_NAMES},
         max_completion_length=max_completion_length,
-        temperature=settings.temperature,
-        beta=settings.beta,
-        epsilon=settings.epsilon,
-        epsilon_high=settings.epsilon_high,
-        loss_type=settings.loss_type,
         reward_weights=reward_weights,
         mask_truncated_completions=False,  # a reply without an end has no reward; it must be unlearned, not ignored
     )
@@ -131,19 +120,16 @@ def rollout_function(
     model: Any, run: PolicyRun, data: StageData, arguments: Any, from_copy: bool
 ) -> Callable[..., Any] | None:
     """The function that samples completions for trl; None: trl samples with the model's own generate."""
-    settings, precision = run.settings, run.precision
+    settings = run.settings
     if not (from_copy or settings.stop_at_error):
         return None
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # trl warns that rollout_func may change
+    temperature, seed = settings.temperature, settings.seed
     if settings.stop_at_error:
-        return make_stopped_rollouts(
-            model, precision.engine, temperature=settings.temperature, seed=settings.seed,
-            batch_size=max(1, arguments.per_device_train_batch_size // settings.num_generations),
-        )  # fmt: skip
-    return make_rollouts(
-        model, data.tokenizer, dtype=precision.torch_dtype, max_new_tokens=arguments.max_completion_length,
-        temperature=settings.temperature, seed=settings.seed,
-    )  # fmt: skip
+        size = max(1, arguments.per_device_train_batch_size // settings.num_generations)
+        return make_stopped_rollouts(model, run.precision.engine, temperature=temperature, seed=seed, batch_size=size)
+    length, dtype = arguments.max_completion_length, run.precision.torch_dtype
+    return make_rollouts(model, data.tokenizer, dtype=dtype, max_new_tokens=length, temperature=temperature, seed=seed)
 
 
 def prompt_count(run: PolicyRun, data: StageData, chosen: np.ndarray | None) -> int:
