@@ -11,6 +11,10 @@ from arc.training.optimizers import BESIDE_MUON, MUON
 from arc.training.stage import StageContext
 
 MANY_SAMPLES = 32  # of a step of one process: from there on other processes make its batches
+SAME_NAMES = (  # in TrainingArguments
+    "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "adam_beta2", "weight_decay",
+    "max_grad_norm", "seed", "logging_steps",
+)  # fmt: skip
 
 
 def common_arguments(run: StageContext[RunSettings]) -> dict[str, Any]:
@@ -22,21 +26,13 @@ def common_arguments(run: StageContext[RunSettings]) -> dict[str, Any]:
     checkpointing = settings.gradient_checkpointing is not False
     if plan is not None:
         size, accumulation, checkpointing = plan.micro_batch_size, plan.passes, plan.gradient_checkpointing
-    arguments = {
+    arguments = {name: getattr(settings, name) for name in SAME_NAMES} | {
         "output_dir": str(run.work),
         "per_device_train_batch_size": size,
         "gradient_accumulation_steps": accumulation,
-        "num_train_epochs": settings.num_train_epochs,
-        "max_steps": settings.max_steps,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.lr_scheduler_type,
         "warmup_steps": settings.warmup_ratio,  # transformers 5 reads a number below 1 as a share of all steps
         "optim": BESIDE_MUON if settings.optim == MUON else settings.optim,
-        "adam_beta2": settings.adam_beta2,
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
         "use_cpu": not torch.cuda.is_available(),
-        "seed": settings.seed,
         "bf16": precision.dtype == "bfloat16",
         "fp16": precision.dtype == "float16",
         "gradient_checkpointing": checkpointing,
@@ -47,7 +43,6 @@ def common_arguments(run: StageContext[RunSettings]) -> dict[str, Any]:
         "dataloader_num_workers": settings.dataloader_num_workers or 0,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "accelerator_config": {"non_blocking": torch.cuda.is_available()},  # else each batch waits for the last step
-        "logging_steps": settings.logging_steps,
         "logging_first_step": True,
         "run_name": run.lora.name,  # the name of the run in W&B and other reporters
         "report_to": [] if settings.report_to == "none" else settings.report_to.split(","),
@@ -63,11 +58,7 @@ def loader_processes(settings: RunSettings, engine: str) -> int:
     """Processes that make batches ahead: as set, else 2 where the main process would keep a GPU waiting.
 
     The main process makes 64 samples in 4.4 ms on an idle core: as long as it takes to start a small model's forward
-    pass.
-
-    Args:
-        settings: of stage 1 or 2.
-        engine: "transformers" or "unsloth"; with Unsloth's rows such processes have not been tried.
+    pass. With Unsloth's rows such processes have not been tried.
     """
     import torch
 

@@ -1,9 +1,8 @@
 """How a step is computed on this machine: samples of a forward pass, checkpointing, packing, compiling.
 
-The settings alone decide what a step learns: a number of samples, in an order, with a loss that is a sum over their
-tokens. How a step is divided into forward passes changes only its time: small passes of a 1B model keep a large GPU
-waiting for its host. `plan_batches` tries passes of the model, takes the largest that fit the free memory, and times
-them.
+The settings alone decide what a step learns. How it is divided into forward passes changes only its time: small passes
+of a 1B model keep a large GPU waiting for its host. `plan_batches` tries passes of the model, takes the largest that
+fit the free memory, and times them.
 """
 
 from __future__ import annotations
@@ -28,14 +27,13 @@ def plan_batches(trial: Trial[RunSettings], *, steps: int, kept: BatchPlan | Non
     """Decide how a step is computed, by trying passes of the model; the model is left as the plan says.
 
     On CUDA the plan is the largest division of a step that fits the free memory: without checkpointing if that fits,
-    else the faster of the two. Settings that fix a choice are obeyed. On a CPU a step is divided as the settings say,
-    and only timed, where the trial wants that. All processes of a run decide alike.
+    else the faster of the two. On a CPU a step is divided as the settings say, and timed where the trial wants that.
+    All processes of a run decide alike.
 
     Args:
         trial: passes of the model that is about to be trained.
-        steps: of the training that is ahead: compiling pays in a long one.
-        kept: the plan of the checkpoint that the training continues from; it stays if it fits and no setting says
-            otherwise.
+        steps: that are ahead: compiling pays in a long training.
+        kept: the plan of the checkpoint that the training continues from; it stays if it fits and the settings allow.
 
     Raises:
         torch.OutOfMemoryError: not even one sample fits.
@@ -79,11 +77,7 @@ def choices(
 ) -> tuple[Sequence[int], Sequence[bool]]:
     """The choices that the settings leave: samples of a forward pass, and checkpointing; the best first.
 
-    Args:
-        settings: may fix either.
-        samples: of a step, in each process.
-        cuda: whether there is a GPU, whose memory can be tried.
-        kept: the plan so far, in a run that continues.
+    `samples` are those of a step in each process; `kept` is the plan so far, in a run that continues.
     """
     if settings.micro_batch_size is not None:
         sizes = [settings.micro_batch_size]
@@ -101,16 +95,13 @@ def choices(
 
 
 def divisions_that_fit(
-    sizes: Sequence[int],
-    checkpointing: Sequence[bool],
-    samples: int,
+    sizes: Sequence[int], checkpointing: Sequence[bool], samples: int,
     fits: Callable[[int, bool, bool], tuple[int | None, bool]],
-) -> list[tuple[int, bool, int | None]]:
+) -> list[tuple[int, bool, int | None]]:  # fmt: skip
     """The largest size that fits, for each way of checkpointing that may be the fastest.
 
     Args:
-        sizes: samples of a forward pass, the largest first.
-        checkpointing: False, True or both, in the order in which they are tried.
+        sizes, checkpointing: the choices, in the order in which they are tried.
         samples: of a step.
         fits: called with a size, checkpointing, and whether it is the last choice, which has to be taken; returns the
             memory in bytes and whether the device has it.
@@ -159,12 +150,7 @@ def _slowest(seconds: float) -> float:
 
 
 def compile_layers(model: Any, undo: bool = False) -> None:
-    """Compile each decoder layer of a model, in place, for rows of any length; the first step takes a minute longer.
-
-    Args:
-        model: any of transformers with decoder layers.
-        undo: run the layers uncompiled again.
-    """
+    """Compile each decoder layer of a model, in place, for rows of any length (or undo it); it takes a minute."""
     for module in model.modules():
         if hasattr(module, "self_attn") and hasattr(module, "mlp"):
             if undo:
@@ -174,13 +160,7 @@ def compile_layers(model: Any, undo: bool = False) -> None:
 
 
 def faster_way(plan: BatchPlan, precision: Precision, memory: int) -> str | None:
-    """A line about flags that are known to be faster than this plan; None if none are.
-
-    Args:
-        plan: the plan.
-        precision: engine and number format.
-        memory: of the GPU, in bytes.
-    """
+    """A line about flags that are known to be faster than this plan; None if none are. `memory` is in bytes."""
     if precision.engine != "unsloth" or not precision.load_in_4bit or not plan.padding_free:
         return None
     if plan.peak_bytes is None or plan.passes > 1 or plan.gradient_checkpointing or memory < 3 * plan.peak_bytes:

@@ -78,12 +78,8 @@ def _adapter_outdated(run: StageContext[RunSettings]) -> str | None:
     earlier = find_outdated(run.lora)
     if earlier:
         return f"rests on something that has changed ({earlier})"
-    flags = settings.engine, settings.dtype, settings.load_in_4bit
-    asked = {
-        name: value
-        for (name, value), flag in zip(asdict(run.precision).items(), flags, strict=True)
-        if flag not in ("auto", None)
-    }
+    flags = {"engine": settings.engine, "dtype": settings.dtype, "load_in_4bit": settings.load_in_4bit}
+    asked = {name: value for name, value in asdict(run.precision).items() if flags[name] not in ("auto", None)}
     data, folders = None, settings.extra_dataset_dirs
     missing = [folder for folder in folders if not Path(folder).is_dir()]
     if missing and folders != recorded.get("settings", {}).get("extra_dataset_dirs", []):

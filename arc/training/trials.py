@@ -31,12 +31,7 @@ Batch = dict[str, Any]
 class Trial(ABC, Generic[S]):
     """Forward and backward passes of a model that is about to be trained. They leave no trace.
 
-    Subclasses define the passes: `longest`, `typical`, `tokens`, `tokens_per_step` and `loss`.
-
-    Args:
-        model: with its adapters, before an optimizer is made.
-        run: settings and precision.
-        more: bytes of GPU memory that training takes besides passes, optimizer and exchange between processes.
+    `more` is the GPU memory in bytes that training takes besides passes, optimizer and exchange between processes.
     """
 
     padding_free = False
@@ -75,10 +70,8 @@ class Trial(ABC, Generic[S]):
     def fits(self, size: int, passes: int, must: bool = False) -> tuple[int | None, bool]:
         """GPU memory in bytes of passes of `size` of the longest rows, and whether all processes have it.
 
-        Args:
-            size: rows of a pass.
-            passes: of a step: from the second on, the gradients of earlier passes stand beside the activations.
-            must: raise the error of a process without the memory.
+        `passes` are those of a step: in the second one, the gradients of the first stand beside the activations. With
+        `must`, a process without the memory raises its error.
         """
         import torch
 
@@ -144,23 +137,12 @@ class Trial(ABC, Generic[S]):
 
 
 class SupervisedTrial(Trial[SupervisedSettings]):
-    """Passes of a supervised stage.
-
-    Args:
-        model, run: see `Trial`.
-        samples: rows and their lengths.
-        collator: makes batches, padded or packed.
-        order: row numbers in training order; the first are timed.
-    """
+    """Passes of a supervised stage. `order` are row numbers in training order; the first are timed."""
 
     def __init__(
-        self,
-        model: Any,
-        run: StageContext[SupervisedSettings],
-        samples: TrainingSamples,
-        collator: InputMaskingDataCollator,
-        order: Sequence[int],
-    ):
+        self, model: Any, run: StageContext[SupervisedSettings], samples: TrainingSamples,
+        collator: InputMaskingDataCollator, order: Sequence[int],
+    ):  # fmt: skip
         super().__init__(model, run)
         self.samples, self.collator, self.order = samples, collator, order
         self.padding_free = collator.packed_for is not None
@@ -174,10 +156,8 @@ class SupervisedTrial(Trial[SupervisedSettings]):
     def typical(self, size: int) -> list[Batch]:
         """The first batches."""
         batches = [self.order[at * size : (at + 1) * size] for at in range(1 + TIMED_BATCHES)]
-        return [self._batch(rows) for rows in batches if len(rows) == size] or [self._batch(self.order[:1])]
-
-    def _batch(self, rows: Sequence[int]) -> Batch:
-        return self.collator(self.samples.__getitems__(list(rows)))
+        batches = [rows for rows in batches if len(rows) == size] or [self.order[:1]]
+        return [self.collator(self.samples.__getitems__(list(rows))) for rows in batches]
 
     def tokens(self, batch: Batch) -> int:
         """Tokens without padding."""
