@@ -25,7 +25,6 @@ from arc.training.batch_planning import compile_layers, plan_batches
 from arc.training.data import StageData
 from arc.training.optimizers import MUON, optimizer_with_embedding_rate
 from arc.training.rows import lazy_dataset, planned_rows
-from arc.training.trainer import kept_in_checkpoints
 
 SAME_NAMES = ("num_generations", "temperature", "beta", "epsilon", "epsilon_high", "loss_type")  # in GRPOConfig
 
@@ -49,6 +48,8 @@ def grpo_trainer(
     Returns:
         The trainer. Its `computed` says whether completions come from a copy and whether prompts are shared.
     """
+    from arc.training.callbacks import Plan
+
     settings, engine = run.settings, run.precision.engine
     from_copy = samples_from_copy(model, settings, engine)
     shared, mix = shares_prompts(model, run), None
@@ -65,7 +66,7 @@ def grpo_trainer(
         optimizer = optimizer_with_embedding_rate(model, arguments, settings.optim)
     options = {"policy_settings": settings, "engine": engine, "mix": mix} if shared else {}
     trainer = type("StageTrainer", (SharedPromptMixin if shared else StageMixin, trl_trainer), {})(
-        callbacks=[kept_in_checkpoints(run), *([ends_with_training(mix)] if mix is not None else [])],
+        callbacks=[Plan(run), *([ends_with_training(mix)] if mix is not None else [])],
         model=model,
         reward_funcs=reward_functions,
         rollout_func=rollout_function(model, run, data, arguments, from_copy),

@@ -83,9 +83,7 @@ def stage_tokenizer(run: StageContext[RunSettings]) -> Any:
 def load_data(run: StageContext[RunSettings], solved_only: bool = False) -> StageData:
     """Load and split the data and make the rows that are trained on. What is left out is counted and printed.
 
-    Args:
-        run: gives the settings and what is started from.
-        solved_only: train on puzzles with solutions only; else the others are trained on by their demonstrations.
+    Puzzles without solutions are trained on by their demonstrations, unless `solved_only`.
 
     Raises:
         ValueError, FileNotFoundError: bad data, or nothing that fits `max_seq_length`.

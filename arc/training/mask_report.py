@@ -19,11 +19,6 @@ BAR = 40  # characters of its longest bar
 def report_masks(run: StageContext[RunSettings], data: StageData, collator: InputMaskingDataCollator) -> None:
     """Print one sample with its mask, the share of learned tokens, the lengths, and the steps of the training.
 
-    Args:
-        run: gives the settings.
-        data: the samples.
-        collator: decides which tokens are learned.
-
     Raises:
         ValueError: the collator refuses a sample.
     """

@@ -18,14 +18,8 @@ class EpochSampler:
     """Rows of an epoch in a seeded order that depends on (seed, epoch) alone.
 
     Yields `epoch * rows + index`: a row number names its epoch, so that each epoch has views of its own in whatever
-    process a row is made. Several processes take turns with whole forward passes. Where an epoch does not divide
-    evenly, it is filled up with a row number of which nothing is learned (see `FilledSamples`).
-
-    Args:
-        rows: of an epoch.
-        seed: of the order.
-        multiple_of: an epoch is filled up to a multiple of this.
-        filler: the row number that it is filled up with.
+    process a row is made. Several processes take turns with whole forward passes. So an epoch is filled up to a
+    multiple of `multiple_of` with the number `filler`, of which nothing is learned (see `FilledSamples`).
     """
 
     def __init__(self, rows: int, seed: int, multiple_of: int = 1, filler: int = -1):
@@ -47,14 +41,10 @@ class EpochSampler:
 
 
 class FilledSamples:
-    """Samples, and one more row number that gives a short row of which nothing is learned.
+    """Samples, and one more row number, `filler`, that gives a short row of which nothing is learned.
 
     With it all processes have equally many forward passes, and no view is seen twice. The loss is a sum over the
     learned tokens of all processes, to which such a row adds nothing.
-
-    Args:
-        samples: rows by number.
-        filler: the additional number, above those of the samples.
     """
 
     TOKENS = 8
