@@ -31,7 +31,7 @@ STATE = "policy_guard"  # in trainer_state.json
 FALL_LEVEL = 0.01  # see `has_fallen`
 SMALLEST_FALL = math.ceil(-math.log2(FALL_LEVEL))  # lost puzzles that are clear where none is gained
 WINDOW, WINDOW_GROUPS = 8, 32  # the compared mean is over at least so many log lines and prompts
-RISE, RISE_ERRORS = 0.2, 4.0  # see `has_climbed`
+RISE, RISE_ERRORS = 0.2, 4.0  # see `climb`
 # Logged shares that rise in a collapse, and what to call them.
 CLIMBING = {
     "completions/clipped_ratio": "completions cut off at the longest reply",
@@ -59,44 +59,31 @@ def has_fallen(best: Sequence[int], now: Sequence[int]) -> bool:
     return fall_probability(best, now) < FALL_LEVEL
 
 
-def has_climbed(shares: Sequence[float], groups: float) -> bool:
-    """Whether the newest shares are clearly above those at the start, or above all earlier ones; see `climb`.
+def climb(shares: Sequence[float], groups: float) -> tuple[float, float, int] | None:
+    """The climb of a share: its newest mean, its lowest earlier mean, and the log lines of a mean; None if not clear.
 
-    Clearly means by at least RISE, and by RISE_ERRORS standard errors. The error counts prompts, because completions of
-    one prompt are alike. Four errors, because every log line tests again: of simulated runs of 250 steps in which
-    nothing changes, at most 3% raise an alarm. One healthy log line at the start is enough to compare with.
+    The newest mean is compared with that of the first lines and that of all earlier lines. It is clearly higher if by
+    RISE, and by RISE_ERRORS standard errors. The error counts prompts, because completions of one prompt are alike.
+    Four errors, because every log line tests again: of simulated runs of 250 steps in which nothing changes, at most 3%
+    raise an alarm. One healthy log line at the start is enough to compare with.
 
     Args:
         shares: means from 0 to 1 of successive log lines, (lines,).
         groups: prompts of one log line.
     """
-    newest, earlier = climb(shares, groups)
-    lines = window(groups)
-    for mean, count in earlier:
+    values, lines = np.asarray(shares, dtype=float), max(WINDOW, math.ceil(WINDOW_GROUPS / groups))
+    earlier = values[:-lines]
+    if not len(earlier):
+        return None
+    newest = float(values[-lines:].mean())
+    means = [(float(some.mean()), len(some)) for some in (earlier[:lines], earlier)]
+    for mean, count in means:
         pooled = (newest * lines + mean * count) / (lines + count)
         # The variance of numbers between 0 and 1 is highest where all are 0 or 1.
         error = math.sqrt(pooled * (1 - pooled) * (1 / lines + 1 / count) / groups) if 0 < pooled < 1 else 0.0
         if newest - mean > max(RISE, RISE_ERRORS * error):
-            return True
-    return False
-
-
-def window(groups: float) -> int:
-    """Log lines of the compared mean: WINDOW, or as many as have WINDOW_GROUPS prompts."""
-    return max(WINDOW, math.ceil(WINDOW_GROUPS / groups))
-
-
-def climb(shares: Sequence[float], groups: float) -> tuple[float, list[tuple[float, int]]]:
-    """The mean of the newest window of shares, and two earlier means as pairs (mean, number of lines).
-
-    The earlier means are those of the first window and of all lines before the newest. Without such lines the result
-    is NaN and no pairs.
-    """
-    values, lines = np.asarray(shares, dtype=float), window(groups)
-    earlier = values[:-lines]
-    if not len(earlier):
-        return math.nan, []
-    return float(values[-lines:].mean()), [(float(e.mean()), len(e)) for e in (earlier[:lines], earlier)]
+            return newest, min(means)[0], lines
+    return None
 
 
 def mean_divergence(model: Any, engine: str, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
@@ -229,9 +216,9 @@ class PolicyGuard:
         groups = settings.logging_steps * settings.samples_per_step / settings.num_generations
         for name, description in CLIMBING.items():
             shares = [line[name] for line in state.log_history if isinstance(line.get(name), (int, float))]
-            if self.reason is None and has_climbed(shares, groups):
-                newest, earlier = climb(shares, groups)
-                lines, lowest = window(groups), min(earlier)[0]
+            rise = climb(shares, groups)
+            if self.reason is None and rise is not None:
+                newest, lowest, lines = rise
                 self.reason = f"{description}: {newest:.0%} over the last {lines} log lines, {lowest:.0%} before"
 
     def state(self) -> dict[str, Any]:

@@ -21,19 +21,12 @@ COMPONENTS = ("exact_match", "cell_accuracy", "right_shape", "well_formed")
 
 
 class Components(NamedTuple):
-    """The components of a reply's reward, from 0 to 1; each is at most the next.
+    """The components of a reply's reward, from 0 to 1; each is at most the next."""
 
-    Attributes:
-        exact_match: 1 for the solution itself.
-        cell_accuracy: share of right cells of a grid of the right shape; 0 for any other.
-        right_shape: 1 for a grid with the rows and columns of the solution.
-        well_formed: 1 for rows of digits of one length that end as a reply must.
-    """
-
-    exact_match: float
-    cell_accuracy: float
-    right_shape: float
-    well_formed: float
+    exact_match: float  # 1 for the solution itself
+    cell_accuracy: float  # share of right cells of a grid of the right shape; 0 for any other
+    right_shape: float  # 1 for a grid with the rows and columns of the solution
+    well_formed: float  # 1 for rows of digits of one length that end as a reply must
 
 
 def judge_components(dataset: ArcDataset, key: str, reply: str, *, reply_end: str, lines_sep: str = "\n") -> Components:

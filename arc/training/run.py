@@ -332,14 +332,9 @@ def import_unsloth() -> None:
 
 def lora_options(settings: RunSettings) -> dict[str, Any]:
     """The settings' LoRA as keyword arguments of `add_lora`."""
-    return {
-        "target_modules": settings.target_modules,
+    same = ("target_modules", "lora_alpha", "lora_dropout", "use_rslora", "random_state", "max_seq_length")
+    return {name: getattr(settings, name) for name in same} | {
         "r": settings.lora_r,
-        "lora_alpha": settings.lora_alpha,
-        "lora_dropout": settings.lora_dropout,
-        "use_rslora": settings.use_rslora,
-        "random_state": settings.random_state,
-        "max_seq_length": settings.max_seq_length,
-        "gradient_checkpointing": settings.gradient_checkpointing is not False,  # until the plan decides
         "fold": settings.fold_lora,
+        "gradient_checkpointing": settings.gradient_checkpointing is not False,  # until the plan decides
     }
