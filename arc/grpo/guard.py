@@ -53,8 +53,8 @@ def fall_probability(best: Sequence[int], now: Sequence[int]) -> float:
 def has_fallen(best: Sequence[int], now: Sequence[int]) -> bool:
     """Whether clearly fewer puzzles are solved (or get a grid) than at the best; arguments as `fall_probability`.
 
-    The level is 1%, because the best of several measurements was also lucky, and each measurement is another chance of
-    a false alarm (below 5% with five of them). A clear fall takes at least seven lost puzzles: 0.5 ** 7 is 0.8%.
+    The level is 1%: the best of several measurements was also lucky, and each measurement may raise a false alarm
+    (below 5% with five of them). A clear fall takes at least seven lost puzzles: 0.5 ** 7 is 0.8%.
     """
     return fall_probability(best, now) < FALL_LEVEL
 
@@ -139,7 +139,7 @@ class PolicyGuard:
         return {
             "eval_exact_match": sum(solved) / len(answers),
             "eval_decodable": sum(decodable) / len(answers),
-            "eval_repetition": sum(map(repetition, texts)) / len(texts),
+            "eval_repetition": sum(map(repetition, texts)) / len(answers),
             "eval_kl": mean_divergence(self.model, engine, [row for row in rows if len(row[1])]),
         }
 
@@ -233,11 +233,11 @@ class PolicyGuard:
         self.best, self.reason = stored["best"], stored["reason"]
         if self.best is None:
             return
-        path = self._path(self.best["step"])
+        step = self.best["step"]
         try:
-            self._weights, self._written = read_weights(path), self.best["step"]
+            self._weights, self._written = read_weights(self._path(step)), step
         except (OSError, ValueError) as error:
-            print(f"note: the best adapter, of step {self.best['step']}, is lost ({error}): the search begins anew")
+            print(f"note: the best adapter, of step {step}, is lost ({error}): the search begins anew")
             self.best = None
 
     def _path(self, step: int) -> Path:
@@ -247,17 +247,17 @@ class PolicyGuard:
         """Write the best weights before the checkpoint that names them counts as complete; delete unused ones."""
         if self.best is None or not self._weights:
             return
-        if self._written != self.best["step"]:  # a file of that name may be of an earlier run that was killed
-            write_weights(self._weights, self._path(self.best["step"]))
-            self._written = self.best["step"]
-        named = {self.best["step"]}
+        step = self.best["step"]
+        if self._written != step:  # a file of that name may be of an earlier run that was killed
+            write_weights(self._weights, self._path(step))
+            self._written = step
+        used = {self._path(step)}
         for checkpoint in complete_checkpoints(self.run.work, quiet=True):
             stored = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
             best = ((stored.get("stateful_callbacks") or {}).get(STATE) or {}).get("best")
-            named |= {best["step"]} if best else set()
-        for old in self.run.work.glob("best-*.safetensors"):
-            if old not in {self._path(step) for step in named}:
-                old.unlink()
+            used |= {self._path(best["step"])} if best else set()
+        for path in set(self.run.work.glob("best-*.safetensors")) - used:
+            path.unlink()
 
     def keep_best(self, trainer: Any) -> dict[str, Any]:
         """After the training: give the model the best adapter's weights.

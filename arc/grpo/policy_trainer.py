@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from arc.grpo.supervised_mix import SupervisedMix
 from arc.models.library_patches import decoding_once, let_run_ahead
 from arc.models.prompt_sharing import reply_log_probs
@@ -104,7 +102,8 @@ class SharedPromptMixin(StageMixin):
 
         ids, mask = input_ids.cpu().numpy(), attention_mask.bool().cpu().numpy()
         begin = ids.shape[1] - logits_to_keep
-        prompts, completions = unpadded(ids[:, :begin], mask[:, :begin]), unpadded(ids[:, begin:], mask[:, begin:])
+        prompts = [row[used] for row, used in zip(ids[:, :begin], mask[:, :begin], strict=True)]
+        completions = [row[used] for row, used in zip(ids[:, begin:], mask[:, begin:], strict=True)]
         rows = [row for row, completion in enumerate(completions) if len(completion)]
         size, results = batch_size or len(rows), []
         for at in range(0, len(rows), size):
@@ -135,8 +134,3 @@ def mask_without_advantage(mask: torch.Tensor, advantages: torch.Tensor) -> torc
     if unused.all():
         mask[0, 0] = 1  # a forward pass needs at least one token
     return mask
-
-
-def unpadded(ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
-    """The tokens of each row that the mask selects; ids and mask are (rows, tokens)."""
-    return [row[used] for row, used in zip(ids, mask, strict=True)]

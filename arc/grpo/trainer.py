@@ -85,7 +85,7 @@ def grpo_trainer(
 def plan_step(trial: PolicyTrial, run: PolicyRun, mix: SupervisedMix | None) -> None:
     """Plan how a step is divided, print it and store it as `run.plan`, and in the mix."""
     steps = run.settings.max_steps
-    plan = plan_batches(trial, steps=steps, kept=run.kept_plan())
+    plan = plan_batches(trial, steps=steps, earlier=run.kept_plan())
     run.plan = replace(plan, seconds_per_step=None)  # it was timed without the sampling
     if mix is not None:
         mix.passes = plan.passes

@@ -109,9 +109,9 @@ def check_arguments(run: StageContext[RunSettings]) -> None:
     ):
         value, names = getattr(settings, name), [str(member.value) for member in known]
         if value not in names and (name, value) != ("optim", MUON):
-            more = f", or {MUON}" if name == "optim" else ""
+            muon = f", or {MUON}" if name == "optim" else ""
             near = ", ".join(difflib.get_close_matches(value, names) or usual)
-            raise ValueError(f"--{name} {value}: expected a name that transformers knows, such as {near}{more}")
+            raise ValueError(f"--{name} {value}: expected a name that transformers knows, such as {near}{muon}")
     try:
         arguments = TrainingArguments(**common_arguments(run))
         for callback in get_reporting_integration_callbacks(arguments.report_to):

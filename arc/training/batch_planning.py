@@ -23,7 +23,7 @@ from arc.training.trials import Trial
 COMPILE_FROM = 600.0  # seconds of training from which compiling pays: it takes a minute, and saves a third of the time
 
 
-def plan_batches(trial: Trial[RunSettings], *, steps: int, kept: BatchPlan | None = None) -> BatchPlan:
+def plan_batches(trial: Trial[RunSettings], *, steps: int, earlier: BatchPlan | None = None) -> BatchPlan:
     """Decide how a step is computed, by trying passes of the model; the model is left as the plan says.
 
     On CUDA the plan is the largest division of a step that fits the free memory: without checkpointing if that fits,
@@ -33,7 +33,7 @@ def plan_batches(trial: Trial[RunSettings], *, steps: int, kept: BatchPlan | Non
     Args:
         trial: passes of the model that is about to be trained.
         steps: that are ahead: compiling pays in a long training.
-        kept: the plan of the checkpoint that the training continues from; it stays if it fits and the settings allow.
+        earlier: the plan of the checkpoint that the training continues from; it stays if it fits and settings allow.
 
     Raises:
         torch.OutOfMemoryError: not even one sample fits.
@@ -51,7 +51,7 @@ def plan_batches(trial: Trial[RunSettings], *, steps: int, kept: BatchPlan | Non
         set_gradient_checkpointing(model, engine, on)
         return trial.fits(size, samples // size, must)
 
-    sizes, checkpointing = choices(settings, samples, cuda, kept)
+    sizes, checkpointing = choices(settings, samples, cuda, earlier)
     divisions: Sequence[tuple[int, bool, int | None]] = [(sizes[0], checkpointing[0], None)]
     if cuda:
         divisions = divisions_that_fit(sizes, checkpointing, samples, fits)
@@ -73,25 +73,25 @@ def plan_batches(trial: Trial[RunSettings], *, steps: int, kept: BatchPlan | Non
 
 
 def choices(
-    settings: RunSettings, samples: int, cuda: bool, kept: BatchPlan | None = None
+    settings: RunSettings, samples: int, cuda: bool, earlier: BatchPlan | None = None
 ) -> tuple[Sequence[int], Sequence[bool]]:
     """The choices that the settings leave: samples of a forward pass, and checkpointing; the best first.
 
-    `samples` are those of a step in each process; `kept` is the plan so far, in a run that continues.
+    `samples` are those of a step in each process; `earlier` is the plan so far, in a run that continues.
     """
     if settings.micro_batch_size is not None:
         sizes = [settings.micro_batch_size]
     elif not cuda:
         sizes = [divide_batch(settings.per_device_train_batch_size, settings.gradient_accumulation_steps)[0]]
-    elif kept is not None and samples % kept.micro_batch_size == 0:
-        sizes = [size for size in divisors(samples) if size <= kept.micro_batch_size]
+    elif earlier is not None and samples % earlier.micro_batch_size == 0:
+        sizes = [size for size in divisors(samples) if size <= earlier.micro_batch_size]
     else:
         sizes = divisors(samples)
     if settings.gradient_checkpointing is not None:
         return sizes, [settings.gradient_checkpointing]
     if not cuda:
         return sizes, [True]  # as published: main memory cannot be tried without risk to the whole machine
-    return sizes, [True] if kept is not None and kept.gradient_checkpointing else [False, True]
+    return sizes, [True] if earlier is not None and earlier.gradient_checkpointing else [False, True]
 
 
 def divisions_that_fit(
@@ -113,8 +113,8 @@ def divisions_that_fit(
     for on in checkpointing:
         for size in sizes:
             must = not divisions and (size, on) == (sizes[-1], checkpointing[-1])
-            peak, good = fits(size, on, must)
-            if good:
+            peak, does_fit = fits(size, on, must)
+            if does_fit:
                 divisions.append((size, on, peak))
                 break
         if divisions and divisions[-1][0] == samples:

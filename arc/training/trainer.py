@@ -147,7 +147,7 @@ def _plan_step(
         use_packed_attention(model, precision.engine)
     order = list(EpochSampler(len(data.samples), settings.seed))
     trial = SupervisedTrial(model, run, data.samples, collator, order)
-    plan = plan_batches(trial, steps=data.steps(settings) - run.steps_done(), kept=run.kept_plan())
+    plan = plan_batches(trial, steps=data.steps(settings) - run.steps_done(), earlier=run.kept_plan())
     return replace(plan, loader_processes=loader_processes(settings, precision.engine))
 
 

@@ -31,21 +31,21 @@ Batch = dict[str, Any]
 class Trial(ABC, Generic[S]):
     """Forward and backward passes of a model that is about to be trained. They leave no trace.
 
-    `more` is the GPU memory in bytes that training takes besides passes, optimizer and exchange between processes.
+    `other_bytes` is the GPU memory that training takes besides passes, optimizer and exchange between processes.
     """
 
     padding_free = False
     tells_time = True  # whether a step is timed also where there is nothing to choose
 
-    def __init__(self, model: Any, run: StageContext[S], more: int = 0):
+    def __init__(self, model: Any, run: StageContext[S], other_bytes: int = 0):
         self.model, self.run = model, run
         self.device = next(model.parameters()).device
         counts = count_weights(
             model.config, target_modules=run.settings.target_modules, r=run.settings.lora_r, vocabulary=None
         )
         # Training adds to a pass: the optimizer's state, and the gradients that processes exchange.
-        self.more = more + (0 if "paged" in run.settings.optim else optimizer_bytes(counts, run.settings.optim))
-        self.more += 4 * counts.trained if process_count() > 1 else 0
+        self.other_bytes = other_bytes + (4 * counts.trained if process_count() > 1 else 0)
+        self.other_bytes += 0 if "paged" in run.settings.optim else optimizer_bytes(counts, run.settings.optim)
 
     @abstractmethod
     def longest(self, size: int) -> Any:
@@ -81,13 +81,13 @@ class Trial(ABC, Generic[S]):
         peak: int | None = None
         try:
             self.passes([self.longest(size)] * min(passes, 2))
-            peak = torch.cuda.max_memory_allocated() + self.more
+            peak = torch.cuda.max_memory_allocated() + self.other_bytes
         except RuntimeError as error:
             if not is_out_of_memory(error) or must:
                 raise
         self.release()
-        good = must or (peak is not None and peak <= FILLED * room)
-        return peak, not agree(int(not good))[0]
+        does_fit = must or (peak is not None and peak <= FILLED * room)
+        return peak, not agree(int(not does_fit))[0]
 
     def seconds_per_step(self, plan: BatchPlan) -> float:
         """Seconds of all passes of a step in this process, without the optimizer."""
