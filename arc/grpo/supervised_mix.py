@@ -72,16 +72,12 @@ class SupervisedMix:
     def _steps_from(self, step: int) -> Iterator[list[dict[str, Any]]]:
         import torch
 
-        loader = torch.utils.data.DataLoader(
-            self.samples,
-            batch_sampler=(self.rows(later) for later in range(step, self.settings.max_steps)),
-            collate_fn=self.divide,
-            num_workers=self.settings.dataloader_num_workers or 0,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=leaving_signals(),
-            generator=torch.Generator(),  # its own: the global one is for the training's draws
-        )
-        return iter(loader)
+        generator = torch.Generator()  # the global one is for the training's draws
+        return iter(torch.utils.data.DataLoader(
+            self.samples, batch_sampler=(self.rows(later) for later in range(step, self.settings.max_steps)),
+            collate_fn=self.divide, num_workers=self.settings.dataloader_num_workers or 0, generator=generator,
+            pin_memory=torch.cuda.is_available(), worker_init_fn=leaving_signals(),
+        ))  # fmt: skip
 
     def close(self) -> None:
         """End the processes that make batches, if there are any."""

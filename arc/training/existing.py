@@ -34,9 +34,8 @@ def is_trained(run: StageContext[RunSettings]) -> bool:
     Raises:
         ValueError: an artifact is damaged or outdated, and --overwrite is not set.
     """
-    stage, settings = run.stage, run.settings
-    if stage.parent == "prepared" and stage.prepared(settings).exists():
-        prepared = stage.prepared(settings)
+    settings, prepared = run.settings, run.stage.prepared(run.settings)
+    if run.stage.parent == "prepared" and prepared.exists():
         damage = find_damage(prepared)
         problem = f"{prepared} is damaged: {damage}" if damage else stale_base(prepared, settings)
         if problem and not settings.overwrite:
@@ -57,7 +56,7 @@ def is_trained(run: StageContext[RunSettings]) -> bool:
         raise ValueError(f"{run.lora} {problem}; --overwrite moves it aside (nothing is deleted) and makes it anew")
     if problem:
         print(f"{run.lora} {problem}: it will be moved aside")
-        # The checkpoints and the merge of a damaged adapter are still good: it is made again from the last of them.
+        # The checkpoints and the merge of a damaged adapter are still good: it is made again from the last checkpoint.
         run.to_move = [run.lora] if damage else existing([run.merged, run.work, run.lora])
     return not problem
 
@@ -80,9 +79,9 @@ def _adapter_outdated(run: StageContext[RunSettings]) -> str | None:
         return f"rests on something that has changed ({earlier})"
     flags = {"engine": settings.engine, "dtype": settings.dtype, "load_in_4bit": settings.load_in_4bit}
     asked = {name: value for name, value in asdict(run.precision).items() if flags[name] not in ("auto", None)}
-    data, folders = None, settings.extra_dataset_dirs
-    missing = [folder for folder in folders if not Path(folder).is_dir()]
-    if missing and folders != recorded.get("settings", {}).get("extra_dataset_dirs", []):
+    data = None
+    missing = [folder for folder in settings.extra_dataset_dirs if not Path(folder).is_dir()]
+    if missing and settings.extra_dataset_dirs != recorded.get("settings", {}).get("extra_dataset_dirs", []):
         raise FileNotFoundError(f"--extra_dataset_dirs: {missing[0]}: no such folder")
     if missing:  # as with a dataset that is gone: what was made of it is still good
         print(f"note: {missing[0]} is gone, so that the puzzles that {run.lora} was trained on are not compared")

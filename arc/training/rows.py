@@ -88,11 +88,9 @@ class _Rows:
         self.rows = rows
 
     def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        samples, numbers = self.rows, batch["row"]
-        if hasattr(samples, "__getitems__"):
-            rows = samples.__getitems__(numbers)
-        else:
-            rows = [samples[number] for number in numbers]
+        source, numbers = self.rows, batch["row"]
+        is_list = not hasattr(source, "__getitems__")
+        rows = [source[number] for number in numbers] if is_list else source.__getitems__(numbers)
         return {name: [row[name] for row in rows] for name in rows[0]}
 
 

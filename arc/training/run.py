@@ -113,7 +113,12 @@ class StageRun(StageContext[S]):
         if self.to_prepare is not None:
             if self.to_prepare.exists():
                 raise FileExistsError(f"{self.to_prepare} was made by another run meanwhile: run the command again")
-            self._prepare(self.parent, self.to_prepare)
+            print(f"preparing {self.parent} -> {self.to_prepare}")
+            with self.machine_errors("preparing the base"), new_folder(self.to_prepare) as beside:
+                entries = prepare_base(self.parent, beside, self.settings.full_vocab)
+                if Path(self.parent).is_dir():
+                    entries["base_files"] = file_table(Path(self.parent), model_only=True)
+                write_manifest(beside, provenance("prepared", self.stage.script, self.settings, **entries))
             self.starts_from, self.to_prepare = self.to_prepare, None
             moved = len(self.to_move)
             check_course(self, data)  # now with the base
@@ -150,14 +155,6 @@ class StageRun(StageContext[S]):
         shortages = find_shortages([disk, *memory], replace(free, disk=free.disk + size))
         if shortages:
             raise ValueError("\n".join(shortages))
-
-    def _prepare(self, base: Path | str, folder: Path) -> None:
-        print(f"preparing {base} -> {folder}")
-        with self.machine_errors("preparing the base"), new_folder(folder) as beside:
-            done = prepare_base(base, beside, self.settings.full_vocab)
-            if Path(base).is_dir():
-                done["base_files"] = file_table(Path(base), model_only=True)
-            write_manifest(beside, provenance("prepared", self.stage.script, self.settings, **done))
 
     def train(self, trainer: Any) -> None:
         """Train, from the last complete checkpoint if there is one, and print a summary."""
@@ -258,16 +255,17 @@ class StageRun(StageContext[S]):
                 torch.cuda.empty_cache()
             begin = time.perf_counter()
             with self._merge_errors(), self.machine_errors("merging"), new_folder(self.merged) as beside:
-                done = merge_and_check(self.lora, beside, base=parent, merge_base=self.settings.merge_base)
+                entries = merge_and_check(self.lora, beside, base=parent, merge_base=self.settings.merge_base)
                 # The settings are those of the adapter's manifest: this run's flags may differ.
                 manifest = {name: value for name, value in read_manifest(self.lora).items() if name != "files"}
-                manifest |= {"adapter": str(self.lora.resolve()), **done, "base": str(parent)}
+                manifest |= {"adapter": str(self.lora.resolve()), **entries, "base": str(parent)}
                 write_manifest(beside, {**manifest, "made_from": made_from(self.lora, self.merged)})
         finally:
             self.lock.release()
-        print(describe_check(done["check"]))
-        print(f"saved {self.merged}: merged onto the {done['merged_onto']} base in {time.perf_counter() - begin:.0f} s")
-        if done["merged_onto"] == "quantised":
+        print(describe_check(entries["check"]))
+        kind, seconds = entries["merged_onto"], time.perf_counter() - begin
+        print(f"saved {self.merged}: merged onto the {kind} base in {seconds:.0f} s")
+        if kind == "quantised":
             print(
                 "note: a next stage that quantises this model again loses its small changes (benchmarks/README.md); to "
                 "keep them, run this again with --merge_base original --overwrite"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -35,7 +35,7 @@ class Trial(ABC, Generic[S]):
     """
 
     padding_free = False
-    tells_time = True  # whether a step is timed also where there is nothing to choose
+    tells_time = True  # a step is timed also where there is nothing to choose
 
     def __init__(self, model: Any, run: StageContext[S], other_bytes: int = 0):
         self.model, self.run = model, run
@@ -106,19 +106,13 @@ class Trial(ABC, Generic[S]):
         """Seconds of forward and backward passes of batches; gradients add up, random states are restored."""
         import torch
 
-        precision = self.run.precision
+        precision, cuda = self.run.precision, self.device.type == "cuda"
+        mixed = cuda and precision.dtype != "float32"
         self.model.train()
-        autocast: Callable[[], Any] = nullcontext
-        if precision.dtype != "float32" and self.device.type == "cuda":
-
-            def autocast() -> Any:
-                return torch.autocast("cuda", precision.torch_dtype)
-
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng([self.device] if cuda else []):
             begin = synchronised_time()
             for batch in batches:
-                with autocast():
+                with torch.autocast("cuda", precision.torch_dtype) if mixed else nullcontext():
                     loss = self.loss(batch)
                 loss.backward()
             return synchronised_time() - begin
