@@ -62,14 +62,11 @@ def has_fallen(best: Sequence[int], now: Sequence[int]) -> bool:
 def climb(shares: Sequence[float], groups: float) -> tuple[float, float, int] | None:
     """The climb of a share: its newest mean, its lowest earlier mean, and the log lines of a mean; None if not clear.
 
-    The newest mean is compared with that of the first lines and that of all earlier lines. It is clearly higher if by
-    RISE, and by RISE_ERRORS standard errors. The error counts prompts, because completions of one prompt are alike.
-    Four errors, because every log line tests again: of simulated runs of 250 steps in which nothing changes, at most 3%
-    raise an alarm. One healthy log line at the start is enough to compare with.
-
-    Args:
-        shares: means from 0 to 1 of successive log lines, (lines,).
-        groups: prompts of one log line.
+    `shares` are means from 0 to 1 of successive log lines, (lines,); `groups` are the prompts of one line. The newest
+    mean is compared with that of the first lines and that of all earlier lines, of which one is enough. It is clearly
+    higher if by RISE, and by RISE_ERRORS standard errors. The error counts prompts, because completions of one prompt
+    are alike. Four errors, because every log line tests again: at most 3% of simulated runs of 250 steps in which
+    nothing changes raise an alarm.
     """
     values, lines = np.asarray(shares, dtype=float), max(WINDOW, math.ceil(WINDOW_GROUPS / groups))
     earlier = values[:-lines]
@@ -107,11 +104,7 @@ def mean_divergence(model: Any, engine: str, rows: Sequence[tuple[np.ndarray, np
 class PolicyGuard:
     """Keeps the best adapter and stops a collapse. `watch` gets its `measure`, then `attach` adds it to the trainer.
 
-    Attributes:
-        prompts: of the measured held-out puzzles. If there are none, only completions are watched.
-        best: the measurement of the best adapter, {"step", "solved", "decodable"}; None before a measurement. "solved"
-            and "decodable" (the reply is a grid) are 1 or 0 for each puzzle.
-        reason: why the training was stopped; None if it was not.
+    `prompts` are those of the measured held-out puzzles. If there are none, only completions are watched.
     """
 
     def __init__(self, model: Any, run: PolicyRun, data: StageData):
@@ -119,8 +112,9 @@ class PolicyGuard:
         self.model, self.run, self.data = model, run, data
         measured = settings.eval_steps > 0 and settings.eval_puzzles > 0
         self.prompts = data.prompts(settings.eval_puzzles, settings.max_seq_length) if measured else []
+        # The best adapter's "step", and for each puzzle 1 or 0 for "solved" and for "decodable" (the reply is a grid).
         self.best: dict[str, Any] | None = None
-        self.reason: str | None = None
+        self.reason: str | None = None  # why the training was stopped
         self._weights: dict[str, Any] = {}  # the best adapter's, in main memory
         self._written: int | None = None  # the step whose weights are in their file
         self._newest: dict[str, list[int]] | None = None  # a measurement that was not yet compared with the best

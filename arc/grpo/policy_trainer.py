@@ -44,6 +44,14 @@ class SharedPromptMixin(StageMixin):
         self.policy_settings, self.engine, self.mix = policy_settings, engine, mix
         self.rows: list[dict[str, Any]] = []  # of the current prompts; rollouts along the solutions read them
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as trl does; the mix is closed at the end, early or not."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.mix is not None:
+                self.mix.close()
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self.rows = inputs
         with decoding_once(self):

@@ -73,11 +73,8 @@ def reward_functions(
     complete. The first also logs completions/repetition (mean of `repetition`) and completions/repetition_excess (mean
     excess over the solution's repetition).
 
-    Args:
-        dataset: holds the solutions.
-        tokenizer: of the replies.
-        text_format: see `arc.puzzles.text.format_options`.
-        stopped: completions end with their first wrong token: only exact_match is used, and no repetition logged.
+    `text_format` is that of `arc.puzzles.text.format_options`. `stopped` completions end with their first wrong token:
+    then only exact_match is used, and no repetition logged.
     """
     options = {name: text_format[name] for name in ("reply_end", "lines_sep")}
 

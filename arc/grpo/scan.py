@@ -91,16 +91,9 @@ def scan_prompts(
     """Sample replies to as many prompts as training needs, or read the result of an earlier run; prints the counts.
 
     The prompts are a seeded choice of the first epoch's views. The result is written after every CHUNK prompts to a
-    file beside the checkpoints, whose name depends on everything that the result depends on.
-
-    Args:
-        model: the peft model before its first training step: it still answers as the stage's parent.
-        run, data: settings, precision and folders; the prompts.
-        max_completion_length: tokens of the longest reply.
-        from_copy: sample from a plain copy of the model, as the training will.
-
-    Returns:
-        None with --skip_scan.
+    file beside the checkpoints, whose name depends on everything that the result depends on. The peft model has not
+    been trained yet, so that it answers as the stage's parent. `from_copy` samples from a plain copy of it, as the
+    training will. None with --skip_scan.
     """
     settings = run.settings
     if settings.skip_scan:
@@ -113,11 +106,17 @@ def scan_prompts(
     if not is_main():
         wait_for_everyone()  # the main process scans and writes, the others read
     solved, seconds = read_scan(path, made_for), 0.0
+
+    def save() -> None:
+        prompts = [{"row": int(row), "solved": int(count)} for row, count in zip(rows, solved, strict=False)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps({"made_for": made_for, "prompts": prompts}) + "\n")
+
     if len(solved) < len(rows):
         begin = time.perf_counter()
         model.train()  # decoding restores the mode that it finds
         sample = sampler(model, run, data, max_completion_length, from_copy)
-        scan_remaining(rows, solved, sample, lambda: write_scan(path, made_for, rows, solved))
+        scan_remaining(rows, solved, sample, save)
         seconds = time.perf_counter() - begin
     if is_main():
         wait_for_everyone()
@@ -274,10 +273,3 @@ def read_scan(path: Path, made_for: dict[str, Any]) -> list[int]:
         print(f"note: {path} is no scan of these prompts by this model: it is not used, and written anew")
         return []
     return solved
-
-
-def write_scan(path: Path, made_for: dict[str, Any], rows: np.ndarray, solved: Sequence[int]) -> None:
-    """Write the result so far. A reader sees the old file or the new one, never a part."""
-    prompts = [{"row": int(row), "solved": int(count)} for row, count in zip(rows, solved, strict=False)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"made_for": made_for, "prompts": prompts}) + "\n")

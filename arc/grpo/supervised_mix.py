@@ -125,14 +125,3 @@ class SupervisedMix:
 def learned_tokens(batch: dict[str, Any]) -> int:
     """Tokens of a batch that its loss counts."""
     return int((batch["labels"] != IGNORE_INDEX).sum())
-
-
-def ends_with_training(mix: SupervisedMix) -> Any:
-    """A callback that closes a mix when the training ends, early or not."""
-    from transformers import TrainerCallback
-
-    class EndsWithTraining(TrainerCallback):
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            mix.close()
-
-    return EndsWithTraining()

@@ -15,7 +15,7 @@ from arc.grpo.prompts import PromptRows
 from arc.grpo.rollouts import make_rollouts, make_stopped_rollouts
 from arc.grpo.settings import PolicyRun
 from arc.grpo.sharing import samples_from_copy, shares_prompts
-from arc.grpo.supervised_mix import SupervisedMix, ends_with_training
+from arc.grpo.supervised_mix import SupervisedMix
 from arc.grpo.trial import PolicyTrial
 from arc.models.library_patches import plain_module, use_one_gpu
 from arc.models.lora import EMBEDDING_MODULES, train_in_float32
@@ -37,16 +37,9 @@ def grpo_trainer(
 
     Where prompts are shared (see `shares_prompts`), the plan of a step is made, printed and stored as `run.plan`.
 
-    Args:
-        model: a peft model.
-        run, data: settings, precision and folders; prompts and tokenizer.
-        reward_functions: each takes `completion_ids` and `key` and returns a number for each completion.
-        reward_weights: one for each function; a reward of weight 0 is logged only.
-        max_completion_length: tokens of the longest reply.
-        chosen: rows of the first epoch to train on, see `PromptRows`; None: all.
-
-    Returns:
-        The trainer. Its `computed` says whether completions come from a copy and whether prompts are shared.
+    Each reward function takes `completion_ids` and `key` and returns a number for each completion; one of weight 0 is
+    logged only. `chosen` rows are those of `PromptRows`. The trainer's `computed` says whether completions come from a
+    copy and whether prompts are shared.
     """
     from arc.training.callbacks import Plan
 
@@ -66,7 +59,7 @@ def grpo_trainer(
         optimizer = optimizer_with_embedding_rate(model, arguments, settings.optim)
     options = {"policy_settings": settings, "engine": engine, "mix": mix} if shared else {}
     trainer = type("StageTrainer", (SharedPromptMixin if shared else StageMixin, trl_trainer), {})(
-        callbacks=[Plan(run), *([ends_with_training(mix)] if mix is not None else [])],
+        callbacks=[Plan(run)],
         model=model,
         reward_funcs=reward_functions,
         rollout_func=rollout_function(model, run, data, arguments, from_copy),

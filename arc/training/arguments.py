@@ -71,8 +71,7 @@ def loader_processes(settings: RunSettings, engine: str) -> int:
 def divide_step(settings: RunSettings) -> tuple[int, int]:
     """Samples of a forward pass and forward passes of a step, in each process, where nothing is tried.
 
-    Raises:
-        ValueError: --micro_batch_size does not divide the samples of a process.
+    Raises ValueError if --micro_batch_size does not divide the samples of a process.
     """
     size, passes = divide_batch(settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
     samples, micro = size * passes, settings.micro_batch_size
@@ -84,11 +83,7 @@ def divide_step(settings: RunSettings) -> tuple[int, int]:
 
 
 def check_arguments(run: StageContext[RunSettings]) -> None:
-    """Check schedule, optimizer, reporters and flags of one engine, before a model is loaded.
-
-    Raises:
-        ValueError: a value that no trainer takes.
-    """
+    """Raise ValueError for a schedule, optimizer, reporter or flag that no trainer takes, before a model is loaded."""
     from transformers import TrainingArguments
     from transformers.integrations.integration_utils import get_reporting_integration_callbacks
     from transformers.trainer_utils import SchedulerType

@@ -30,13 +30,8 @@ def plan_batches(trial: Trial[RunSettings], *, steps: int, earlier: BatchPlan | 
     else the faster of the two. On a CPU a step is divided as the settings say, and timed where the trial wants that.
     All processes of a run decide alike.
 
-    Args:
-        trial: passes of the model that is about to be trained.
-        steps: that are ahead: compiling pays in a long training.
-        earlier: the plan of the checkpoint that the training continues from; it stays if it fits and settings allow.
-
-    Raises:
-        torch.OutOfMemoryError: not even one sample fits.
+    Compiling pays where many `steps` are ahead. The `earlier` plan, of the checkpoint that the training continues from,
+    stays if it fits and settings allow. Raises torch.OutOfMemoryError if not even one sample fits.
     """
     import torch
 
@@ -100,14 +95,9 @@ def divisions_that_fit(
 ) -> list[tuple[int, bool, int | None]]:  # fmt: skip
     """The largest size that fits, for each way of checkpointing that may be the fastest.
 
-    Args:
-        sizes, checkpointing: the choices, in the order in which they are tried.
-        samples: of a step.
-        fits: called with a size, checkpointing, and whether it is the last choice, which has to be taken; returns the
-            memory in bytes and whether the device has it.
-
-    Returns:
-        For each: size, checkpointing and memory.
+    `sizes` and `checkpointing` are in the order in which they are tried, `samples` those of a step. `fits` gets a size,
+    checkpointing, and whether it is the last choice, which has to be taken. It returns the memory in bytes and whether
+    the device has it. The result has size, checkpointing and memory of each.
     """
     divisions: list[tuple[int, bool, int | None]] = []
     for on in checkpointing:

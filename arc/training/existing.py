@@ -29,10 +29,9 @@ COURSE = "course.json"  # beside the checkpoints: what decides the course of the
 
 
 def is_trained(run: StageContext[RunSettings]) -> bool:
-    """Whether the adapter exists and is what these settings make. With --overwrite, sets `run.to_move`.
+    """Whether the adapter exists and is what these settings make.
 
-    Raises:
-        ValueError: an artifact is damaged or outdated, and --overwrite is not set.
+    If an artifact is damaged or outdated, --overwrite sets `run.to_move`; without it ValueError is raised.
     """
     settings, prepared = run.settings, run.stage.prepared(run.settings)
     if run.stage.parent == "prepared" and prepared.exists():
@@ -94,8 +93,7 @@ def _adapter_outdated(run: StageContext[RunSettings]) -> str | None:
 def is_merged(run: StageContext[RunSettings]) -> bool:
     """Whether the merge exists and is that of this adapter onto the base that is asked for.
 
-    Raises:
-        ValueError: it is damaged or outdated, and --overwrite is not set.
+    If it is damaged or outdated, ValueError is raised, unless --overwrite is set.
     """
     if not run.merged.exists():
         return False
@@ -117,10 +115,9 @@ def is_merged(run: StageContext[RunSettings]) -> bool:
 
 
 def where_the_parent_is(run: StageContext[RunSettings]) -> Path | str:
-    """The base that the adapter was trained on. A whole output folder may have been moved since its path was written.
+    """The base that the adapter was trained on; raises FileNotFoundError if it is not there.
 
-    Raises:
-        FileNotFoundError: it is not there.
+    A whole output folder may have been moved since the base's path was written.
     """
     if run.starts_from is not None:
         return run.starts_from
@@ -137,11 +134,7 @@ def where_the_parent_is(run: StageContext[RunSettings]) -> Path | str:
 
 
 def check_course(run: StageContext[RunSettings], data: StageData) -> None:
-    """Refuse the checkpoints of a run with other settings or data; with --overwrite, add them to `run.to_move`.
-
-    Raises:
-        ValueError: the checkpoints do not fit, and --overwrite is not set.
-    """
+    """Raise ValueError for checkpoints of other settings or data; with --overwrite, add them to `run.to_move`."""
     path = run.work / COURSE
     if run.work in run.to_move or not path.is_file() or not complete_checkpoints(run.work, quiet=True):
         return

@@ -17,11 +17,7 @@ BAR = 40  # characters of its longest bar
 
 
 def report_masks(run: StageContext[RunSettings], data: StageData, collator: InputMaskingDataCollator) -> None:
-    """Print one sample with its mask, the share of learned tokens, the lengths, and the steps of the training.
-
-    Raises:
-        ValueError: the collator refuses a sample.
-    """
+    """Print one sample with its mask, the share of learned tokens, the lengths, and the steps of the training."""
     from rich.console import Console
 
     settings, count, lengths = run.settings, len(data.samples), data.samples.lengths()

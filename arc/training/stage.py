@@ -68,26 +68,17 @@ class BatchPlan:
 
 
 class StageContext(Generic[S]):
-    """What is decided about one run of a stage.
-
-    Attributes:
-        lora, merged, work: folders of the two artifacts, and of checkpoints and logs.
-        starts_from: the model that training starts from; None if the adapter exists already.
-        to_prepare: folder of the prepared base if it has to be made first, else None.
-        to_move: folders to move aside before anything is written (--overwrite).
-        made_from: name and fingerprint of the parent at the start of the training.
-        plan: how a step is computed; None until a trainer has decided.
-    """
+    """What is decided about one run of a stage. `work` is the folder of checkpoints and logs."""
 
     def __init__(self, stage: Stage, settings: S):
         self.stage, self.settings = stage, settings
         self.precision: Precision = resolve_precision(settings.engine, settings.dtype, settings.load_in_4bit)
         self.lora, self.merged, self.work = stage.lora(settings), stage.merged(settings), stage.checkpoints(settings)
-        self.starts_from: Path | str | None = None
-        self.to_prepare: Path | None = None
-        self.to_move: list[Path] = []
-        self.made_from: dict[str, str] = {}
-        self.plan: BatchPlan | None = None
+        self.starts_from: Path | str | None = None  # the model to train; None if the adapter exists already
+        self.to_prepare: Path | None = None  # folder of the prepared base, if it has to be made first
+        self.to_move: list[Path] = []  # folders to move aside before anything is written (--overwrite)
+        self.made_from: dict[str, str] = {}  # name and fingerprint of the parent at the start of the training
+        self.plan: BatchPlan | None = None  # how a step is computed; None until a trainer has decided
 
     def needs_training(self) -> bool:
         """Whether the adapter does not exist yet."""
