@@ -2,7 +2,7 @@
 
 `PolicyGuard` measures a fixed set of held-out puzzles before the first step and at intervals. It stops the training
 
-- when clearly fewer puzzles are solved, or get a grid as their answer, than at the best measurement, or
+- when clearly fewer puzzles are solved, or get a grid as their answer, than at the best measurement;
 - when clearly more completions are cut off, or repeat themselves more than their solutions do.
 
 Its state is in trainer_state.json, the best weights are in a file beside the checkpoints. So a continued run decides as

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,21 +78,15 @@ def lazy_dataset(rows: Any, count: int) -> Any:
 
     dataset = Dataset.from_dict({"row": list(range(count))})
     # Without the wrapper of datasets: for a fingerprint it pickles all puzzles (19 s under a profiler).
-    Dataset.set_format.__wrapped__(dataset, "custom", transform=_Rows(rows))
+    Dataset.set_format.__wrapped__(dataset, "custom", transform=partial(_columns, rows))
     return dataset
 
 
-class _Rows:
-    """Row numbers -> rows. A class, which can be pickled: processes that make batches may be no forks of this one."""
-
-    def __init__(self, rows: Any):
-        self.rows = rows
-
-    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        source, numbers = self.rows, batch["row"]
-        is_list = not hasattr(source, "__getitems__")
-        rows = [source[number] for number in numbers] if is_list else source.__getitems__(numbers)
-        return {name: [row[name] for row in rows] for name in rows[0]}
+def _columns(source: Any, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+    # Rows by their numbers. A module's function can be pickled: processes that make batches may be no forks.
+    is_list = not hasattr(source, "__getitems__")
+    rows = [source[number] for number in batch["row"]] if is_list else source.__getitems__(batch["row"])
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def planned_rows(run: StageContext[RunSettings], data: StageData, rows_per_step: int) -> int:
