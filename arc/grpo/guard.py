@@ -254,11 +254,10 @@ class PolicyGuard:
             path.unlink()
 
     def keep_best(self, trainer: Any) -> dict[str, Any]:
-        """After the training: give the model the best adapter's weights.
+        """After the training: give the model the best adapter's weights; returns the manifest's entry "policy".
 
-        Returns:
-            The manifest's entry "policy": steps of the weights and of the training, held-out puzzles that these weights
-            solve (None: not measured) of how many, and the reason of a stop (or None).
+        It has the steps of the weights and of the training, the held-out puzzles and how many of them these weights
+        solve (None: not measured), and the reason of a stop (or None).
         """
         last = trainer.state.global_step
         about: dict[str, Any] = {

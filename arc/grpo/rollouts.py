@@ -4,9 +4,9 @@ A model in training is slow to sample from: each token dequantises the 4-bit lay
 `RolloutModel` adds base and adapters once per step into plain 16-bit layers, which `DeviceSampler` decodes.
 
 Where only the exact grid earns a reward, the first wrong token of a completion decides it. Later tokens need neither
-sampling nor learning: a sum over tokens has the same expected gradient without them. (trl's dapo also divides the sum
-by the tokens of the step, which are fewer then.) Up to its first wrong token a completion equals the solution. So one
-forward pass over prompt and solution gives the distribution of each token (`sample_until_wrong`).
+sampling nor learning: a sum over tokens has the same expected gradient without them. (trl's dapo also divides by the
+tokens of the step, which are fewer then.) Up to its first wrong token a completion equals the solution. So one forward
+pass over prompt and solution gives the distribution of each token (`sample_until_wrong`).
 """
 
 from __future__ import annotations
@@ -132,7 +132,6 @@ def sample_until_wrong(
         model, engine: a model with `use_packed_attention`; "transformers" or "unsloth".
         prompts, solutions: token ids, int64 (tokens,) each; solutions with their end token.
         seed, numbers: decide a sample's random numbers, as in `DeviceSampler.sample`; `numbers` are (prompts, samples).
-        temperature: logits are divided by it.
         batch_size: prompts computed at once.
 
     Returns:

@@ -70,10 +70,8 @@ def stage_tokenizer(run: StageContext[RunSettings]) -> Any:
 def load_data(run: StageContext[RunSettings], solved_only: bool = False) -> StageData:
     """Load and split the data and make the rows that are trained on. What is left out is counted and printed.
 
-    Puzzles without solutions are trained on by their demonstrations, unless `solved_only`.
-
-    Raises:
-        ValueError, FileNotFoundError: bad data, or nothing that fits `max_seq_length`.
+    Puzzles without solutions are trained on by their demonstrations, unless `solved_only`. Raises ValueError or
+    FileNotFoundError for bad data, or if nothing fits `max_seq_length`.
     """
     settings, tokenizer = run.settings, stage_tokenizer(run)
     split = load_split(settings)
