@@ -162,7 +162,7 @@ def run_row(row: Configuration, args: argparse.Namespace) -> dict[str, Any]:
     startup = time.perf_counter() - begin
     clock = Clock()
     watch_steps(trainer, clock)
-    trainer.args.logging_nan_inf_filter = False  # as in a run of the stage, see run_guards.guard
+    trainer.args.logging_nan_inf_filter = False  # as in a run of the stage, see arc.runs.guard
     trainer.train()
     parts = gather(clock.result(row.name, args.warm_up))  # each counts its own tokens
     step = max(part["step_ms"] for part in parts)

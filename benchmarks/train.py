@@ -215,7 +215,7 @@ def run_ours(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Stage 1 up to the end of its training."""
     flags = [*common_flags(args), *FLAGS[name], *shlex.split(args.ours)]
     run, _, trainer = make_stage_1(flags, cast_together=name != "unsloth-casts-single")
-    trainer.args.logging_nan_inf_filter = False  # as in a run of the stage, see run_guards.guard: it waits twice a pass
+    trainer.args.logging_nan_inf_filter = False  # as in a run of the stage, see arc.runs.guard: it waits twice a pass
     clock = Clock()
     watch_steps(trainer, clock)
     with profiled(trainer, args.warm_up, args.profile):

@@ -46,16 +46,19 @@ def default_of(field) -> str:
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
+def row_of(field) -> str:
+    """A field's row of the table: name, default, and the sentence of `--help`."""
+    sentence = field.metadata.get("help", "").replace("|", "\\|")
+    return f"| `{field.name}` | {default_of(field)} | {sentence} |\n"
+
+
 def page() -> str:
     """The page's text."""
     text = HEAD
     for title, settings, parents in SECTIONS:
-        inherited = {(field.name, default_of(field)) for parent in parents for field in fields(parent)}
+        inherited = {row_of(field) for parent in parents for field in fields(parent)}
         text += f"\n## {title}\n\n| setting | default | |\n| --- | --- | --- |\n"
-        for field in fields(settings):
-            if (field.name, default_of(field)) not in inherited:
-                help_text = field.metadata.get("help", "").replace("|", "\\|")
-                text += f"| `{field.name}` | {default_of(field)} | {help_text} |\n"
+        text += "".join(row for row in map(row_of, fields(settings)) if row not in inherited)
     return text
 
 

@@ -47,43 +47,58 @@ def pytest_collection_finish():
 # The files that take longest, longest first: begun last, one of them would keep a single process busy at the end.
 SLOW_FILES = (
     "scripts/test_stages",
+    "merging/test_merging",
     "runs/test_processes",
-    "scripts/test_survival",
-    "benchmarks/test_learn",
+    "grpo/test_supervised_mix",
     "scripts/test_readme",
-    "benchmarks/test_scale",
-    "models/test_folded_lora",
+    "decoding/test_decoding",
     "benchmarks/test_torture",
-    "evaluation/test_evaluate",
+    "models/test_folded_lora",
+    "benchmarks/test_scale",
+    "benchmarks/test_learn",
+    "grpo/test_trainer",
     "grpo/test_guard",
+    "runs/test_checkpoints",
     "generation/test_pretraining",
     "scripts/test_reruns",
-    "runs/test_checkpoints",
-    "scripts/test_notebook",
-    "grpo/test_trainer",
-    "scripts/test_bad_input",
+    "scripts/test_survival",
+    "generation/test_programs",
+    "evaluation/test_evaluate",
+    "generation/test_families",
+    "generation/test_make_base",
+    "training/test_batch_planning",
+    "puzzles/test_dataset",
     "grpo/test_scan",
-    "evaluation/test_report",
-    "generation/test_make_dataset",
-    "merging/test_merging",
-    "decoding/test_decoding",
 )
 
 
-# Files whose tests train models or start scripts: `make check` does without them.
+# Files whose tests train models or start scripts, which `make check` leaves out. Other files mark single tests.
+TRAINING_FOLDERS = {"scripts", "benchmarks"}
 TRAINING_FILES = {
-    *SLOW_FILES,
+    "decoding/test_decoding",
     "evaluation/test_evaluate",
-    "generation/test_demo",
-    "training/test_muon",
+    "generation/test_families",
+    "generation/test_make_base",
+    "generation/test_make_dataset",
+    "generation/test_pretraining",
+    "grpo/test_guard",
+    "grpo/test_scan",
+    "grpo/test_supervised_mix",
+    "grpo/test_trainer",
+    "merging/test_merging",
+    "models/test_folded_lora",
+    "runs/test_checkpoints",
+    "runs/test_processes",
     "training/test_batch_planning",
-} - {"evaluation/test_report", "runs/test_checkpoints"}
+    "training/test_extra_data",
+    "training/test_muon",
+}
 
 
 def pytest_collection_modifyitems(items):
     """Mark the tests that train, and order the files; the tests of a file stay in theirs."""
     for item in items:
-        if f"{item.path.parent.name}/{item.path.stem}" in TRAINING_FILES:
+        if item.path.parent.name in TRAINING_FOLDERS or f"{item.path.parent.name}/{item.path.stem}" in TRAINING_FILES:
             item.add_marker("training")
     order = {name: number for number, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: order.get(f"{item.path.parent.name}/{item.path.stem}", len(order)))

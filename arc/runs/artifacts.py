@@ -1,8 +1,8 @@
-"""Artifacts: folders that are complete when they have their name, know what they were made from, and can be checked.
+"""Artifacts: the folders that stages write (`-prepared`, `-lora`, `-merged`), complete once they have their name.
 
-A folder of the pipeline (`-prepared`, `-lora`, `-merged`) is written beside its place, flushed to the disk and renamed.
-Its manifest.json says how it was made, from what, and the sha256 of each of its files. So a stage can tell, before it
-skips or builds on a folder, whether it is whole and whether what it was made from is still the same.
+A folder is written beside its place, flushed to the disk and renamed. Its manifest.json records how it was made, from
+which parents, and the sha256 of each file. A stage can therefore tell whether a folder is damaged, before it skips the
+work or builds on it. Whether it is up to date is decided in arc/runs/freshness.py.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from arc.models.manifests import MANIFEST, absolute_reference, read_manifest, write_manifest
-from arc.models.prepared_base import check_base
+from arc.models.manifests import MANIFEST, read_manifest, write_manifest
 from arc.puzzles.files import flush
-from arc.runs.settings import RunSettings, course_settings, default_course
+from arc.runs.model_files import find_model_problem
+from arc.runs.settings import RunSettings
 
 INCOMPLETE = ".incomplete"
 PACKAGES = (
@@ -37,10 +37,8 @@ PACKAGES = (
     "unsloth_zoo",
     "numpy",
 )
-# Files that make a model; what else lies in a folder (logs, pictures, notes, other formats) is about it.
+# Files that make a model. Other files of a folder (logs, pictures, notes, other formats) are about it.
 MODEL_SUFFIXES = (".safetensors", ".json", ".model", ".jinja")
-# Settings that later versions no longer have, with their defaults: records from before them still hold these.
-REMOVED_SETTINGS = {"task_augmentation": 0, "lora_bias": "none", "use_vllm": False}
 # adapter_config.json names the base by its path, which differs from place to place; the weights show the rest of it.
 ABOUT_THE_MODEL = (MANIFEST, "probe.safetensors", "make_base.json", "adapter_config.json")
 
@@ -51,8 +49,8 @@ class Stage:
 
     Args:
         name: "Base", "Final" or "Final-RL".
-        parent: what it starts from: "prepared", or the name of an earlier stage.
-        script: the file, for messages.
+        parent: the artifact that it starts from: "prepared", or the name of an earlier stage.
+        script: the stage's file, for messages.
         parent_script: the file that makes the parent, for messages.
     """
 
@@ -89,11 +87,11 @@ class Stage:
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when it is complete: written beside, sealed, flushed, then renamed.
+    """Make a folder that gets its name only when it is complete.
 
     Yields:
-        The folder to write into. If the block raises, nothing stays; if the process is killed, a folder of another name
-        does, which the next run removes.
+        The folder to write into, under another name. If the block raises, it is deleted. If the process is killed, it
+        stays, and the next run deletes it.
 
     Raises:
         FileExistsError: `path` exists; nothing is ever overwritten.
@@ -116,7 +114,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _seal(folder: Path) -> None:
-    # The manifest names every file with its hash; then all of it reaches the disk before the folder gets its name.
+    # Every file and its hash go into the manifest; all of them reach the disk before the folder gets its name.
     manifest = read_manifest(folder)
     if manifest:
         write_manifest(folder, {**manifest, "files": file_table(folder)})
@@ -126,7 +124,7 @@ def _seal(folder: Path) -> None:
 
 
 def move_aside(path: Path) -> Path:
-    """Give a folder another name, `NAME.old-1` or the next free one, and say so. Nothing is deleted."""
+    """Rename a folder to `NAME.old-1`, or the next free number, and print so. Nothing is deleted."""
     number = 1
     while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
         number += 1
@@ -136,36 +134,36 @@ def move_aside(path: Path) -> Path:
 
 
 def provenance(stage: str, script: str, settings: RunSettings, **more: Any) -> dict[str, Any]:
-    """What an artifact records of its making: stage, script, settings, versions, time, and what is given."""
-    made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    about = {"stage": stage, "script": script, "settings": asdict(settings), "versions": versions(), "made": made}
+    """The manifest's entries of how an artifact was made: stage, script, settings, versions, time, and `more`."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    about = {"stage": stage, "script": script, "settings": asdict(settings), "versions": versions(), "made": now}
     return {**about, **more}
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that training depends on; absent ones are left out."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            numbers[name] = importlib.metadata.version(name)
+    return numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a folder is
+# Damage
 
 
 def makes_the_model(name: str) -> bool:
-    """Whether a file of a folder, by its relative name, is part of the model."""
+    """Whether a file is part of the model, by its name relative to the folder."""
     return "/" not in name and name.endswith(MODEL_SUFFIXES) and name not in ABOUT_THE_MODEL
 
 
 def file_table(folder: Path, *, model_only: bool = False) -> dict[str, dict[str, Any]]:
-    """Size (bytes), time of change (ns) and sha256 of the files of a folder but its manifest, by relative name.
+    """Size (bytes), modification time (ns) and sha256 of a folder's files, by relative name; without its manifest.
 
     Args:
         folder: any folder.
-        model_only: only of the files that make the model; for folders that are not ours.
+        model_only: only the files that make the model; for folders that are not ours.
     """
     files = (p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
     table = {}
@@ -185,9 +183,9 @@ def _sha256(path: Path) -> str:
 
 
 def find_changed_file(folder: Path, table: dict[str, dict[str, Any]]) -> str | None:
-    """What differs between a folder and the table of its files, as words; None if nothing does.
+    """The first difference between a folder and the table of its files, in words; None if there is none.
 
-    A file of the recorded size and time counts as the same; one whose time differs (a copy) is hashed.
+    A file with the recorded size and time counts as the same. If only the time differs, as in a copy, it is hashed.
     """
     for name, recorded in table.items():
         path = folder / name
@@ -203,9 +201,9 @@ def find_changed_file(folder: Path, table: dict[str, dict[str, Any]]) -> str | N
 
 
 def fingerprint(folder: str | Path) -> str:
-    """A sha256 that tells one model or adapter from another by the contents of its files.
+    """A sha256 of the files of a model or adapter, which tells it from any other.
 
-    Two runs with the same result have the same one, wherever they stand. Of a hub name it is the name's.
+    Two folders with the same model have the same fingerprint. The fingerprint of a hub name is the sha256 of the name.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -216,7 +214,7 @@ def fingerprint(folder: str | Path) -> str:
 
 
 def find_damage(folder: Path, kind: str = "model") -> str | None:
-    """What is wrong with a folder that exists, as words; None if it is whole.
+    """The damage of an existing folder, in words; None if it is whole.
 
     Args:
         folder: an artifact, or a model or adapter that was made elsewhere.
@@ -229,237 +227,12 @@ def find_damage(folder: Path, kind: str = "model") -> str | None:
     except ValueError as error:
         return str(error)
     if manifest.get("files"):
-        # A log or picture that someone looked at and changed is no damage to the model.
+        # A changed log or picture is no damage to the model.
         return find_changed_file(folder, {n: e for n, e in manifest["files"].items() if n.endswith(MODEL_SUFFIXES)})
     problem = find_model_problem(folder, kind)
     if problem is None:
         print(f"note: {folder} has no {MANIFEST} with its files: made elsewhere; it was looked through and is used")
     return problem
-
-
-def find_model_problem(folder: Path, kind: str = "model") -> str | None:
-    """What keeps a folder from being loaded as a model or an adapter, as words; None if nothing does.
-
-    Reads the configuration, the tokenizer and the headers of the weights, not the weights: every tensor that the
-    configuration asks for must be there in its shape.
-
-    Args:
-        folder: of the model.
-        kind: "model" or "adapter".
-    """
-    config = "adapter_config.json" if kind == "adapter" else "config.json"
-    if not (folder / config).is_file():
-        found = [name for name in ("adapter_config.json", "config.json") if (folder / name).is_file()]
-        return f"it holds no {config}" + (f" but a {found[0]}: that is no {kind}" if found else "")
-    for path in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            return f"{path.name} is not JSON"
-        if path.name == "adapter_config.json" and (not isinstance(content, dict) or content.get("peft_type") != "LORA"):
-            return f"{path.name} is of no LoRA adapter"
-    shapes = _stored_shapes(folder, "adapter_model" if kind == "adapter" else "model")
-    if isinstance(shapes, str):
-        return shapes
-    if kind == "adapter":
-        return _incomplete_pair(shapes)
-    if not (folder / "tokenizer.json").is_file():
-        return "it holds no tokenizer.json (a fast tokenizer)"
-    return _compare_with_config(folder, shapes)
-
-
-def _incomplete_pair(shapes: dict[str, tuple[int, ...]]) -> str | None:
-    # LoRA's matrices come in pairs.
-    if not shapes:
-        return "adapter_model.safetensors is empty"
-    for name in shapes:
-        for one, other in (("lora_A", "lora_B"), ("lora_B", "lora_A")):
-            if f".{one}." in name and name.replace(f".{one}.", f".{other}.") not in shapes:
-                return f"adapter_model.safetensors lacks {name.replace(one, other)}"
-    return None
-
-
-def _stored_shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]] | str:
-    # Names and shapes of all tensors from the headers of the files, or what is wrong with those.
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / f"{name}.safetensors.index.json"
-    files = [f"{name}.safetensors"]
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            return f"{index.name} is no index of weights"
-    shapes = {}
-    for file in files:
-        if not (folder / file).is_file():
-            pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
-            also = f" ({pickles[0]} is a pickle, which can run code: never loaded)" if pickles else ""
-            return f"it holds no {file}{also}"
-        try:
-            with safe_open(folder / file, framework="numpy") as opened:
-                for key in opened.keys():  # noqa: SIM118 - no mapping
-                    shapes[key] = tuple(opened.get_slice(key).get_shape())
-        except (OSError, SafetensorError) as error:
-            return f"{file} cannot be read ({str(error).splitlines()[0]})"
-    return shapes
-
-
-def _compare_with_config(folder: Path, shapes: dict[str, tuple[int, ...]]) -> str | None:
-    import torch
-    from tokenizers import Tokenizer
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001 - whatever a bad configuration makes transformers raise
-        return f"config.json is of no model that can be loaded ({(str(error).strip() or repr(error)).splitlines()[0]})"
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue  # shared with the embedding, stored once
-        stored = shapes.get(name)
-        if stored is None:
-            return f"its weights lack {name}"
-        if stored != tuple(tensor.shape):
-            return f"{name} is of shape {list(stored)}, config.json asks for {list(tensor.shape)}"
-    try:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception for whatever is wrong with a file
-        return f"tokenizer.json cannot be read ({str(error).splitlines()[0]})"
-    highest, rows = max(tokenizer.get_vocab().values(), default=-1), model.get_input_embeddings().weight.shape[0]
-    if highest >= rows:
-        return f"its tokenizer has ids up to {highest}, its embedding {rows} rows: they are not of one model"
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Whether a folder is still what its settings and parents make
-
-
-def made_from(folder: Path | str, of: Path) -> dict[str, str]:
-    """A manifest's record of what an artifact was made from: {name: fingerprint}.
-
-    Args:
-        folder: the parent; one in the same output folder is named without its path, so that both can move.
-        of: the artifact.
-    """
-    beside = Path(folder).is_dir() and Path(folder).resolve().parent == of.resolve().parent
-    return {Path(folder).name if beside else absolute_reference(folder): fingerprint(folder)}
-
-
-def find_outdated(folder: Path) -> str | None:
-    """The first artifact of a chain that was made from something that has been made anew since, as words.
-
-    Follows manifests from a folder to its parents; parents that are not there any more are taken on trust.
-    """
-    manifest = read_manifest(folder)
-    for name, recorded in manifest.get("made_from", {}).items():
-        parent = folder.parent / name  # an absolute name stays what it is
-        if not parent.is_dir():
-            continue
-        if fingerprint(parent) != recorded:
-            script = manifest.get("script", "the script that made it")
-            return (
-                f"{folder} was made from another {name} than the one that is there now: run {script} again, as it was "
-                "run, with --overwrite"
-            )
-        earlier = find_outdated(parent)
-        if earlier:
-            return earlier
-    return None
-
-
-def changed_settings(
-    recorded: dict[str, Any], settings: RunSettings, precision: dict[str, Any], data: str | None
-) -> list[str]:
-    """What decides the weights and differs from what an adapter was trained with, as `name (was X, is Y)`.
-
-    Args:
-        recorded: the adapter's manifest.
-        settings: of this run.
-        precision: those of engine, dtype and load_in_4bit that the user has named; the others may be what they were.
-        data: fingerprint of its puzzles; None if they are not at hand.
-    """
-    before = course_settings(recorded.get("settings", {}))
-    if recorded.get("settings"):  # a setting that an earlier version did not have had what is the default now
-        before = default_course(type(settings)) | before
-    now = course_settings(json.loads(json.dumps(asdict(settings))))
-    pairs = {name: (before[name], now[name]) for name in now if name in before}
-    if recorded.get("precision"):
-        pairs |= {name: (recorded["precision"][name], value) for name, value in precision.items()}
-    changed = [f"{name} (was {_short(a)}, is {_short(b)})" for name, (a, b) in pairs.items() if a != b]
-    changed += changed_removed(before, now)
-    if data is not None and recorded.get("data_fingerprint", data) != data and not changed:
-        extra = recorded.get("settings", {}).get("extra_dataset_dirs", [])
-        if extra != settings.extra_dataset_dirs:
-            named = [" ".join(folders) or "not set" for folders in (extra, settings.extra_dataset_dirs)]
-            changed.append("extra_dataset_dirs (was {}, is {})".format(*named))
-        else:  # other settings choose other puzzles: said already
-            changed.append(f"the puzzles in {', '.join([settings.dataset_dir, *extra])}")
-    return changed
-
-
-def changed_removed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Settings of a record that no longer exist and were not at their default, as `name (was X, ...)`.
-
-    Args:
-        before: the recorded settings.
-        now: those of this run.
-    """
-    return [
-        f"{name} (was {_short(before[name])}, this setting was removed)"
-        for name, default in REMOVED_SETTINGS.items()
-        if name not in now and before.get(name, default) != default
-    ]
-
-
-def _short(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else "not set" if value is None else str(value).lower()
-
-
-def find_parent(stage: Stage, settings: RunSettings, without_prepared: bool = False) -> Path | str:
-    """What a stage starts from: a folder or, for a base model that is fetched, its hub name. Nothing is written.
-
-    For stage 1 it is the prepared base where that is there, else the base model that it will be made from, as it is
-    `without_prepared`, where that will be made anew.
-
-    Raises:
-        FileNotFoundError: no such model, or the parent stage has not run.
-        ValueError: the model is quantised already, damaged or outdated, or the prepared base is another one's.
-    """
-    output = Path(settings.output_dir)
-    if stage.parent == "prepared":
-        prepared = stage.prepared(settings)
-        if prepared.exists() and not without_prepared:
-            print(f"{prepared} is there: used")
-            return prepared
-        parent: Path | str = settings.base_model or ""
-    else:
-        parent = settings.base_model or stage.default_parent(settings)
-        if settings.base_model is None and not Path(parent).exists():
-            raise FileNotFoundError(
-                f"{parent} is not there: {stage.script} starts from the merged model of {stage.parent_script}. Run "
-                f"`python {stage.parent_script} --output_dir {output}` first, or name a model with --base_model"
-            )
-    if not Path(parent).is_dir():
-        check_base(parent)
-        return str(parent)
-    parent = Path(parent)
-    again = f"; run {stage.parent_script} again as it was run, with --overwrite: only what is damaged is made anew"
-    made_here = read_manifest_or_nothing(parent)
-    if made_here.get("files"):
-        problem = find_damage(parent)
-        outdated = None if problem else find_outdated(parent)
-        if problem or outdated:
-            raise ValueError((f"{parent} is damaged: {problem}" if problem else str(outdated)) + again)
-    check_base(parent)
-    if not made_here.get("files"):
-        problem = find_model_problem(parent)
-        if problem:
-            raise ValueError(f"{parent} is no complete model: {problem}")
-    return parent
 
 
 def read_manifest_or_nothing(folder: Path) -> dict[str, Any]:
@@ -469,31 +242,6 @@ def read_manifest_or_nothing(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def stale_base(prepared: Path, settings: RunSettings) -> str | None:
-    """Why a prepared base does not fit the settings, as words; None if it does."""
-    made = read_manifest(prepared)
-    if not made:
-        return None
-    base, full_vocab = made.get("base_model"), made.get("settings", {}).get("full_vocab", settings.full_vocab)
-    other = (
-        f"{prepared} was prepared from {base} with full_vocab {str(full_vocab).lower()}, asked for is "
-        f"{settings.base_model} with full_vocab {str(settings.full_vocab).lower()}: use those flags, another "
-        "--output_dir, or --overwrite, which moves it aside and prepares it anew"
-    )
-    if full_vocab != settings.full_vocab:
-        return other
-    if settings.base_model is not None and Path(settings.base_model).is_dir():
-        table = made.get("base_files")
-        changed = find_changed_file(Path(settings.base_model), table) if table else None
-        if changed and str(settings.base_model) == base:
-            return (
-                f"{prepared} was prepared from {base} as it was then ({changed}): bring that back, or --overwrite, "
-                "which moves it aside and prepares it anew"
-            )
-        return other if changed else None
-    return other if base is not None and base != str(settings.base_model) else None
-
-
 def existing(folders: Sequence[Path]) -> list[Path]:
-    """Those of the folders that are there."""
+    """Those of the folders that exist."""
     return [folder for folder in folders if folder.exists()]

@@ -1,9 +1,6 @@
-"""What keeps a run's work when something goes wrong: checkpoints, stop signals, NaN, full disks, too little memory.
+"""Checkpoints: marked as complete when they have reached the disk, listed, checked and deleted.
 
-Before the work, `find_shortages` compares what a run needs at least with what is free. During the training, `guard`
-saves by time and on a stop signal, lets no checkpoint with a weight that is no number be written, and marks a
-checkpoint as complete when it has reached the disk. Around all of it, `machine_errors` turns trouble of the machine
-into one message that names what to lower and what is safe.
+`guard.guard` writes them. A checkpoint without its mark was cut off and is never used.
 """
 
 from __future__ import annotations
@@ -27,7 +24,7 @@ def checkpoint_folder(arguments: Any, state: Any) -> Path:
 
 
 def mark_complete(folder: Path) -> None:
-    """Flush a checkpoint's files to the disk, then write the marker that names each with its size, in one move."""
+    """Flush a checkpoint's files to the disk, then write the marker file, which has the size of each."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MARKER, f"{MARKER}.tmp"))
     apply_umask(folder)
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
@@ -38,14 +35,14 @@ def mark_complete(folder: Path) -> None:
 
 
 def complete_checkpoints(folder: str | Path, quiet: bool = False) -> list[Path]:
-    """The checkpoints of a folder that are whole, newest first.
+    """The complete checkpoints of a folder, newest first.
 
-    A checkpoint is whole if its marker is there and every file that it names has the size that it had. The others are
-    named in one printed note, unless `quiet`.
+    A checkpoint is complete if its marker exists and every file in it has the recorded size. The others are named in
+    one printed note, unless `quiet`.
     """
-    found = {int(m[1]): p for p in Path(folder).glob("checkpoint-*") if (m := CHECKPOINT.fullmatch(p.name))}
-    whole = {step: path for step, path in found.items() if _is_whole(path)}
-    partial = [found[step].name for step in sorted(found.keys() - whole.keys())]
+    paths = {int(m[1]): p for p in Path(folder).glob("checkpoint-*") if (m := CHECKPOINT.fullmatch(p.name))}
+    whole = {step: path for step, path in paths.items() if _is_whole(path)}
+    partial = [paths[step].name for step in sorted(paths.keys() - whole.keys())]
     if partial and not quiet:
         are = "are" if len(partial) > 1 else "is"
         print(f"note: {', '.join(partial)} {are} not whole (killed while it was written or deleted): not used")
@@ -61,9 +58,9 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def refuse_pickles(checkpoint: Path) -> None:
-    """Refuse a checkpoint whose files hold anything but tensors and plain values.
+    """Refuse a checkpoint whose files contain more than tensors and plain values.
 
-    transformers does not unpickle other things either; this says so before a model is loaded, and in one sentence.
+    transformers refuses those too. This check comes before a model is loaded, and its message is one sentence.
 
     Raises:
         ValueError: one of the files would run code when it is loaded, or cannot be read.
@@ -74,7 +71,7 @@ def refuse_pickles(checkpoint: Path) -> None:
     import torch
 
     # What numpy's random state is made of; transformers allows it too.
-    allowed = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+    allowed = [np.empty(0).__reduce__()[0], np.ndarray, np.dtype, type(np.dtype(np.uint32))]
     for path in (*sorted(checkpoint.glob("*.pt")), *sorted(checkpoint.glob("*.pth"))):
         try:
             with torch.serialization.safe_globals(allowed):
@@ -87,17 +84,15 @@ def refuse_pickles(checkpoint: Path) -> None:
 
 
 def delete_older(folder: Path, keep: int | None = None) -> None:
-    """Delete checkpoints that are older than the newest whole one.
+    """Delete checkpoints that are older than the newest complete one.
 
     Args:
         folder: of the checkpoints.
-        keep: whole ones to keep. None: all, only what is left of others goes, by a run that was killed while it wrote
-            or deleted one.
+        keep: complete checkpoints to keep. None: all; only incomplete ones are deleted.
     """
     kept = complete_checkpoints(folder, quiet=True)[:keep]
-    newest = int(CHECKPOINT.fullmatch(kept[0].name)[1]) if kept else -1
-    for path in folder.glob("checkpoint-*"):
-        number = CHECKPOINT.fullmatch(path.name)
-        if number and path not in kept and int(number[1]) < newest:
+    steps = {path: int(name[1]) for path in folder.glob("checkpoint-*") if (name := CHECKPOINT.fullmatch(path.name))}
+    for path, step in steps.items():
+        if kept and path not in kept and step < steps[kept[0]]:
             (path / MARKER).unlink(missing_ok=True)  # first: what is left of it, if this is interrupted, is not whole
             shutil.rmtree(path, ignore_errors=True)

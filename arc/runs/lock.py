@@ -1,4 +1,4 @@
-"""A lock that keeps two runs off one output folder."""
+"""A lock, so that only one run at a time writes to an output folder."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ LOCK, LOCK_HOLDER = ".lock", ".lock.by"
 
 
 class OutputLock:
-    """Keeps a second run off an output folder; a process that died holds nothing.
+    """Keeps a second run away from an output folder. The lock of a process that died is free.
 
     Args:
-        folder: the output folder; made when the lock is taken.
-        script: who takes it, for the other's message.
+        folder: the output folder; created when the lock is taken.
+        script: the script that takes the lock, for the message of a second run.
     """
 
     def __init__(self, folder: Path, script: str):
-        """See the class."""
         self.folder, self.script = folder, script
         self._lock: Any = None
 
     def acquire(self) -> None:
-        """Take the lock, unless this run has it.
+        """Take the lock; does nothing if this run has it already.
 
         Raises:
-            BlockingIOError: another process has it (an OSError: a user can mend it).
+            BlockingIOError: another process has it.
+            OSError: the file system has no locks.
         """
         import filelock
 
@@ -37,7 +37,7 @@ class OutputLock:
         if self._lock is not None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Not in the lock's own file: where a file system knows no locks, filelock keeps its record there.
+        # Not in the lock's file: on a file system without locks, filelock writes its own record there.
         by = self.folder / LOCK_HOLDER
         lock = filelock.FileLock(self.folder / LOCK)
         try:

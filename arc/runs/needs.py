@@ -1,4 +1,4 @@
-"""Needs: how much memory and disk a run takes, and how much there is."""
+"""Memory and disk that a run needs, compared with what is free."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def format_duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class WeightCounts:
-    """Weights of a model and of the LoRA on it, as numbers of elements.
+    """Numbers of weights of a model and of its LoRA.
 
     Attributes:
-        linear: of the linear layers, the head left out: what 4-bit loading quantises.
-        embeddings: of embed_tokens and lm_head, once where they are tied.
+        linear: linear layers without the head; these are quantised in 4 bits.
+        embeddings: embed_tokens and lm_head, counted once if they are tied.
         other: norms and the like.
-        lora: of the LoRA matrices.
-        full_embeddings, full_head: of embed_tokens and lm_head where they are trained in full.
-        saved: of what an adapter's file holds: the trained ones, and a second copy of a shared matrix (peft's doing).
-        rank: LoRA's, for messages.
+        lora: LoRA matrices.
+        full_embeddings, full_head: embed_tokens and lm_head if they are trained in full, else 0.
+        saved: weights in an adapter's file: the trained ones, and peft's second copy of a tied matrix.
+        rank: of LoRA, for messages.
     """
 
     linear: int
@@ -53,13 +53,13 @@ class WeightCounts:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that some work needs at least.
+    """The least number of bytes that some work needs.
 
     Attributes:
         doing: the work: "training", "merging", "writing".
         kind: "memory" or "disk".
-        parts: bytes by what they are for.
-        remedies: what makes it less, best first.
+        parts: bytes by purpose.
+        remedies: ways to need less, best first.
     """
 
     doing: str
@@ -69,7 +69,7 @@ class Need:
 
     @property
     def total(self) -> int:
-        """All of it, in bytes."""
+        """The sum of the parts, in bytes."""
         return sum(self.parts.values())
 
 
@@ -78,9 +78,9 @@ class Free:
     """Bytes that are free.
 
     Attributes:
-        disk: on the file system that is written to.
-        memory: where the model goes.
-        place: what is written to, for messages.
+        disk: on the file system of the output folder.
+        memory: on the device of the model.
+        place: the output folder or its nearest existing parent, for messages.
         memory_name: "GPU memory" or "main memory".
     """
 
@@ -91,14 +91,13 @@ class Free:
 
 
 def count_weights(config: Any, *, target_modules: Sequence[str], r: int, vocabulary: int | None = None) -> WeightCounts:
-    """Count the weights that a transformers configuration asks for, without making them.
+    """Count the weights of a transformers configuration, without allocating them.
 
     Args:
         config: of the base model.
-        target_modules: as `model_tools.add_lora` takes them; embed_tokens and lm_head are trained in full, as one
-            shared matrix where the model is tied.
-        r: LoRA's rank.
-        vocabulary: tokens that the base will have when it is prepared; default: those of the configuration.
+        target_modules: see `lora.add_lora`. embed_tokens and lm_head are trained in full, as one matrix if tied.
+        r: rank of LoRA.
+        vocabulary: tokens of the prepared base; default: those of the configuration.
     """
     import copy
 
@@ -140,7 +139,7 @@ def count_weights(config: Any, *, target_modules: Sequence[str], r: int, vocabul
 
 
 def optimizer_bytes(counts: WeightCounts, optim: str) -> int:
-    """Bytes of an optimizer's state; an embedding's stays in 32 bits in the 8-bit ones, see bitsandbytes."""
+    """Bytes of an optimizer's state. The 8-bit optimizers of bitsandbytes keep the state of embeddings in 32 bits."""
     if optim == "muon":  # one of LoRA's matrices, Adam's two of the rest
         return 4 * (counts.trained + counts.full_embeddings + counts.full_head)
     states = 1 if "lion" in optim else 2 if "adam" in optim or "ademamix" in optim else 0
@@ -163,17 +162,16 @@ def disk_needs(
     prepared: bool = False,
     tokenizer_bytes: int = 0,
 ) -> Need:
-    """Bytes that a stage writes.
+    """Bytes that a stage will write.
 
     Args:
         counts: of its model.
-        optim: the optimizer, in transformers' names.
-        checkpoints: most checkpoints that are kept (`save_total_limit`); one more is there while it is written. 0:
-            none.
-        checkpoints_there: complete checkpoints that take their space already.
-        best: copies of the trained weights that are kept beside the checkpoints (`policy_guards`), still to be made.
-        adapter, merged, prepared: whether the adapter, the merged model and the prepared base are still to be made.
-        tokenizer_bytes: of the tokenizer that each folder holds.
+        optim: the optimizer, by transformers' name.
+        checkpoints: limit of checkpoints (`save_total_limit`), 0 for none. While one is written there is one more.
+        checkpoints_there: complete checkpoints that exist already.
+        best: copies of the trained weights that stage 3 still has to write beside the checkpoints (grpo/guard.py).
+        adapter, merged, prepared: whether the adapter, the merged model and the prepared base are still to be written.
+        tokenizer_bytes: of the tokenizer in each folder.
     """
     one = 4 * counts.saved + tokenizer_bytes  # float32, as trained
     model = 2 * counts.model + tokenizer_bytes
@@ -205,14 +203,14 @@ def memory_needs(
     merging: bool = True,
     processes: int = 1,
 ) -> list[Need]:
-    """Bytes of memory that training and merging need at least: weights and what belongs to them, no activations.
+    """The least memory of training and merging in bytes: weights, gradients and optimizer, without activations.
 
     Args:
         counts: of the model.
-        engine, dtype, load_in_4bit: see `model_tools.Precision`.
-        optim: the optimizer, in transformers' names.
-        training, merging: which of them is still to be done.
-        processes: that train together, each with a model of its own; the bytes are those of one.
+        engine, dtype, load_in_4bit: see `loading.Precision`.
+        optim: the optimizer, by transformers' name.
+        training, merging: whether each is still to be done.
+        processes: that train together, each with a whole model; the bytes are those of one process.
     """
     width = 4 if dtype == "float32" else 2
     # NF4: half a byte, and for each block of 64 a one-byte scale, which itself has a float32 scale for 256 of them.
@@ -243,7 +241,7 @@ def memory_needs(
 
 
 def read_free(folder: str | Path) -> Free:
-    """What is free on the file system of a folder (which need not be there yet) and where a model would be loaded."""
+    """Free bytes on the file system of a folder, which need not exist yet, and on the device for the model."""
     import torch
 
     place = nearest_existing(Path(folder))
@@ -256,12 +254,13 @@ def read_free(folder: str | Path) -> Free:
 
 
 def nearest_existing(path: Path) -> Path:
+    """The path itself if it exists, else the nearest of its parents that does."""
     path = path.absolute()
     return next(place for place in (path, *path.parents) if place.exists())
 
 
 def find_shortages(needs: Sequence[Need], free: Free) -> list[str]:
-    """One line with figures for each need that what is free does not cover; empty if all is fine."""
+    """One line with figures for each need that is larger than what is free; empty if there is none."""
     lines = []
     for need in needs:
         there = free.disk if need.kind == "disk" else free.memory
@@ -277,6 +276,7 @@ def find_shortages(needs: Sequence[Need], free: Free) -> list[str]:
 
 
 def in_units(size: float) -> str:
+    """A size in bytes as text, in KiB, MiB or GiB."""
     for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
         if size >= 0.1 * scale:
             return f"{size / scale:.1f} {unit}"

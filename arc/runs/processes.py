@@ -1,11 +1,12 @@
-"""Several processes of one host that do one run together: who writes, how all wait for each other, how all end.
+"""Several processes of one host that do one run: which one writes, how they wait for each other, how they end.
 
-A launcher (torchrun, accelerate launch) starts a script once for each GPU. `start` joins these processes; from then on
-only the main one prints and writes. Where there is no launcher, everything here does what one process needs: nothing.
+A launcher (torchrun, accelerate launch) starts a script once for each GPU. `start` joins these processes. From then on
+only the main one prints and writes. Without a launcher, the functions here have nothing to do.
 
-The processes agree with each other through a group of their own over gloo, beside the one that training uses: waiting
-for a base to be prepared may take longer than a time-out of NCCL. A process that fails says so in the launcher's store,
-which a thread of each other process watches: so nobody waits for a process that is gone, and one message is printed.
+accelerate's PartialState joins the processes. Its waits and gathers are not used: they go through the group that
+training uses, and the wait until a base is prepared may be longer than NCCL's time-out. So there is a second group,
+over gloo, and it works on objects and on the CPU. A process that fails writes that into the launcher's store, which a
+thread of each other process watches. So no process waits for one that has ended, and only one message is printed.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-POLL_SECONDS = 0.1  # between looks whether another process has failed
-REPORT_SECONDS = 10.0  # that a process which fails too gives the first one to print its message
-LONG = datetime.timedelta(days=7)  # for the group that only waits: the watcher ends a wait that is in vain
-TRAINING_TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange of gradients, as transformers has it
-# What launchers tell their processes; gone when a process works on alone, so that no library joins anything again.
+POLL_SECONDS = 0.1  # between two looks whether another process has failed
+REPORT_SECONDS = 10.0  # a second process that fails waits so long for the first one's message
+LONG = datetime.timedelta(days=7)  # time-out of the second group: the watcher ends a wait in vain
+TRAINING_TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange of gradients, as in transformers
+# Set by launchers; deleted when a process goes on alone, so that no library joins a group again.
 LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
                     "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE")  # fmt: skip
 
@@ -39,8 +40,8 @@ class _Together:
         index, count: of this process, and how many there are.
         group: of torch.distributed, over gloo.
         store: the launcher's, for failures.
-        ending: set when this process ends by itself: its watcher leaves it alone.
-        code: that it ends with, once something has failed.
+        ending: set when this process is about to end, so that its watcher does not end it.
+        code: its exit code after a failure.
     """
 
     index: int
@@ -55,12 +56,12 @@ _together: _Together | None = None
 
 
 def process_count() -> int:
-    """How many processes do this run."""
+    """The number of processes of this run."""
     return 1 if _together is None else _together.count
 
 
 def process_index() -> int:
-    """The number of this process, from 0: that of the main one."""
+    """The index of this process; the main one has 0."""
     return 0 if _together is None else _together.index
 
 
@@ -70,12 +71,12 @@ def is_main() -> bool:
 
 
 def start() -> None:
-    """Join the processes that a launcher started, once; does nothing without a launcher or with one process.
+    """Join the processes that a launcher started. Does nothing a second time, without a launcher, or for one process.
 
-    The others than the main process print nothing from then on, and each computes on the GPU of its number.
+    From then on only the main process prints, and each process computes on the GPU of its index.
 
     Raises:
-        ValueError: more processes than GPUs, or on several hosts, or a model that is to be divided among them.
+        ValueError: more processes than GPUs, processes on several hosts, or a launcher that divides the model.
     """
     global _together
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -84,7 +85,7 @@ def start() -> None:
         return
     index = int(os.environ["RANK"])
     if index:
-        # For good, also for what libraries print; `fail` finds the real one.
+        # Until the end, also for what libraries print; `fail` uses the real stream.
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if int(os.environ.get("LOCAL_WORLD_SIZE", count)) != count:
         raise ValueError(f"{count} processes on several hosts: start all on one (--nnodes 1, --num_machines 1)")
@@ -105,7 +106,7 @@ def start() -> None:
     if cuda:
         torch.cuda.set_device(device)
     else:
-        # Else accelerate names it cpu:0, cpu:1, ..., and transformers can load no checkpoint onto such a device.
+        # Otherwise accelerate calls it cpu:0, cpu:1, ..., and transformers cannot load a checkpoint onto that.
         os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one host; its name need not be known to any server
@@ -118,14 +119,14 @@ def start() -> None:
     _together = _Together(index, count, group, distributed.PrefixStore(f"run {attempt}", store))
     sys.excepthook = _report_uncaught
     atexit.register(_end_quietly)
-    # Another connection: a store answers one question at a time.
+    # A second connection: a store answers one request at a time.
     watched = distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)
     watched = distributed.PrefixStore(f"run {attempt}", watched)
     threading.Thread(target=_watch, args=(watched, _together.ending), daemon=True, name="failures").start()
 
 
 def wait_for_everyone() -> None:
-    """Go on when all processes have come here."""
+    """Return when all processes have called this."""
     if _together is not None:
         import torch
 
@@ -133,7 +134,7 @@ def wait_for_everyone() -> None:
 
 
 def agree(*numbers: int) -> tuple[int, ...]:
-    """The largest that any process gives, of each number; all processes get the same."""
+    """For each number the largest that any process gives; all processes get the same."""
     if _together is None:
         return numbers
     import torch
@@ -144,10 +145,10 @@ def agree(*numbers: int) -> tuple[int, ...]:
 
 
 def gather(value: Any) -> list[Any]:
-    """What each process gives, in the order of their numbers; all processes get all of it.
+    """The values that the processes give, in the order of their indices; all processes get all of them.
 
     Args:
-        value: anything that can be pickled; it comes from this program's own processes.
+        value: anything that can be pickled; only processes of this program send any.
     """
     if _together is None:
         return [value]
@@ -159,12 +160,12 @@ def gather(value: Any) -> list[Any]:
 
 
 def share(items: Sequence[Any]) -> list[Any]:
-    """This process's part of what all do together: every item is in one part, parts differ by one in length."""
+    """The items that this process works on: each item goes to one process; their counts differ by at most one."""
     return list(items[process_index() :: process_count()])
 
 
 def leave() -> None:
-    """Part from the other processes: when all have come here, the main one goes on alone and the others end.
+    """End the work together: when all processes have called this, the main one goes on alone and the others end.
 
     Raises:
         SystemExit: with 0, in all processes but the main one.
@@ -190,11 +191,11 @@ def leave() -> None:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Print a message and end the program; of processes that fail together, the first prints and gives the code.
+    """Print a message and end the program. If several processes fail, all use the first one's message and code.
 
     Args:
         message: for stderr.
-        code: of the exit.
+        code: the exit code.
 
     Raises:
         SystemExit: with the code.
@@ -206,7 +207,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def _report(show: Callable[[], None], code: int) -> int:
-    # Show what went wrong unless another process has; the code to end with.
+    # Prints the message unless another process has; returns the exit code.
     if _together is None:
         show()
         return code
@@ -218,7 +219,7 @@ def _report(show: Callable[[], None], code: int) -> int:
         first = True
     if first:
         if threading.current_thread() is threading.main_thread():
-            # The launcher ends all when the first of the others has ended; what is to be tidied up here comes first.
+            # The launcher ends all processes when one has ended; this one has to clean up first.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not is_main():
             sys.stderr = sys.__stderr__
@@ -228,7 +229,7 @@ def _report(show: Callable[[], None], code: int) -> int:
         with contextlib.suppress(RuntimeError):
             store.set("code", str(code))
         return code
-    # A launcher ends all as soon as one has ended: not before the message is there.
+    # The launcher ends all processes when one has ended: so wait until the message is printed.
     end = time.monotonic() + REPORT_SECONDS
     with contextlib.suppress(RuntimeError):
         while time.monotonic() < end:
@@ -245,7 +246,7 @@ def _report_uncaught(kind: type[BaseException], error: BaseException, trace: Any
 
 
 def _watch(store: Any, ending: threading.Event) -> None:
-    # End this process when another one has failed, wherever it is: it may wait for that one, in code of a library.
+    # Ends this process when another one has failed, even if it waits for that one inside a library.
     while not ending.wait(POLL_SECONDS):
         try:
             if not store.check(["code"]):
@@ -264,7 +265,7 @@ def _exit_now(code: int) -> None:
 
 
 def _end_quietly() -> None:
-    # The end of the program without `leave`: a dry run, or a failure, after which no library shall wait for the others.
+    # The program ends without `leave`: in a dry run, or after a failure. No library may wait for the others then.
     if _together is None:
         return
     if _together.ending.is_set():
@@ -276,17 +277,17 @@ def _end_quietly() -> None:
 
 
 def divide_batch(size: int, accumulation: int, processes: int | None = None) -> tuple[int, int]:
-    """How a step's samples are divided, so that all processes together do as many as one process would.
+    """Divide a step among processes, so that all together compute as many samples as one process would.
 
-    The passes of a step are divided among the processes; where that leaves a remainder, smaller passes are made.
+    Each process gets an equal number of the step's forward passes. If they do not divide evenly, passes get smaller.
 
     Args:
-        size: samples of a forward pass, as set: none will be larger.
+        size: samples of a forward pass, as set; the result is never larger.
         accumulation: forward passes of a step, as set.
-        processes: default: those that there are.
+        processes: their number; default: that of this run.
 
     Returns:
-        Samples of a forward pass and forward passes of a step, of each process.
+        Samples of a forward pass, and forward passes of a step, for each process.
 
     Raises:
         ValueError: the samples of a step cannot be divided evenly.
@@ -301,5 +302,5 @@ def divide_batch(size: int, accumulation: int, processes: int | None = None) -> 
             f"--gradient_accumulation_steps {accumulation}) cannot be divided among {processes} processes: start a "
             "number of processes that divides them, or change one of the two"
         )
-    size = max(part for part in range(1, size + 1) if each % part == 0)
+    size = max(divisor for divisor in range(1, size + 1) if each % divisor == 0)
     return size, each // size

@@ -1,6 +1,7 @@
-"""Settings of a run: their names, defaults and sentences, how they are parsed, and what is wrong with them.
+"""Settings of a run: names, defaults, help texts, parsing of flags and `--config` files, and checks.
 
-Each stage script adds its own decisions to RunSettings; flags and `--config` files are read here.
+Each stage script adds its own settings to RunSettings. trl's TrlParser does not fit: a file's values become defaults
+that it does not check, and a file may set environment variables.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from arc.models.lora import EMBEDDING_MODULES, LINEAR_MODULES
 from arc.runs.processes import fail, start
 
-# Settings that say where and how a run is done and watched, not what comes out of it.
+# Settings of where and how a run is done and watched. They do not change its result.
 NOT_THE_COURSE = (
     "base_model", "dataset_dir", "extra_dataset_dirs", "output_dir", "artifact_prefix", "engine", "dtype",
     "load_in_4bit", "dry_run", "overwrite", "merge_base", "micro_batch_size", "padding_free", "compile_layers",
@@ -29,7 +30,7 @@ NOT_THE_COURSE = (
 )  # fmt: skip
 
 
-# Settings with few values; written in any case, kept in lower case.
+# Settings with few values; upper case is accepted, the value becomes lower case.
 CHOICES = {
     "engine": ("auto", "unsloth", "transformers"),
     "dtype": ("auto", "bfloat16", "float16", "float32"),
@@ -40,7 +41,7 @@ CHOICES = {
 
 
 def setting(default: Any, help: str) -> Any:
-    """A dataclass field with a default and the sentence that --help shows."""
+    """A dataclass field with a default and the text that --help shows."""
     if isinstance(default, (list, tuple)):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help})
@@ -48,7 +49,7 @@ def setting(default: Any, help: str) -> Any:
 
 @dataclass
 class DataSettings:
-    """Which puzzles there are and which are held out: the same flags in every script, so that all agree."""
+    """Which puzzles are used and which are held out. Every script has these flags, so that all agree."""
 
     dataset_dir: str = setting(
         "dataset", "folder of task files: lists of input/output pairs, or official train/test files"
@@ -57,55 +58,55 @@ class DataSettings:
         None, "base puzzles to train on, of dataset_dir; default: all that its files yield, no example used twice"
     )
     extra_dataset_dirs: list[str] = setting(
-        [], "more folders of task files, all of which is trained on besides: other datasets, generated puzzles"
+        [], "more folders of task files to train on (other datasets, generated puzzles); nothing of them is held out"
     )
-    sizes: list[int] = setting([6], "demonstration pairs of a puzzle; several: taken in turn")
-    grid_sizes: list[int] = setting([], "keep only pairs whose sides lie between these two bounds; default: all")
-    dataset_seed: int = setting(42, "seed of how examples form puzzles")
+    sizes: list[int] = setting([6], "demonstration pairs of a puzzle; several numbers are taken in turn")
+    grid_sizes: list[int] = setting([], "smallest and largest side of a grid; other pairs are left out; default: all")
+    dataset_seed: int = setting(42, "seed of the choice of examples for each puzzle")
     # Held out: no stage trains on what the evaluation uses
-    holdout_examples: int = setting(64, "puzzles held out, spread evenly over the tasks that are trained on")
+    holdout_examples: int = setting(64, "puzzles held out, spread evenly over the trained tasks")
     holdout_tasks: int = setting(0, "whole tasks held out")
     holdout_seed: int = setting(42, "seed of the split")
 
     def problems(self) -> list[str]:
-        """What is wrong with the settings that only this script has, one line each."""
+        """Problems of the settings that only this script has, one line each."""
         return []
 
 
 @dataclass
 class RunSettings(DataSettings):
-    """What all stages share: where things are, how they run, LoRA's shape. The stages add what they decide."""
+    """Settings of all stages: folders, how a run is done, LoRA, training. Each stage adds its own."""
 
     # Where
-    base_model: str | None = setting(None, "folder or hub name to start from; default: the parent stage's -merged")
-    output_dir: str = setting("output", "folder of all artifacts; stages find each other's there")
+    base_model: str | None = setting(None, "folder or hub name to start from; default: the merge of the stage before")
+    output_dir: str = setting("output", "folder of all artifacts, the same for all stages")
     artifact_prefix: str = setting("Llama-3.2-1B", "first part of the artifacts' names")
     # How
     engine: str = setting("auto", "unsloth, transformers, or auto: unsloth where there is CUDA")
     load_in_4bit: bool | None = setting(None, "quantise the frozen base; default: on unsloth only")
-    dtype: str = setting("auto", "bfloat16, float16, float32, or auto: what this machine has")
+    dtype: str = setting("auto", "bfloat16, float16, float32, or auto: the best that this machine supports")
     full_vocab: bool = setting(False, "keep the whole vocabulary instead of one token per cell")
     merge_base: str = setting(
         "quantised",
-        "merge onto the base as it was trained on (quantised) or onto its 16-bit weights (original), which a next "
-        "stage that quantises again needs to keep small changes",
+        "quantised: merge onto the 4-bit base of the training; original: onto its 16-bit weights, which keeps small "
+        "changes if the next stage quantises again",
     )
     seed: int = setting(42, "seed of order and augmentation")
     dry_run: bool = setting(False, "check settings, data, model folder and masks, then stop")
     overwrite: bool = setting(
         False,
-        "make damaged or outdated artifacts of this stage anew; the old ones are moved aside, never deleted",
+        "make damaged or outdated artifacts of this stage again; the old ones are renamed, never deleted",
     )
     # Views
-    tp: str = setting("all", "transposed views: all, true (one drawn a sample) or false")
-    rt: str = setting("all", "rotated views: all, true (one drawn a sample) or false")
+    tp: str = setting("all", "transposed views: all, true (drawn for each sample) or false")
+    rt: str = setting("all", "rotated views: all, true (drawn for each sample) or false")
     perm: bool = setting(True, "a new colour permutation for each sample and epoch")
-    perm_share: float = setting(1.0, "share of the samples whose colours are permuted; the others keep their own")
-    keep_background: bool = setting(False, "colour permutations leave 0 alone")
+    perm_share: float = setting(1.0, "share of the samples whose colours are permuted")
+    keep_background: bool = setting(False, "colour permutations do not change colour 0")
     shfl_ex: bool = setting(True, "a new order of the demonstrations for each sample and epoch")
     max_seq_length: int = setting(1536, "longest row in tokens; demonstrations are dropped to fit")
     # LoRA
-    lora_r: int = setting(512, "rank; embed_tokens and lm_head are trained in full whatever the rank")
+    lora_r: int = setting(512, "rank; it does not apply to embed_tokens and lm_head, which are trained in full")
     lora_alpha: float = setting(24.0, "the update is scaled by alpha / sqrt(r)")
     lora_dropout: float = setting(0.0, "dropout in front of the LoRA matrices")
     use_rslora: bool = setting(True, "rank-stabilised scaling; false: alpha / r")
@@ -129,30 +130,30 @@ class RunSettings(DataSettings):
     # How a step is computed, which makes no difference to what is learned (batch_planning)
     micro_batch_size: int | None = setting(
         None,
-        "samples of one forward pass on each GPU, a divisor of a step's; default: as many as fit its memory, on a CPU "
-        "per_device_train_batch_size",
+        "samples of one forward pass on each GPU; must divide the samples of a step; default: as many as fit the GPU's "
+        "memory, on a CPU per_device_train_batch_size",
     )
     gradient_checkpointing: bool | None = setting(
-        None, "recompute activations, slower and with less memory; default: where there is no room without, and on CPUs"
+        None, "recompute activations: slower, less memory; default: where memory is short, and on CPUs"
     )
     fold_lora: bool = setting(
         False,
-        "add LoRA's matrices to a layer's weight before it multiplies (engine transformers, not in 4 bits): faster for "
-        "ranks near the layers' width; in 16 bits blind to changes below a weight's last digit",
+        "add LoRA's matrices to a layer's weight before the product (engine transformers, not in 4 bits): faster for "
+        "ranks near the layers' width; in 16 bits, changes below a weight's last digit are lost",
     )
     # Watching
     logging_steps: int = setting(10, "steps between log lines")
     eval_steps: int = setting(500, "steps between measurements on the held-out puzzles; 0: never")
-    eval_puzzles: int = setting(32, "held-out puzzles that are decoded for the exact match; 0: none")
+    eval_puzzles: int = setting(32, "held-out puzzles decoded for the exact match; 0: none")
     per_device_eval_batch_size: int = setting(8, "held-out puzzles measured or decoded at once")
     save_steps: int | None = setting(
-        None, "steps between checkpoints; default: as many as are done in five minutes; 0: no checkpoints"
+        None, "steps between checkpoints; default: a checkpoint every five minutes; 0: no checkpoints"
     )
     save_total_limit: int = setting(2, "checkpoints kept")
     report_to: str = setting("none", "none, tensorboard, wandb, ...")
     dataloader_num_workers: int | None = setting(
         None,
-        "processes that make batches ahead; 0: the main one does; default: 2 where a step has 32 samples or more on "
+        "processes that make batches; 0: the main process makes them; default: 2 if a step has 32 samples or more on "
         "each GPU (stages 1 and 2, engine transformers), else 0",
     )
 
@@ -164,20 +165,22 @@ class RunSettings(DataSettings):
 
 @dataclass
 class SupervisedSettings(RunSettings):
-    """What stages 1 and 2 share besides: more of how a step is computed."""
+    """Further settings of stages 1 and 2: how a step is computed."""
 
     padding_free: bool | None = setting(
         None,
-        "samples of a forward pass in one row without padding, each blind to the others; default: on GPUs that can",
+        "put the samples of a forward pass into one row without padding, with separate attention; default: on GPUs "
+        "that support it",
     )
     compile_layers: bool | None = setting(
-        None, "compile the layers (engine transformers), which takes a minute; default: where it pays on a GPU"
+        None,
+        "compile the layers (engine transformers), which takes a minute; default: on a GPU if that saves time",
     )
 
 
 def course_settings(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what comes out of a training; of the batch only its size, however it is divided."""
-    # Where the best adapter is kept, by measurements, these decide which one that is.
+    """The settings that decide the result of a training; of a step only its samples, however they are divided."""
+    # With the guard, measurements decide which adapter is the best.
     deciding = ("eval_steps", "eval_puzzles") if values.get("collapse_guard") else ()
     course = {name: value for name, value in values.items() if name not in NOT_THE_COURSE or name in deciding}
     parts = [course.pop(name, 1) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
@@ -185,13 +188,13 @@ def course_settings(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_course(cls: type) -> dict[str, Any]:
-    """`course_settings` of a settings class's defaults: what an artifact had of a setting that came after it."""
+    """`course_settings` of the defaults: the values in artifacts that are older than a setting."""
     defaults = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
     return course_settings(json.loads(json.dumps(defaults)))
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """The docstring as it is written; each setting under one name, with its default where its sentence has none."""
+    """The docstring as it is written; each setting under one name, with its default unless its text says one."""
 
     def add_argument(self, action: argparse.Action) -> None:
         """Add a setting, but not `--no_NAME`, which is `--NAME false`."""
@@ -201,7 +204,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if action.nargs == 0 or action.metavar:
             return super()._format_action_invocation(action)
-        # With "-" for "_" it is understood too; to say so of each would make the list twice as long.
+        # The form with "-" for "_" works too; showing both would make the list twice as long.
         value = "true|false" if isinstance(action.default, bool) else "VALUE"
         return f"{action.option_strings[0]} {self._format_args(action, value)}"
 
@@ -216,15 +219,15 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def parse_settings(cls: type, argv: Sequence[str] | None = None) -> Any:
     """Parse flags (`--learning_rate 1e-4`) and an optional `--config file.yaml` into a settings dataclass.
 
-    Flags win over the file. Whatever is wrong is said in one message, with exit code 2. The first thing that a script
-    does: processes that a launcher started are joined here, so that only one of them prints.
+    Flags win over the file. All problems are reported in one message, with exit code 2. A script calls this first: it
+    joins the processes that a launcher started, so that only one of them prints.
     """
     with user_errors():
-        start()  # before transformers, which keeps the stderr that it finds
+        start()  # before transformers is imported: it keeps the stderr of that moment
     from transformers.hf_argparser import HfArgumentParser
 
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal or log that cannot show a sign gets another, not a traceback
+        if hasattr(stream, "reconfigure"):  # a character that the terminal cannot show becomes "?", not a traceback
             stream.reconfigure(errors="replace")
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(
@@ -236,7 +239,7 @@ def parse_settings(cls: type, argv: Sequence[str] | None = None) -> Any:
         parser.error = _raise_value_error
         config, _ = _config_parser().parse_known_args(argv)
         if config.config is not None:
-            # As flags before the others: the parser converts and checks them in the same way, and later flags win.
+            # Put before the flags: the parser converts and checks both in the same way, and later flags win.
             argv = [*_as_flags(_read_config(Path(config.config), cls)), *argv]
         namespace, unknown = parser.parse_known_args(argv)
         if unknown:
@@ -259,7 +262,7 @@ def _read_config(path: Path, cls: type) -> dict[str, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """A safe loader that takes no name twice."""
+        """A safe loader that refuses a name that stands twice."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             names = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -303,7 +306,7 @@ def _as_flags(values: dict[str, Any]) -> list[str]:
 
 
 def find_problems(settings: DataSettings) -> list[str]:
-    """Everything wrong with the settings themselves, one line each; empty if nothing is."""
+    """All problems of the settings, one line each; empty if there are none."""
     checks = _data_checks(settings)
     if isinstance(settings, RunSettings):
         checks |= _run_checks(settings)
@@ -318,12 +321,12 @@ SEED = "a whole number from 0 to below 2**32"
 
 
 def is_seed(value: int) -> bool:
-    """Whether every generator takes it."""
+    """Whether every random generator accepts it."""
     return 0 <= value < 2**32
 
 
 def is_name(value: str | None) -> bool:
-    """Whether it is not set, or names something."""
+    """Whether it is not set, or not blank."""
     return value is None or bool(value.strip())
 
 
@@ -375,9 +378,8 @@ def _run_checks(settings: RunSettings) -> dict[str, tuple[bool, str]]:
         check(name, is_seed(getattr(settings, name)), SEED)
     check("save_steps", settings.save_steps is None or settings.save_steps >= 0, WHOLE_FROM_0)
     check("max_steps", settings.max_steps == -1 or settings.max_steps >= 1, f"{WHOLE_FROM_1}, or -1 for no limit")
-    own = settings.samples_per_step
-    micro = settings.micro_batch_size
-    check("micro_batch_size", micro is None or (micro >= 1 and own % micro == 0), f"a divisor of the {own} of a step")
+    step, micro = settings.samples_per_step, settings.micro_batch_size
+    check("micro_batch_size", micro is None or (micro >= 1 and step % micro == 0), f"a divisor of the {step} of a step")
     check("max_seq_length", settings.max_seq_length >= 16, "a whole number from 16")
     check("weight_decay", math.isfinite(settings.weight_decay) and settings.weight_decay >= 0, "a number from 0")
     check("adam_beta2", 0 <= settings.adam_beta2 < 1, "a share from 0 to below 1")
@@ -391,7 +393,7 @@ def _run_checks(settings: RunSettings) -> dict[str, tuple[bool, str]]:
 
 
 def failed_checks(settings: DataSettings, checks: dict[str, tuple[bool, str]]) -> list[str]:
-    """One line for each setting whose check (whether it is good, what is expected) failed."""
+    """One line for each setting that failed its check: (whether it is good, what is expected)."""
     return [
         f"{name} is {getattr(settings, name)!r}: expected {expected}"
         for name, (good, expected) in checks.items()
@@ -401,13 +403,13 @@ def failed_checks(settings: DataSettings, checks: dict[str, tuple[bool, str]]) -
 
 @contextlib.contextmanager
 def user_errors(kinds: tuple[type[Exception], ...] = (ValueError, OSError)) -> Iterator[None]:
-    """Turn what a user can mend (bad values, missing or unwritable files) into one message and exit code 2.
+    """Turn a user's mistake (bad values, missing or unwritable files) into one message and exit code 2.
 
     Meant for the set-up of a run. Errors of the work itself are bugs, which keep their traceback, or trouble of the
-    machine (run_guards.machine_errors). Where ARC_TRACEBACK is set in the environment, all keep it.
+    machine (`troubles.machine_errors`). If ARC_TRACEBACK is set in the environment, all errors keep it.
 
     Args:
-        kinds: of errors.
+        kinds: the errors that are a user's mistakes.
     """
     try:
         yield

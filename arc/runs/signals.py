@@ -1,4 +1,4 @@
-"""Stop signals: a checkpoint first, then the end."""
+"""Stop signals: the training saves a checkpoint, then it ends."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from typing import Any
 from arc.runs.checkpoints import complete_checkpoints
 from arc.runs.processes import agree, fail, is_main
 
-SAME_SIGNAL = 1.0  # seconds in which a second signal is the first one's copy: `timeout` and wrappers send it twice
+SAME_SIGNAL = 1.0  # seconds; a second signal within them is a copy: `timeout` and wrappers send each twice
 
 
 class StopSignals:
-    """Context manager: SIGTERM and SIGINT are noted, to stop at a good place; a second one acts at once.
+    """Context manager that records SIGTERM and SIGINT, so that a training can stop after a step.
 
-    Meant to be put around the training only, since nothing else looks at what was noted. Does nothing outside the main
-    thread, and leaves a signal alone that this process was told to ignore.
+    A second signal ends the program at once. Use it around the training only: nothing else looks at the record. It does
+    nothing outside the main thread, and does not handle signals that this process ignores.
 
     Attributes:
         received: the first signal, or None.
-        saves: whether whoever stops will save a checkpoint first; for the printed line. `guard` sets it.
+        saves: whether a checkpoint will be saved before the end, for the printed line. `guard` sets it.
     """
 
     def __init__(self) -> None:
-        """See the class."""
         self.received: signal.Signals | None = None
         self.saves = True
         self._received_at = 0.0
@@ -52,14 +51,14 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a data loader's worker, which a terminal interrupts too: its parent decides
+            return  # in a loader process, which Ctrl-C reaches too: the training process decides
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = signal.Signals(number), now
-            if not is_main():  # a launcher tells all its processes, and one of them says so
+            if not is_main():  # a launcher sends the signal to all processes; one of them prints
                 return
             how = "with a checkpoint" if self.saves else "without a checkpoint (they are off)"
-            # Not print: the signal may have come in the middle of one, and streams are not to be entered twice.
+            # Not print: the signal may have interrupted one, and streams cannot be entered twice.
             with contextlib.suppress(OSError):
                 name = self.received.name
                 os.write(2, f"{name}: stopping after this step, {how}; once more: at once\n".encode())
@@ -69,23 +68,23 @@ class StopSignals:
             signal.raise_signal(number)
 
     def agree(self) -> bool:
-        """Whether a signal was received by any of the processes that work together; all note it then."""
+        """Whether any process of this run has received a signal; all of them record it then."""
         [number] = agree(int(self.received or 0))
         if number and self.received is None:
             self.received = signal.Signals(number)
         return self.received is not None
 
     def end_if_received(self, folder: str | Path) -> None:
-        """After the training: end the program if it was stopped, as a program does that a signal ended.
+        """End the program if a signal stopped the training, with the exit code of that signal.
 
         Args:
-            folder: of the checkpoints; the newest is named.
+            folder: of the checkpoints; the message names the newest.
 
         Raises:
             SystemExit: with 128 + the signal's number (143 for SIGTERM, 130 for SIGINT).
         """
         if self.received is None:
             return
-        kept = complete_checkpoints(folder, quiet=True)
-        advice = f"the same command continues from {kept[0]}" if kept else "no checkpoint was written"
+        checkpoints = complete_checkpoints(folder, quiet=True)
+        advice = f"the same command continues from {checkpoints[0]}" if checkpoints else "no checkpoint was written"
         fail(f"{self.received.name}: stopped; {advice}", 128 + self.received)

@@ -1,4 +1,4 @@
-"""Troubles of the machine: full disks, too little memory, lost processes, losses that are no numbers."""
+"""Troubles of the machine: full disks, too little memory, lost processes, NaN. Each becomes one message with advice."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import shutil
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,34 +17,34 @@ from arc.runs.processes import fail
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or a weight is infinite or no number; what was learned is lost, what was saved before is not.
+    """A loss or a weight is NaN or infinite: the training stops, and the last good checkpoint stays.
 
     Args:
-        what: what is not finite.
+        problem: what is not finite.
         step: the optimizer step after which it was seen.
     """
 
-    def __init__(self, what: str, step: int):
-        """See the class."""
-        super().__init__(f"{what} after step {step}")
+    def __init__(self, problem: str, step: int):
+        super().__init__(f"{problem} after step {step}")
         self.step = step
 
 
 OUT_OF_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
-# Allocators of CUDA, cuBLAS and the CPU say it in different words and types.
+# Allocators of CUDA, cuBLAS and the CPU use different words and types. accelerate's should_reduce_batch_size knows
+# neither cuBLAS's nor the driver's nor MemoryError, and takes an error of cuDNN for one of memory.
 NO_MEMORY = re.compile(
     r"CUDA\b.{0,16}out of memory|CUBLAS_STATUS_ALLOC_FAILED|[Cc]an't allocate memory"  # of torch, the driver, Triton
     r"|Cannot allocate memory"
 )
-# What torch.save makes of a write that failed: the zip file's writer, or C++'s stream under it.
+# How torch.save reports a write that failed: by the writer of the zip file, or by the C++ stream under it.
 TORCH_WRITE = re.compile(r"PytorchStreamWriter failed|enforce fail at inline_container|basic_ios::clear|iostream error")
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers, written in Rust, end their messages
-# A process that makes batches is gone: the kernel ended it to free memory, or it got a signal that was meant for all.
+# A loader process has ended: the kernel killed it to free memory, or it got a signal that was sent to all.
 WORKER_ENDED = re.compile(r"DataLoader worker .*(killed by signal|exited unexpectedly)", re.DOTALL)
-# A process that works on the same run is gone: gloo and NCCL tell the others so when they wait for it.
+# Another process of this run has ended: gloo and NCCL raise this in those that wait for it.
 PEER_ENDED = re.compile(r"Connection (closed|reset) by peer|remote process exited or there was a network error")
-# Functions that measure on held-out puzzles.
+# Names of functions that measure on held-out puzzles.
 MEASURING = ("evaluate", "evaluation_loop", "exact_match", "greedy_answers")
 
 
@@ -59,16 +60,16 @@ def machine_errors(
 ) -> Iterator[None]:
     """Turn trouble of the machine (memory, disk, permissions, NaN) into one message and exit code 1.
 
-    All else passes through untouched, and so does the trouble where ARC_TRACEBACK is set in the environment.
+    Other errors pass through. If ARC_TRACEBACK is set in the environment, all errors do.
 
     Args:
         doing: what the block does, to be read after "while": "training", "merging".
-        settings: names and present values, from which to advise; empty where none of them helps, as in a merge.
-        folder: what is written to; the file system whose free space is told.
-        checkpoint: gives the newest complete checkpoint, if there is one; called only when something is wrong.
-        artifacts: folders that may be finished by then; those that are there are named.
-        measuring: names of functions that measure on held-out puzzles: memory that ran out inside one of them is
-            theirs, and another setting helps.
+        settings: names and values, for the advice; empty where no setting helps, as in a merge.
+        folder: the folder that is written to; the message says how much its file system has free.
+        checkpoint: returns the newest complete checkpoint, or None; called only after an error.
+        artifacts: folders that may be finished by then; the message names those that exist.
+        measuring: names of functions that measure on held-out puzzles. If memory runs out inside one of them, the
+            advice is about their batch size.
     """
     try:
         yield
@@ -95,7 +96,7 @@ def explain(
     folder: str | Path,
     measuring: Sequence[str] = MEASURING,
 ) -> str | None:
-    """What trouble of the machine an error is and what to do about it, as text; None if it is none.
+    """Text that says which trouble of the machine an error is, and what to do; None for any other error.
 
     Args:
         error, doing, settings, folder, measuring: see `machine_errors`.
@@ -125,32 +126,27 @@ def _first_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, in the words of any allocator."""
+    """Whether an error of any allocator says that memory ran out."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    # torch.OutOfMemoryError is a RuntimeError, and its message says so; torch need not be imported to know it.
+    # torch.OutOfMemoryError is a RuntimeError; by its message it is known without importing torch.
     return isinstance(error, RuntimeError) and bool(NO_MEMORY.search(str(error)))
 
 
 def _was_inside(error: BaseException, names: Sequence[str]) -> bool:
-    step = error.__traceback__
-    while step is not None:
-        if step.tb_frame.f_code.co_name in names:
-            return True
-        step = step.tb_next
-    return False
+    """Whether a function of one of these names was running when the error was raised."""
+    return any(frame.f_code.co_name in names for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _disk_error_number(error: BaseException) -> int | None:
-    """The errno of trouble with writing; 0 if it is that and the number is not known; None for any other error."""
+    """The errno of an error of writing; 0 if its number is not known; None for any other error."""
     if isinstance(error, OSError):
         return error.errno if error.errno in OUT_OF_SPACE | NOT_ALLOWED else None
     text = str(error)
     if match := OS_ERROR.search(text):
         return int(match[1]) if int(match[1]) in OUT_OF_SPACE | NOT_ALLOWED else None
     if isinstance(error, RuntimeError) and TORCH_WRITE.search(text):
-        named = (number for number in OUT_OF_SPACE | NOT_ALLOWED if os.strerror(number) in text)
-        return next(named, 0)
+        return next((number for number in OUT_OF_SPACE | NOT_ALLOWED if os.strerror(number) in text), 0)
     return None
 
 
@@ -182,7 +178,7 @@ def _memory_advice(settings: Mapping[str, Any]) -> list[str]:
     size = settings.get("micro_batch_size") or settings.get("per_device_train_batch_size", 1)
     advice = []
     if size > 1:
-        lower = next(part for part in range(size // 2, 0, -1) if size % part == 0)
+        lower = next(divisor for divisor in range(size // 2, 0, -1) if size % divisor == 0)
         advice.append(f"--micro_batch_size {lower} (now {size}): the same result")
     if settings.get("gradient_checkpointing") is False:
         advice.append("--gradient_checkpointing true (now false): the same result, slower")

@@ -14,7 +14,11 @@ from arc.models.library_patches import change_train_loader
 
 
 def spare_workers(trainer: Any) -> None:
-    # Processes that make batches: a signal to the whole group is for the one that trains, which ends them in order.
+    """Make a trainer's loader processes ignore stop signals, which a terminal or launcher sends to the whole group.
+
+    The process that trains handles the signal and ends them in order.
+    """
+
     def leave_signals(loader: Any) -> None:
         if loader.num_workers:
             loader.worker_init_fn = leaving_signals(loader.worker_init_fn)
@@ -24,8 +28,12 @@ def spare_workers(trainer: Any) -> None:
 
 @functools.cache
 def end_workers_at_exit() -> None:
-    # At exit multiprocessing sends SIGTERM to daemons, as loaders' processes are, and waits for ever for those that
-    # leave it to others. An error that nothing catches keeps their loader until then.
+    """Kill loader processes that are left when this process exits.
+
+    At exit multiprocessing sends SIGTERM to its daemons, such as loader processes, and waits for them without a limit.
+    Those ignore SIGTERM, see `leaving_signals`. An error that nothing catches keeps their loader until then.
+    """
+
     @atexit.register
     def end() -> None:
         # PyTorch's handler raises for the first process that is killed, here of all places: the others would live on.

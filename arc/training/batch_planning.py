@@ -157,5 +157,5 @@ def faster_way(plan: BatchPlan, precision: Precision, memory: int) -> str | None
         return None  # 16 bits, and kernels that keep more, took 1.6 times the memory
     return (
         "note: --engine transformers --load_in_4bit false is another training, in 16 bits, and faster on a GPU with so "
-        "much memory: 1.5 times on one H200 in benchmarks/README.md"
+        "much memory: see docs/performance.md"
     )

@@ -10,17 +10,9 @@ from typing import Any
 from arc.models.manifests import absolute_reference, read_manifest
 from arc.puzzles.files import write_atomically
 from arc.puzzles.splits import load_split
-from arc.runs.artifacts import (
-    REMOVED_SETTINGS,
-    changed_settings,
-    existing,
-    find_damage,
-    find_outdated,
-    fingerprint,
-    read_manifest_or_nothing,
-    stale_base,
-)
+from arc.runs.artifacts import existing, find_damage, fingerprint, read_manifest_or_nothing
 from arc.runs.checkpoints import complete_checkpoints
+from arc.runs.freshness import REMOVED_SETTINGS, changed_settings, find_outdated, stale_base
 from arc.runs.settings import RunSettings, course_settings, default_course
 from arc.training.data import StageData
 from arc.training.stage import StageContext

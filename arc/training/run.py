@@ -22,18 +22,9 @@ from arc.models.lora import save_adapter
 from arc.models.manifests import read_manifest, write_manifest
 from arc.models.prepared_base import prepare_base
 from arc.models.weights import MergeError
-from arc.runs.artifacts import (
-    INCOMPLETE,
-    Stage,
-    file_table,
-    find_parent,
-    made_from,
-    move_aside,
-    new_folder,
-    provenance,
-    versions,
-)
+from arc.runs.artifacts import INCOMPLETE, Stage, file_table, move_aside, new_folder, provenance, versions
 from arc.runs.checkpoints import complete_checkpoints, delete_older, refuse_pickles
+from arc.runs.freshness import find_parent, made_from
 from arc.runs.guard import generation_steps, guard
 from arc.runs.lock import OutputLock
 from arc.runs.needs import count_weights, disk_needs, find_shortages, format_duration, memory_needs, read_free
@@ -77,7 +68,7 @@ class StageRun(StageContext[S]):
             if self.precision.load_in_4bit and read_manifest(parent).get("merged_onto") == "quantised":
                 print(
                     "note: the parent was merged onto its quantised base and is quantised again here, which rounds "
-                    "small changes away; merged with --merge_base original it keeps them (benchmarks/README.md)"
+                    "small changes away; merged with --merge_base original it keeps them (docs/artifacts.md)"
                 )
 
     def begin(self, data: StageData) -> None:
@@ -231,9 +222,7 @@ class StageRun(StageContext[S]):
 
     def merge(self) -> None:
         """Merge the adapter into its base, unless the merge exists, and prove that the result is their sum."""
-        import gc
-
-        import torch
+        from accelerate.utils.memory import clear_device_cache
 
         leave()
         try:
@@ -250,9 +239,7 @@ class StageRun(StageContext[S]):
                 parent = where_the_parent_is(self)
                 if self.merged.exists():
                     move_aside(self.merged)
-            gc.collect()  # the memory of the trained model
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            clear_device_cache(garbage_collection=True)  # the memory of the trained model
             begin = time.perf_counter()
             with self._merge_errors(), self.machine_errors("merging"), new_folder(self.merged) as beside:
                 entries = merge_and_check(self.lora, beside, base=parent, merge_base=self.settings.merge_base)
@@ -267,7 +254,7 @@ class StageRun(StageContext[S]):
         print(f"saved {self.merged}: merged onto the {kind} base in {seconds:.0f} s")
         if kind == "quantised":
             print(
-                "note: a next stage that quantises this model again loses its small changes (benchmarks/README.md); to "
+                "note: a next stage that quantises this model again loses its small changes (docs/artifacts.md); to "
                 "keep them, run this again with --merge_base original --overwrite"
             )
 
@@ -312,7 +299,7 @@ def _never_fatal(without: str) -> Iterator[None]:
 
 
 def _is_over(state: dict[str, Any]) -> bool:
-    # Whether a training, by the state of its newest checkpoint, is done or was stopped for a reason.
+    # Whether a training, by the state of its newest checkpoint, is done or was stopped for a reason (grpo/guard.py).
     callbacks = (state.get("stateful_callbacks") or {}).values()
     stopped = any(isinstance(stored, dict) and stored.get("reason") for stored in callbacks)
     return state["global_step"] == state["max_steps"] or stopped

@@ -119,15 +119,11 @@ class Trial(ABC, Generic[S]):
 
     def release(self) -> None:
         """Free the gradients, and on CUDA the memory that the allocator caches."""
-        import gc
-
-        import torch
+        from accelerate.utils.memory import clear_device_cache
 
         for parameter in self.model.parameters():
             parameter.grad = None
-        gc.collect()  # a pass that ran out of memory may leave cycles that hold activations
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)  # a pass that ran out of memory may leave cycles with activations
 
 
 class SupervisedTrial(Trial[SupervisedSettings]):

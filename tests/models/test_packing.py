@@ -145,6 +145,7 @@ def test_the_collator_packs_what_it_would_pad():
         collator([rows[0], {**rows[1], "reply_spans": [[2, 4]]}])
 
 
+@pytest.mark.training
 def test_a_stage_trains_the_same_either_way(demo_base, demo_dataset, tmp_path, monkeypatch):
     made, make = set(), torch.utils.data.DataLoader.__init__
 

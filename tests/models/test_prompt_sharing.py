@@ -220,6 +220,7 @@ def results_of(model, compile_them=None):
     return results
 
 
+@pytest.mark.training
 def test_compiled_layers_are_one_graph_whatever_the_row(kernels):
     def compile_them(model):
         for layer in model.model.layers:

@@ -16,7 +16,8 @@ import base_finetune
 from arc.models.manifests import read_manifest, write_manifest
 from arc.puzzles.files import write_atomically
 from arc.runs import artifacts
-from arc.runs.artifacts import find_damage, find_outdated, fingerprint, made_from, new_folder
+from arc.runs.artifacts import find_damage, fingerprint, new_folder
+from arc.runs.freshness import changed_settings, find_outdated, made_from
 from arc.runs.lock import OutputLock
 from tests.helpers import ROOT
 
@@ -266,7 +267,7 @@ def test_settings_that_decide_the_weights_are_compared_and_others_are_not():
         "precision": {"engine": "unsloth", "dtype": "bfloat16", "load_in_4bit": True},
         "data_fingerprint": "d1",
     }
-    compare = artifacts.changed_settings
+    compare = changed_settings
     assert compare(recorded, settings, {}, "d1") == []
     other = dataclasses.replace(
         settings, output_dir="elsewhere", logging_steps=3, save_steps=7, report_to="wandb", dry_run=True, eval_steps=1
@@ -285,11 +286,11 @@ def test_a_removed_setting_counts_only_where_it_was_not_at_its_default():
     settings = base_finetune.Settings()
     recorded = json.loads(json.dumps(dataclasses.asdict(settings)))
     before = recorded | {"task_augmentation": 0.0, "lora_bias": "none", "use_vllm": False}
-    assert artifacts.changed_settings({"settings": before}, settings, {}, None) == []
-    assert artifacts.changed_settings({"settings": before | {"task_augmentation": 0.5}}, settings, {}, None) == [
+    assert changed_settings({"settings": before}, settings, {}, None) == []
+    assert changed_settings({"settings": before | {"task_augmentation": 0.5}}, settings, {}, None) == [
         "task_augmentation (was 0.5, this setting was removed)"
     ]
-    assert artifacts.changed_settings({"settings": before | {"lora_bias": "all"}}, settings, {}, None) == [
+    assert changed_settings({"settings": before | {"lora_bias": "all"}}, settings, {}, None) == [
         "lora_bias (was all, this setting was removed)"
     ]
 
