@@ -66,8 +66,8 @@ def main() -> None:
             watch(trainer, run, guard.measure if guard.prompts else None)
             guard.attach(trainer)
         run.train(trainer)
-        about = {"computed": trainer.computed, "scan": scan.counts() if scan else None}
-        run.save(model, data, **about, **guard.keep_best(trainer))
+        counts = scan.counts() if scan else None
+        run.save(model, data, computed=trainer.computed, scan=counts, **guard.keep_best(trainer))
         del model, trainer, guard
     run.merge()
 

@@ -1,14 +1,12 @@
-"""Reinforcement learning that does not collapse: the best adapter is kept, and a policy that breaks down is stopped.
+"""Keeps the best adapter of a reinforcement learning, and stops a policy that collapses.
 
-`PolicyGuard` measures a fixed set of held-out puzzles before the first step and at intervals. It keeps the adapter that
-solved most of them, and stops the training when
+`PolicyGuard` measures a fixed set of held-out puzzles before the first step and at intervals. It stops the training
 
-- clearly fewer puzzles are solved, or get a grid as their answer, than at the best measurement, or
-- clearly more completions are cut off, or repeat themselves more than their solutions do.
+- when clearly fewer puzzles are solved, or get a grid as their answer, than at the best measurement;
+- when clearly more completions are cut off, or repeat themselves more than their solutions do.
 
-Its state is part of each checkpoint: in trainer_state.json, the best weights in a file beside the checkpoints. So a run
-that was killed and continued decides as an uninterrupted one. Several processes measure the same puzzles with the same
-weights and read the same gathered log, so all decide the same; the main process writes.
+Its state is in trainer_state.json, the best weights are in a file beside the checkpoints. So a continued run decides as
+an uninterrupted one. All processes measure the same and decide the same; the main process writes.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ STATE = "policy_guard"  # in trainer_state.json
 FALL_LEVEL = 0.01  # see `has_fallen`
 SMALLEST_FALL = math.ceil(-math.log2(FALL_LEVEL))  # lost puzzles that are clear where none is gained
 WINDOW, WINDOW_GROUPS = 8, 32  # the compared mean is over at least so many log lines and prompts
-RISE, RISE_ERRORS = 0.2, 4.0  # see `has_climbed`
+RISE, RISE_ERRORS = 0.2, 4.0  # see `climb`
 # Logged shares that rise in a collapse, and what to call them.
 CLIMBING = {
     "completions/clipped_ratio": "completions cut off at the longest reply",
@@ -44,8 +42,8 @@ CLIMBING = {
 def fall_probability(best: Sequence[int], now: Sequence[int]) -> float:
     """The probability of so many losses among the changed puzzles, if losses and gains were equally likely.
 
-    `best` and `now` are 0 or 1 for each puzzle, (puzzles,). The one-sided exact sign test on paired answers (McNemar's
-    test): puzzles that are solved both times, or neither time, say nothing about a change.
+    `best` and `now` are 0 or 1 for each puzzle, (puzzles,). This is the one-sided exact sign test on paired answers
+    (McNemar's test). Puzzles without a change do not count.
     """
     lost = sum(a and not b for a, b in zip(best, now, strict=True))
     changed = sum(a != b for a, b in zip(best, now, strict=True))
@@ -55,59 +53,41 @@ def fall_probability(best: Sequence[int], now: Sequence[int]) -> float:
 def has_fallen(best: Sequence[int], now: Sequence[int]) -> bool:
     """Whether clearly fewer puzzles are solved (or get a grid) than at the best; arguments as `fall_probability`.
 
-    The level is 1%, for two reasons. The best is the highest of several measurements, so it was also lucky. And each
-    measurement is another chance of a false alarm: with five of them that stays below 5%. A clear fall takes at least
-    seven lost puzzles (0.5 to the power of 7 is 0.8%), so it cannot be seen in a policy that solved fewer.
+    The level is 1%: the best of several measurements was also lucky, and each measurement may raise a false alarm
+    (below 5% with five of them). A clear fall takes at least seven lost puzzles: 0.5 ** 7 is 0.8%.
     """
     return fall_probability(best, now) < FALL_LEVEL
 
 
-def has_climbed(shares: Sequence[float], groups: float) -> bool:
-    """Whether the newest shares are clearly above those at the start, or above all earlier ones; see `climb`.
+def climb(shares: Sequence[float], groups: float) -> tuple[float, float, int] | None:
+    """The climb of a share: its newest mean, its lowest earlier mean, and the log lines of a mean; None if not clear.
 
-    Clearly means by at least RISE, and by RISE_ERRORS standard errors. Completions of one prompt are alike, so the
-    error is that of prompts, not of completions. Four errors, because every log line tests again: of simulated runs of
-    250 steps of four prompts in which nothing changes, at most 3% raise an alarm, even if all completions of a prompt
-    are the same. If a policy breaks down in its first steps, one healthy log line before is enough.
-
-    Args:
-        shares: means from 0 to 1 of successive log lines, (lines,).
-        groups: prompts of one log line.
+    `shares` are means from 0 to 1 of successive log lines, (lines,); `groups` are the prompts of one line. The newest
+    mean is compared with that of the first lines and that of all earlier lines, of which one is enough. It is clearly
+    higher if by RISE, and by RISE_ERRORS standard errors. The error counts prompts, because completions of one prompt
+    are alike. Four errors, because every log line tests again: at most 3% of simulated runs of 250 steps in which
+    nothing changes raise an alarm.
     """
-    newest, earlier = climb(shares, groups)
-    lines = window(groups)
-    for mean, count in earlier:
+    values, lines = np.asarray(shares, dtype=float), max(WINDOW, math.ceil(WINDOW_GROUPS / groups))
+    earlier = values[:-lines]
+    if not len(earlier):
+        return None
+    newest = float(values[-lines:].mean())
+    means = [(float(some.mean()), len(some)) for some in (earlier[:lines], earlier)]
+    for mean, count in means:
         pooled = (newest * lines + mean * count) / (lines + count)
         # The variance of numbers between 0 and 1 is highest where all are 0 or 1.
         error = math.sqrt(pooled * (1 - pooled) * (1 / lines + 1 / count) / groups) if 0 < pooled < 1 else 0.0
         if newest - mean > max(RISE, RISE_ERRORS * error):
-            return True
-    return False
-
-
-def window(groups: float) -> int:
-    """Log lines of the compared mean: WINDOW, or as many as have WINDOW_GROUPS prompts."""
-    return max(WINDOW, math.ceil(WINDOW_GROUPS / groups))
-
-
-def climb(shares: Sequence[float], groups: float) -> tuple[float, list[tuple[float, int]]]:
-    """The mean of the newest window of shares, and the earlier means to compare it with; see `has_climbed`.
-
-    The earlier means are two pairs (mean, number of lines): of the first window, and of all lines before the newest
-    window. Without such lines the result is NaN and no pairs.
-    """
-    values, lines = np.asarray(shares, dtype=float), window(groups)
-    earlier = values[:-lines]
-    if not len(earlier):
-        return math.nan, []
-    return float(values[-lines:].mean()), [(float(e.mean()), len(e)) for e in (earlier[:lines], earlier)]
+            return newest, min(means)[0], lines
+    return None
 
 
 def mean_divergence(model: Any, engine: str, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
     """Mean KL divergence of a peft model to the model without its adapter, over the tokens of replies, in nats.
 
-    `rows` are pairs of prompt and reply, int64 (tokens,). KL(policy || start) is exact at each token: a sum over the
-    vocabulary, no estimate from samples.
+    `rows` are pairs of prompt and reply, int64 (tokens,). At each token KL(policy || start) is summed over the
+    vocabulary.
     """
     total, count = 0.0, 0
     for prompt, reply in rows:
@@ -122,16 +102,9 @@ def mean_divergence(model: Any, engine: str, rows: Sequence[tuple[np.ndarray, np
 
 
 class PolicyGuard:
-    """Keeps the best adapter and stops a collapse, see the module.
+    """Keeps the best adapter and stops a collapse. `watch` gets its `measure`, then `attach` adds it to the trainer.
 
-    `model` is the peft model in training, `data` has the held-out puzzles. `watch` gets the guard's `measure`, then
-    `attach` adds the guard to the trainer.
-
-    Attributes:
-        prompts: of the measured held-out puzzles. If there are none, only completions are watched.
-        best: the measurement of the best adapter, {"step", "solved", "decodable"}: for each puzzle 1 or 0 for solved,
-            and for a reply that is a grid. None before a measurement.
-        reason: why the training was stopped; None if it was not.
+    `prompts` are those of the measured held-out puzzles. If there are none, only completions are watched.
     """
 
     def __init__(self, model: Any, run: PolicyRun, data: StageData):
@@ -139,34 +112,28 @@ class PolicyGuard:
         self.model, self.run, self.data = model, run, data
         measured = settings.eval_steps > 0 and settings.eval_puzzles > 0
         self.prompts = data.prompts(settings.eval_puzzles, settings.max_seq_length) if measured else []
+        # The best adapter's "step", and for each puzzle 1 or 0 for "solved" and for "decodable" (the reply is a grid).
         self.best: dict[str, Any] | None = None
-        self.reason: str | None = None
+        self.reason: str | None = None  # why the training was stopped
         self._weights: dict[str, Any] = {}  # the best adapter's, in main memory
         self._written: int | None = None  # the step whose weights are in their file
         self._newest: dict[str, list[int]] | None = None  # a measurement that was not yet compared with the best
 
     def measure(self) -> dict[str, float]:
-        """Answer the held-out puzzles greedily.
-
-        Returns:
-            For the log: eval_exact_match and eval_decodable (shares of the puzzles), eval_repetition (mean of
-            `repetition`) and eval_kl (see `mean_divergence`).
-        """
-        settings, engine = self.run.settings, self.run.precision.engine
+        """Answer the held-out puzzles greedily; returns shares of them, `repetition` and `mean_divergence` to log."""
+        engine = self.run.precision.engine
         answers: list[GreedyAnswer] = greedy_answers(
             self.model, engine, self.data.tokenizer, self.data.heldout, self.prompts,
-            batch_size=settings.per_device_eval_batch_size,
+            batch_size=self.run.settings.per_device_eval_batch_size,
         )  # fmt: skip
-        self._newest = {
-            "solved": [int(answer.solved) for answer in answers],
-            "decodable": [int(answer.decodable) for answer in answers],
-        }
+        solved, decodable = [int(answer.solved) for answer in answers], [int(answer.decodable) for answer in answers]
+        self._newest = {"solved": solved, "decodable": decodable}
         texts = self.data.tokenizer.batch_decode([answer.tokens for answer in answers])
         rows = [(row["input_ids"], answer.tokens) for row, answer in zip(self.prompts, answers, strict=True)]
         return {
-            "eval_exact_match": sum(self._newest["solved"]) / len(answers),
-            "eval_decodable": sum(self._newest["decodable"]) / len(answers),
-            "eval_repetition": sum(map(repetition, texts)) / len(texts),
+            "eval_exact_match": sum(solved) / len(answers),
+            "eval_decodable": sum(decodable) / len(answers),
+            "eval_repetition": sum(map(repetition, texts)) / len(answers),
             "eval_kl": mean_divergence(self.model, engine, [row for row in rows if len(row[1])]),
         }
 
@@ -190,7 +157,7 @@ class PolicyGuard:
         trainer.add_callback(GuardCallback())
 
     def begin(self, trainer: Any, args: Any, state: Any, control: Any) -> None:
-        """Before the first step: measure the start, or take up the checkpoint's state."""
+        """Before the first step: measure the start, or restore the checkpoint's state."""
         self.restore(state)
         if state.global_step or not self.prompts or not self.run.settings.collapse_guard:
             return
@@ -221,12 +188,12 @@ class PolicyGuard:
             control.should_save = self.run.settings.save_steps != 0
 
     def _judge(self, step: int) -> None:
-        # The best has the most solved puzzles, then the most grids, then the most training.
         now, self._newest = self._newest, None
         if now is None:
             return
-        counts = [[sum(m["solved"]), sum(m["decodable"])] for m in (now, self.best) if m is not None]
-        if self.best is None or counts[0] >= counts[1]:
+        # The best has the most solved puzzles, then the most grids, then the most training.
+        names = ("solved", "decodable")
+        if self.best is None or [sum(now[name]) for name in names] >= [sum(self.best[name]) for name in names]:
             self.best = {"step": step, **now}
             self._weights, self._written = trained_weights(self.model), None
             return
@@ -234,9 +201,8 @@ class PolicyGuard:
             best = self.best[name]
             if self.reason is None and has_fallen(best, now[name]):
                 self.reason = (
-                    f"{sum(now[name])} of {len(best)} held-out puzzles {verb}, at the best (step "
-                    f"{self.best['step']}) {sum(best)}; the probability of such a fall by chance is "
-                    f"{fall_probability(best, now[name]):.2g}"
+                    f"{sum(now[name])} of {len(best)} held-out puzzles {verb}, at the best (step {self.best['step']}) "
+                    f"{sum(best)}; the probability of such a fall by chance is {fall_probability(best, now[name]):.2g}"
                 )
 
     def _look_at_completions(self, state: Any) -> None:
@@ -244,10 +210,9 @@ class PolicyGuard:
         groups = settings.logging_steps * settings.samples_per_step / settings.num_generations
         for name, description in CLIMBING.items():
             shares = [line[name] for line in state.log_history if isinstance(line.get(name), (int, float))]
-            if self.reason is None and has_climbed(shares, groups):
-                newest, earlier = climb(shares, groups)
-                lowest = min(mean for mean, _ in earlier)
-                lines = window(groups)
+            rise = climb(shares, groups)
+            if self.reason is None and rise is not None:
+                newest, lowest, lines = rise
                 self.reason = f"{description}: {newest:.0%} over the last {lines} log lines, {lowest:.0%} before"
 
     def state(self) -> dict[str, Any]:
@@ -255,18 +220,18 @@ class PolicyGuard:
         return {"best": self.best, "reason": self.reason}
 
     def restore(self, state: Any) -> None:
-        """Take up the state of a checkpoint, and the best weights from their file. Prints a note if that is missing."""
+        """Restore the state of a checkpoint, and the best weights from their file; a note says if that is missing."""
         stored = (state.stateful_callbacks or {}).get(STATE)
         if not stored or not self.run.settings.collapse_guard:
             return
         self.best, self.reason = stored["best"], stored["reason"]
         if self.best is None:
             return
-        path = self._path(self.best["step"])
+        step = self.best["step"]
         try:
-            self._weights, self._written = read_weights(path), self.best["step"]
+            self._weights, self._written = read_weights(self._path(step)), step
         except (OSError, ValueError) as error:
-            print(f"note: the best adapter, of step {self.best['step']}, is lost ({error}): the search begins anew")
+            print(f"note: the best adapter, of step {step}, is lost ({error}): the search begins anew")
             self.best = None
 
     def _path(self, step: int) -> Path:
@@ -276,27 +241,28 @@ class PolicyGuard:
         """Write the best weights before the checkpoint that names them counts as complete; delete unused ones."""
         if self.best is None or not self._weights:
             return
-        if self._written != self.best["step"]:  # a file of that name may be of an earlier run that was killed
-            write_weights(self._weights, self._path(self.best["step"]))
-            self._written = self.best["step"]
-        named = {self.best["step"]}
+        step = self.best["step"]
+        if self._written != step:  # a file of that name may be of an earlier run that was killed
+            write_weights(self._weights, self._path(step))
+            self._written = step
+        used = {self._path(step)}
         for checkpoint in complete_checkpoints(self.run.work, quiet=True):
-            best = (stored_guard(checkpoint) or {}).get("best")
-            named |= {best["step"]} if best else set()
-        for old in self.run.work.glob("best-*.safetensors"):
-            if old not in {self._path(step) for step in named}:
-                old.unlink()
+            stored = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            best = ((stored.get("stateful_callbacks") or {}).get(STATE) or {}).get("best")
+            used |= {self._path(best["step"])} if best else set()
+        for path in set(self.run.work.glob("best-*.safetensors")) - used:
+            path.unlink()
 
     def keep_best(self, trainer: Any) -> dict[str, Any]:
-        """After the training: give the model the best adapter's weights.
+        """After the training: give the model the best adapter's weights; returns the manifest's entry "policy".
 
-        Returns:
-            For the manifest: {"policy": {"step": of the weights, "last_step": of the training, "heldout_solved" and
-            "heldout_puzzles": measured with these weights (None: not measured), "stopped": the reason, or None}}.
+        It has the steps of the weights and of the training, the held-out puzzles and how many of them these weights
+        solve (None: not measured), and the reason of a stop (or None).
         """
         last = trainer.state.global_step
-        about: dict[str, Any] = {"step": last, "last_step": last, "heldout_solved": None}
-        about["heldout_puzzles"] = len(self.prompts)
+        about: dict[str, Any] = {
+            "step": last, "last_step": last, "heldout_solved": None, "heldout_puzzles": len(self.prompts),
+        }  # fmt: skip
         if self.run.settings.collapse_guard:
             if self.best is None:  # an earlier run has done the training
                 self.restore(trainer.state)
@@ -312,23 +278,13 @@ class PolicyGuard:
         return {"policy": {**about, "stopped": self.reason}}
 
 
-def stored_guard(checkpoint: Path) -> dict[str, Any] | None:
-    """A guard's state in a checkpoint, see `PolicyGuard.state`; None if there is none."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return (state.get("stateful_callbacks") or {}).get(STATE)
-
-
 def trained_weights(model: Any) -> dict[str, Any]:
     """Copies of all trainable weights in main memory, by name."""
     return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def load_weights(model: Any, weights: dict[str, Any]) -> None:
-    """Set a model's trainable weights to those that `trained_weights` copied from it.
-
-    Raises:
-        ValueError: names or shapes differ from the model's.
-    """
+    """Set a model's trainable weights to those of `trained_weights`; raises ValueError if names or shapes differ."""
     import torch
 
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -349,12 +305,7 @@ def write_weights(weights: dict[str, Any], path: Path) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """Read weights that `write_weights` wrote.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: the file is damaged.
-    """
+    """Read weights that `write_weights` wrote; raises FileNotFoundError, or ValueError for a damaged file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -1,15 +1,12 @@
-"""What stage 3 changes of trl's GRPO trainer, as mixins.
+"""What stage 3 changes of trl's GRPO trainer, as mixins: how a step is computed, not what it learns.
 
-trl decides what a step of GRPO is: groups, advantages, loss, logged figures. The mixins change how it is computed.
-Which GRPOTrainer they are put in front of is known only when a trainer is made, because Unsloth replaces trl's class
-when it is imported (see `arc.grpo.trainer.grpo_classes`).
+Unsloth replaces trl's class when it is imported. So the GRPOTrainer behind the mixins is known only when a trainer is
+made (see `arc.grpo.trainer.grpo_classes`).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from arc.grpo.supervised_mix import SupervisedMix
 from arc.models.library_patches import decoding_once, let_run_ahead
@@ -35,11 +32,7 @@ class StageMixin(GRPOTrainer):
 
 
 class SharedPromptMixin(StageMixin):
-    """Computes a prompt once for all completions of its group, and adds stage 2's loss if there is a mix.
-
-    Attributes:
-        rows: the rows of the current prompts. Rollouts along the solutions read them.
-    """
+    """Computes a prompt once for all completions of its group, and adds stage 2's loss if there is a mix."""
 
     processing_class: Any  # of trl, like the next
     _buffered_inputs: Any
@@ -49,7 +42,15 @@ class SharedPromptMixin(StageMixin):
     ):
         super().__init__(*args, **kwargs)
         self.policy_settings, self.engine, self.mix = policy_settings, engine, mix
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []  # of the current prompts; rollouts along the solutions read them
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as trl does; the mix is closed at the end, early or not."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.mix is not None:
+                self.mix.close()
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self.rows = inputs
@@ -64,8 +65,8 @@ class SharedPromptMixin(StageMixin):
         return completions
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        training = self.model.training
-        if self.policy_settings.stop_at_error and training and self.beta == 0 and self.loss_type == "dapo":
+        training, settings = self.model.training, self.policy_settings
+        if settings.stop_at_error and training and self.beta == 0 and self.loss_type == "dapo":
             mask = mask_without_advantage(inputs["completion_mask"], inputs["advantages"])
             inputs = inputs | {"completion_mask": mask}
         supervised = None
@@ -78,7 +79,7 @@ class SharedPromptMixin(StageMixin):
         supervised_loss, mean_of_step = supervised
         if mean_of_step is not None:
             self._metrics["train"]["supervised_loss"].append(mean_of_step)
-        return loss + self.policy_settings.supervised_weight * supervised_loss
+        return loss + settings.supervised_weight * supervised_loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as trl does, with the mean of the supervised loss over steps and processes."""
@@ -109,17 +110,16 @@ class SharedPromptMixin(StageMixin):
 
         ids, mask = input_ids.cpu().numpy(), attention_mask.bool().cpu().numpy()
         begin = ids.shape[1] - logits_to_keep
-        prompts, completions = unpadded(ids[:, :begin], mask[:, :begin]), unpadded(ids[:, begin:], mask[:, begin:])
+        prompts = [row[used] for row, used in zip(ids[:, :begin], mask[:, :begin], strict=True)]
+        completions = [row[used] for row, used in zip(ids[:, begin:], mask[:, begin:], strict=True)]
         rows = [row for row, completion in enumerate(completions) if len(completion)]
-        size = batch_size or len(rows)
-        batches = [rows[at : at + size] for at in range(0, len(rows), size)]
-        results = [
-            reply_log_probs(
+        size, results = batch_size or len(rows), []
+        for at in range(0, len(rows), size):
+            batch = rows[at : at + size]
+            results.append(reply_log_probs(
                 model, self.engine, [prompts[row] for row in batch], [completions[row] for row in batch],
                 temperature=self.temperature, width=logits_to_keep,
-            )
-            for batch in batches
-        ]  # fmt: skip
+            ))  # fmt: skip
         log_probs, entropies = (torch.cat(tensors) for tensors in zip(*results, strict=True))
         if len(rows) < len(ids):  # completions that are masked as a whole get zeros
             index = torch.tensor(rows, device=log_probs.device)
@@ -133,9 +133,8 @@ class SharedPromptMixin(StageMixin):
 def mask_without_advantage(mask: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
     """A completion mask (completions, tokens) that leaves out the completions with advantage 0.
 
-    A group whose completions are all right, or all wrong, adds nothing to a loss that is a sum over tokens divided by
-    their number in the step. Without its completions the update is the same and needs less time. The logged entropy
-    and clipping are then those of the other groups.
+    They add nothing to a loss that is a sum over tokens divided by their number in the step. Without them the update is
+    the same and faster. The logged entropy and clipping are then those of the other completions.
     """
     mask = mask.clone()
     unused = mask.new_ones(len(mask)).index_fill(0, advantages.nonzero()[:, 0], 0).bool()
@@ -143,8 +142,3 @@ def mask_without_advantage(mask: torch.Tensor, advantages: torch.Tensor) -> torc
     if unused.all():
         mask[0, 0] = 1  # a forward pass needs at least one token
     return mask
-
-
-def unpadded(ids: np.ndarray, mask: np.ndarray) -> list[np.ndarray]:
-    """The tokens of each row that the mask selects; ids and mask are (rows, tokens)."""
-    return [row[used] for row, used in zip(ids, mask, strict=True)]

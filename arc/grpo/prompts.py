@@ -14,7 +14,7 @@ from arc.training.data import StageData
 def report_prompts(run: PolicyRun, data: StageData, max_completion_length: int) -> None:
     """Print one prompt, how many there are, and how long prompts and completions may be."""
     settings = run.settings
-    row = PromptRows(data).__getitems__([0])[0]
+    [row] = PromptRows(data).__getitems__([0])
     print(f"key {row['key']}\n{row['prompt']}")
     print(
         f"{len(data.samples):,} prompts, with their replies up to {settings.max_seq_length} tokens; completions of up "
@@ -26,10 +26,8 @@ def report_prompts(run: PolicyRun, data: StageData, max_completion_length: int) 
 class PromptRows:
     """Rows for trl's GRPOTrainer: "prompt" (text), "key" (view), "prompt_ids" and "solution_ids" (int64 arrays).
 
-    Args:
-        data: gives the samples.
-        chosen: rows of the first epoch to use, int (rows,); None: all. Later epochs have the same puzzles and
-            symmetries, in other colours and orders.
+    `chosen` are rows of the first epoch to use, int (rows,); None: all. Later epochs have the same puzzles and
+    symmetries, in other colours and orders.
     """
 
     def __init__(self, data: StageData, chosen: np.ndarray | None = None):
@@ -38,8 +36,8 @@ class PromptRows:
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, Any]]:
         """Rows by number. A prompt leaves room for its reply within `max_seq_length`."""
         if self.chosen is not None:
-            epochs, places = np.divmod(np.asarray(numbers, dtype=np.int64), len(self.chosen))
-            numbers = (epochs * len(self.data.samples) + self.chosen[places]).tolist()
+            epochs, positions = np.divmod(np.asarray(numbers, dtype=np.int64), len(self.chosen))
+            numbers = (epochs * len(self.data.samples) + self.chosen[positions]).tolist()
         distinct = sorted(set(numbers))  # trl asks for a row once per completion of its group
         rows = {}
         for number, sample in zip(distinct, self.data.samples.__getitems__(distinct), strict=True):

@@ -1,10 +1,10 @@
-"""Rewards of stage 3: pure functions of a reply and its puzzle; numpy and the loader only.
+"""Rewards of stage 3: pure functions of a reply and its puzzle.
 
-A reply is judged by four components, each of which includes the one before: it is well formed, it has the right shape,
-some of its cells are right, all of them are. A malformed reply earns nothing. Nothing is repaired, skipped or guessed,
-because reinforcement learning finds whatever pays without being an answer.
+A reply is judged by four components: it is well formed, it has the right shape, some of its cells are right, all are.
+A malformed reply earns nothing. Nothing is repaired, skipped or guessed, because reinforcement learning finds whatever
+pays without being an answer.
 
-Source: public runs on ARC found that the exact grid must earn most; the components and their weights are our own.
+Source: public runs on ARC showed that the exact grid must earn most; the components and their weights are our own.
 """
 
 from __future__ import annotations
@@ -21,29 +21,19 @@ COMPONENTS = ("exact_match", "cell_accuracy", "right_shape", "well_formed")
 
 
 class Components(NamedTuple):
-    """The components of a reply's reward, from 0 to 1; each is at most the next.
+    """The components of a reply's reward, from 0 to 1; each is at most the next."""
 
-    Attributes:
-        exact_match: 1 for the solution itself.
-        cell_accuracy: share of right cells of a grid of the right shape; 0 for any other.
-        right_shape: 1 for a grid with the rows and columns of the solution.
-        well_formed: 1 for rows of digits of one length that end as a reply must.
-    """
-
-    exact_match: float
-    cell_accuracy: float
-    right_shape: float
-    well_formed: float
+    exact_match: float  # 1 for the solution itself
+    cell_accuracy: float  # share of right cells of a grid of the right shape; 0 for any other
+    right_shape: float  # 1 for a grid with the rows and columns of the solution
+    well_formed: float  # 1 for rows of digits of one length that end as a reply must
 
 
 def judge_components(dataset: ArcDataset, key: str, reply: str, *, reply_end: str, lines_sep: str = "\n") -> Components:
-    """Judge one reply.
+    """Judge one reply to the view `key`; the reply is mapped back through the view's transforms.
 
-    Args:
-        dataset: holds the solution.
-        key: the view of the prompt; the reply is mapped back through its transforms.
-        reply: the whole reply as text, end token included. Text after the first end is never read.
-        reply_end, lines_sep: the text that a reply must end with, else it was cut off; the text between rows.
+    `reply` is the whole text with its end token. It must end with `reply_end`, else it was cut off; text after the
+    first end is never read.
     """
     grid, correct, _ = dataset.decode(reply, lines_sep, key=key, reply_end=reply_end)
     if grid is None or correct is None:
@@ -56,18 +46,10 @@ def judge_components(dataset: ArcDataset, key: str, reply: str, *, reply_end: st
 def component_weights(
     *, reward_exact: float = 1.0, reward_cells: float = 0.1, reward_shape: float = 0.0, reward_format: float = 0.0
 ) -> list[float]:
-    """Weights of COMPONENTS, in their order. The reward of a reply is the weighted sum.
+    """Weights of COMPONENTS, in their order, from the settings of the same names.
 
-    The exact grid has all components and earns `reward_exact` in all, so the weight of exact_match is the rest of it.
-
-    Args:
-        reward_exact: reward of the exact grid.
-        reward_cells: of a wrong grid of the right shape, times its share of right cells.
-        reward_shape: of a wrong grid of the right shape, in addition.
-        reward_format: of any wrong grid, in addition.
-
-    Returns:
-        Four numbers. The first is above 0 where no wrong reply can earn as much as the exact grid.
+    The reward of a reply is the weighted sum. The exact grid has all components and earns `reward_exact` in all, so the
+    weight of exact_match is the rest of it.
     """
     return [reward_exact - reward_cells - reward_shape - reward_format, reward_cells, reward_shape, reward_format]
 
@@ -87,15 +69,12 @@ def reward_functions(
 ) -> list[Callable[..., list[float]]]:
     """One reward function for trl's GRPOTrainer per component, named and ordered as COMPONENTS.
 
-    They read `completion_ids`: trl's decoded `completions` have no end tokens, so a reply that was cut off would look
+    They decode `completion_ids`: trl's `completions` have no end tokens, so a reply that was cut off would look
     complete. The first also logs completions/repetition (mean of `repetition`) and completions/repetition_excess (mean
     excess over the solution's repetition).
 
-    Args:
-        dataset: holds the solutions of the keys.
-        tokenizer: decodes the ids, end tokens included.
-        text_format: the format's options, see `arc.puzzles.text.format_options`.
-        stopped: completions end with their first wrong token. Then only exact_match is used, and no repetition logged.
+    `text_format` is that of `arc.puzzles.text.format_options`. `stopped` completions end with their first wrong token:
+    then only exact_match is used, and no repetition logged.
     """
     options = {name: text_format[name] for name in ("reply_end", "lines_sep")}
 

@@ -3,11 +3,10 @@
 A model in training is slow to sample from: each token dequantises the 4-bit layers and multiplies the adapters anew.
 `RolloutModel` adds base and adapters once per step into plain 16-bit layers, which `DeviceSampler` decodes.
 
-Where only the exact grid earns a reward, the first wrong token of a completion decides it. Later tokens cannot change
-the reward, so they need neither sampling nor learning: a sum over tokens has the same expected gradient without them.
-(trl's dapo also divides the sum by the tokens of the step, which are fewer then.) Up to its first wrong token a
-completion equals the solution, so one forward pass over prompt and solution gives the distribution of each of its
-tokens (`sample_until_wrong`).
+Where only the exact grid earns a reward, the first wrong token of a completion decides it. Later tokens need neither
+sampling nor learning: a sum over tokens has the same expected gradient without them. (trl's dapo also divides by the
+tokens of the step, which are fewer then.) Up to its first wrong token a completion equals the solution. So one forward
+pass over prompt and solution gives the distribution of each token (`sample_until_wrong`).
 """
 
 from __future__ import annotations
@@ -33,14 +32,9 @@ CALLS = 1024  # the random numbers allow this many calls in a step
 
 
 class RolloutModel:
-    """A plain copy of a peft model. Its weights are base + adapters at the last call of `update`.
+    """A plain copy of a peft model of either engine. Its weights are base + adapters at the last call of `update`.
 
-    Args:
-        trained: the peft model, of either engine.
-        dtype: of the copy, which takes the memory of a second model.
-
-    Attributes:
-        model: the copy, of transformers, without adapters, in evaluation mode.
+    `model` is the copy: of transformers, without adapters, in evaluation mode. It takes the memory of a second model.
     """
 
     def __init__(self, trained: Any, dtype: torch.dtype):
@@ -76,7 +70,7 @@ class RolloutModel:
 
 
 class CompletionNumbers:
-    """Numbers the completions of a run; a completion's random numbers depend on the seed and its number alone."""
+    """Numbers the completions of a run."""
 
     def __init__(self) -> None:
         self.step, self.calls = -1, 0
@@ -91,20 +85,14 @@ class CompletionNumbers:
 def make_rollouts(
     trained: Any, tokenizer: Any, *, dtype: torch.dtype, max_new_tokens: int, temperature: float, seed: int
 ) -> Callable[[list[str], Any], dict[str, Any]]:
-    """A `rollout_func` for trl's GRPOTrainer that samples from a copy of the model, updated in each step.
+    """A `rollout_func` for trl's GRPOTrainer that samples from a copy of the peft model, updated in each step.
 
-    Prompts that a group shares are computed once, and rows that have ended are left out. A completion's random numbers
-    depend on the seed, the step and its number alone, so a continued run samples what an uninterrupted one does.
-
-    Args:
-        trained: the peft model in training.
-        tokenizer: of prompts; gives the end token.
-        dtype: of the copy.
-        max_new_tokens, temperature, seed: of the sampling.
+    Prompts that a group shares are computed once. A completion's random numbers depend on the seed, the step and its
+    number alone, so a continued run samples what an uninterrupted one does.
 
     Returns:
-        From prompts (repeated for each completion of their group) and the trainer to "prompt_ids", "completion_ids"
-        and "logprobs". The last is None: trl computes the log probabilities with the model itself.
+        A function from prompts (repeated for each completion of their group) and the trainer to "prompt_ids",
+        "completion_ids" and "logprobs". The last is None: trl computes log probabilities with the model itself.
     """
     copy: RolloutModel | None = None
     sampler: DeviceSampler | None = None
@@ -138,15 +126,12 @@ def sample_until_wrong(
 ) -> list[list[np.ndarray]]:  # fmt: skip
     """Sample replies, each up to and including its first token that differs from the solution.
 
-    The result equals sampling token by token with the same random numbers, cut off there. Up to that token the context
-    is the solution, so one forward pass gives all distributions.
+    The result equals sampling token by token with the same random numbers, cut off there.
 
     Args:
         model, engine: a model with `use_packed_attention`; "transformers" or "unsloth".
         prompts, solutions: token ids, int64 (tokens,) each; solutions with their end token.
-        seed, numbers: from 0; `numbers` are (prompts, samples). A sample's random numbers depend on the seed and its
-            number alone, as in `DeviceSampler.sample`.
-        temperature: logits are divided by it.
+        seed, numbers: decide a sample's random numbers, as in `DeviceSampler.sample`; `numbers` are (prompts, samples).
         batch_size: prompts computed at once.
 
     Returns:
@@ -173,16 +158,11 @@ def sample_until_wrong(
         drawn = tokens.clamp(max=logits.shape[-1] - 1).cpu().numpy()  # (tokens of all solutions, samples)
         check_numbers(cumulative[:, -1].cpu().numpy())
         ends = np.cumsum([len(solution) for solution in solutions[batch]])
-        for solution, drawn_tokens in zip(solutions[batch], np.split(drawn, ends[:-1]), strict=True):
-            samples.append(_cut_at_first_error(drawn_tokens.T, solution))
+        for solution, columns in zip(solutions[batch], np.split(drawn, ends[:-1]), strict=True):
+            wrong = columns.T != solution  # (samples, tokens of the solution)
+            lengths = np.where(wrong.any(1), wrong.argmax(1), len(solution) - 1) + 1
+            samples.append([row[:length].copy() for row, length in zip(columns.T, lengths, strict=True)])
     return samples
-
-
-def _cut_at_first_error(tokens: np.ndarray, solution: np.ndarray) -> list[np.ndarray]:
-    # tokens: (samples, tokens of the solution)
-    wrong = tokens != solution
-    lengths = np.where(wrong.any(1), wrong.argmax(1), len(solution) - 1) + 1
-    return [row[:length].copy() for row, length in zip(tokens, lengths, strict=True)]
 
 
 def make_stopped_rollouts(
@@ -190,13 +170,8 @@ def make_stopped_rollouts(
 ) -> Callable[[list[str], Any], dict[str, Any]]:
     """A `rollout_func` for trl's GRPOTrainer whose completions end with their first wrong token.
 
-    The function's arguments and result are those of `make_rollouts`. The trainer's `rows` are those of the prompts,
-    with "prompt_ids" and "solution_ids".
-
-    Args:
-        model, engine: the peft model in training, with `use_packed_attention`; "transformers" or "unsloth".
-        temperature, seed: of the sampling.
-        batch_size: prompts computed at once.
+    Its arguments and result are those of `make_rollouts`. The trainer's `rows` are those of the prompts. `model` has
+    `use_packed_attention`, and computes `batch_size` prompts at once.
     """
     completion_numbers = CompletionNumbers()
 

@@ -1,9 +1,8 @@
 """Before reinforcement learning: which prompts the model can learn from.
 
 A group of completions that are all right, or all wrong, has no advantage and gives no gradient. So before the training
-the model answers each prompt a few times, and prompts that it solves always or never are left out. With as many
-samples as a group has completions, a prompt is kept as often as its group would give a gradient. The result is written
-to a file, so that a continued run trains on the same prompts.
+the model answers each prompt a few times, and prompts that it solves always or never are left out. The result is
+written to a file, so that a continued run trains on the same prompts.
 
 Source: DAPO (Yu et al. 2025, arXiv 2503.14476) drops such groups after sampling them, in every step. Here the prompts
 are filtered once, because the model changes little in a few hundred steps.
@@ -41,19 +40,12 @@ ROWS = 512  # replies sampled at once; halved where memory is too small
 
 @dataclass(frozen=True)
 class Scan:
-    """The result of a scan.
+    """The result of a scan."""
 
-    Attributes:
-        rows: the scanned rows of the first epoch, int64 (prompts,).
-        solved: exactly right samples of each prompt, int64 (prompts,).
-        samples: samples of each prompt.
-        seconds: duration of the scan; 0 if its result was read from the file.
-    """
-
-    rows: np.ndarray
-    solved: np.ndarray
-    samples: int
-    seconds: float = 0.0
+    rows: np.ndarray  # of the first epoch, int64 (prompts,)
+    solved: np.ndarray  # exactly right samples of each prompt, int64 (prompts,)
+    samples: int  # of each prompt
+    seconds: float = 0.0  # 0 if the result was read from the file
 
     @property
     def learnable(self) -> np.ndarray:
@@ -66,7 +58,7 @@ class Scan:
         return self.rows[self.learnable] if self.learnable.any() else self.rows
 
     def counts(self) -> dict[str, int]:
-        """The manifest's entry: prompts, samples of each, and how many prompts were never or always solved."""
+        """The manifest's entry."""
         return {
             "prompts": len(self.rows),
             "samples": self.samples,
@@ -99,16 +91,9 @@ def scan_prompts(
     """Sample replies to as many prompts as training needs, or read the result of an earlier run; prints the counts.
 
     The prompts are a seeded choice of the first epoch's views. The result is written after every CHUNK prompts to a
-    file in the stage's folder of checkpoints, whose name depends on everything that the result depends on.
-
-    Args:
-        model: the peft model before its first training step: it still answers as the stage's parent.
-        run, data: settings, precision and folders; the prompts.
-        max_completion_length: tokens of the longest reply.
-        from_copy: sample from a plain copy of the model, as the training will.
-
-    Returns:
-        The result; None with --skip_scan.
+    file beside the checkpoints, whose name depends on everything that the result depends on. The peft model has not
+    been trained yet, so that it answers as the stage's parent. `from_copy` samples from a plain copy of it, as the
+    training will. None with --skip_scan.
     """
     settings = run.settings
     if settings.skip_scan:
@@ -121,11 +106,17 @@ def scan_prompts(
     if not is_main():
         wait_for_everyone()  # the main process scans and writes, the others read
     solved, seconds = read_scan(path, made_for), 0.0
+
+    def save() -> None:
+        prompts = [{"row": int(row), "solved": int(count)} for row, count in zip(rows, solved, strict=False)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps({"made_for": made_for, "prompts": prompts}) + "\n")
+
     if len(solved) < len(rows):
         begin = time.perf_counter()
         model.train()  # decoding restores the mode that it finds
         sample = sampler(model, run, data, max_completion_length, from_copy)
-        scan_remaining(rows, solved, sample, lambda: write_scan(path, made_for, rows, solved))
+        scan_remaining(rows, solved, sample, save)
         seconds = time.perf_counter() - begin
     if is_main():
         wait_for_everyone()
@@ -142,10 +133,7 @@ def prompts_of_training(settings: PolicySettings) -> int:
 
 
 def rows_to_scan(rows: int, count: int, seed: int) -> np.ndarray:
-    """A seeded choice of `count` of `rows` row numbers (all, if there are fewer), int64.
-
-    A larger choice with the same seed begins with the smaller one.
-    """
+    """A seeded choice of `count` row numbers below `rows` (or all), int64; a larger one begins with the smaller."""
     return seeded_rng(seed, "scan").permutation(rows)[:count].astype(np.int64)
 
 
@@ -189,11 +177,10 @@ def scan_remaining(
 def sampler(
     model: Any, run: PolicyRun, data: StageData, max_completion_length: int, from_copy: bool = False
 ) -> Callable[[Sequence[int]], list[int]]:
-    """A function from row numbers to the exactly right replies to each, of `scan_samples`; see `scan_prompts`.
+    """A function from row numbers to how many of `scan_samples` replies to each are exactly right.
 
     The result for a row does not depend on the other rows, except where Unsloth's generate draws for a whole batch.
     """
-    tokenizer = data.tokenizer
     text_options = {name: data.format[name] for name in ("reply_end", "lines_sep")}
     answer = reply_sampler(model, run, data, max_completion_length, from_copy)
 
@@ -202,7 +189,7 @@ def sampler(
         prompts = [row["input_ids"] for row in data.encoder.encode(data.puzzles, keys, reply=False)]
         solved = []
         for key, replies in zip(keys, answer(prompts, rows), strict=True):
-            texts = tokenizer.batch_decode(replies, skip_special_tokens=False)
+            texts = data.tokenizer.batch_decode(replies, skip_special_tokens=False)
             judged = [judge_components(data.puzzles, key, text, **text_options) for text in texts]
             solved.append(sum(components.exact_match == 1.0 for components in judged))
         return solved
@@ -215,31 +202,28 @@ def reply_sampler(
 ) -> Callable[[Sequence[np.ndarray], Sequence[int]], list[list[np.ndarray]]]:
     """A function from prompts and their row numbers to `scan_samples` replies to each, int64 (tokens,).
 
-    A plain copy is decoded by `DeviceSampler`, with the same random numbers as a model of transformers by
-    `sample_replies`: each sample has its own. Unsloth's model is decoded by its own generate, as in its training.
+    `DeviceSampler` decodes a plain copy, `sample_replies` a model of transformers with the same random numbers.
+    Unsloth's model is decoded by its own generate, as in its training.
     """
     settings, tokenizer, engine = run.settings, data.tokenizer, run.precision.engine
     samples, temperature = settings.scan_samples, settings.temperature
     # Not the training's random numbers.
     seed = int(seeded_rng(settings.seed, "scan", "samples").integers(2**31))
+    device_sampler: DeviceSampler | None = None
     if from_copy:
         copy = RolloutModel(model, run.precision.torch_dtype).model
         device_sampler = DeviceSampler(
             copy, tokenizer.eos_token_id, max_new_tokens=max_completion_length, temperature=temperature
         )
-
-        def sample_from_copy(prompts: Sequence[np.ndarray], rows: Sequence[int]) -> list[list[np.ndarray]]:
-            replies = device_sampler.sample(prompts, samples=samples, seed=seed, seeds=rows, batch_size=ROWS)
-            return [[reply.tokens for reply in group] for group in replies]
-
-        return sample_from_copy
-
     work = Work()  # remembers the batch size that fitted
 
     def hopeless(tokens: list[int]) -> bool:
         return not can_become_grid(tokenizer.decode(tokens, skip_special_tokens=False), data.format["lines_sep"])
 
-    def sample(prompts: Sequence[np.ndarray], rows: Sequence[int]) -> list[list[np.ndarray]]:
+    def answer(prompts: Sequence[np.ndarray], rows: Sequence[int]) -> list[list[np.ndarray]]:
+        if device_sampler is not None:
+            replies = device_sampler.sample(prompts, samples=samples, seed=seed, seeds=rows, batch_size=ROWS)
+            return [[reply.tokens for reply in group] for group in replies]
         options: dict[str, Any] = {
             "samples": samples, "temperature": temperature, "work": work, "max_new_tokens": max_completion_length,
             "batch_size": work.batch_size or ROWS,
@@ -249,14 +233,14 @@ def reply_sampler(
         replies = sample_replies(model, engine, tokenizer, prompts, seed=seed, seeds=rows, hopeless=hopeless, **options)
         return [[reply.tokens for reply in group] for group in replies]
 
-    return sample
+    return answer
 
 
 def generate_samples(
     model: Any, engine: str, tokenizer: Any, prompts: Sequence[np.ndarray], *, max_new_tokens: int, samples: int,
     temperature: float, seed: int, batch_size: int, work: Work | None = None,
 ) -> list[list[np.ndarray]]:  # fmt: skip
-    """Sample `samples` replies to each prompt with the model's own `generate`, see `generate_replies`.
+    """Sample replies to each prompt with the model's own `generate`, see `generate_replies`.
 
     `batch_size` replies are sampled at once, fewer where memory is too small; `work` then stores their number.
     """
@@ -272,9 +256,9 @@ def generate_samples(
 
 
 def read_scan(path: Path, made_for: dict[str, Any]) -> list[int]:
-    """Read how often each scanned row was solved, in order; a file that was changed or cut is named and not used.
+    """Read how often each scanned row was solved, in order: empty without a usable file, short after a kill.
 
-    `made_for` is the scan's identity. The result is empty without a usable file, and short if the scan was killed.
+    `made_for` is the scan's identity. A note names a file that was changed or cut.
     """
     if not path.is_file():
         return []
@@ -289,10 +273,3 @@ def read_scan(path: Path, made_for: dict[str, Any]) -> list[int]:
         print(f"note: {path} is no scan of these prompts by this model: it is not used, and written anew")
         return []
     return solved
-
-
-def write_scan(path: Path, made_for: dict[str, Any], rows: np.ndarray, solved: Sequence[int]) -> None:
-    """Write the result so far. A reader sees the old file or the new one, never a part."""
-    prompts = [{"row": int(row), "solved": int(count)} for row, count in zip(rows, solved, strict=False)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps({"made_for": made_for, "prompts": prompts}) + "\n")

@@ -77,7 +77,7 @@ class PolicySettings(RunSettings):
         return {name: getattr(self, name) for name in names}
 
     def _needs_whole_completions(self) -> list[str]:
-        """The flags that exclude --stop_at_error."""
+        # The flags that exclude --stop_at_error.
         flags = {
             # a stopped completion has no grid to judge
             **{f"--{name} above 0": value > 0 for name, value in self.rewards.items() if name != "reward_exact"},
@@ -105,6 +105,7 @@ class PolicySettings(RunSettings):
         exact_earns_most = sum(wrong.values()) < self.reward_exact
         below = "a number from 0, and the rewards of wrong grids together below reward_exact"
         losses = ("dapo", "grpo", "dr_grpo", "bnpo")
+        whole = self._needs_whole_completions() if self.stop_at_error else []
         checks = {
             "num_generations": (group >= 2 and step % group == 0, f"2 or more that divide the {step} of a step"),
             "max_steps": (self.max_steps >= 1, "a whole number from 1"),
@@ -115,10 +116,7 @@ class PolicySettings(RunSettings):
             "loss_type": (self.loss_type in losses, " or ".join(losses)),
             "scan_samples": (self.scan_samples >= 2, "a whole number from 2"),
             "scan_prompts": (self.scan_prompts is None or self.scan_prompts >= 1, WHOLE_FROM_1),
-            "stop_at_error": (
-                not self.stop_at_error or not self._needs_whole_completions(),
-                f"not beside {', '.join(self._needs_whole_completions())}: see docs/reinforcement-learning.md",
-            ),
+            "stop_at_error": (not whole, f"not beside {', '.join(whole)}: see docs/reinforcement-learning.md"),
             "supervised_weight": (0 <= self.supervised_weight < float("inf"), "a number from 0"),
             "supervised_batch_size": (self.supervised_batch_size >= 1, WHOLE_FROM_1),
             "shared_prompts": (

@@ -43,11 +43,7 @@ def shares_prompts(model: Any, run: PolicyRun) -> bool:
 
 
 def check_sharing(run: PolicyRun) -> None:
-    """Check that settings which need shared prompts can have them.
-
-    Raises:
-        ValueError: not on this engine, with these settings or with this model.
-    """
+    """Raise ValueError if settings need shared prompts that this engine or model cannot have."""
     from transformers import AutoConfig
 
     settings, flag = run.settings, run.settings.needs_sharing

@@ -1,7 +1,7 @@
 """Stage 2's loss beside the policy's: each step of stage 3 also learns the outputs of a supervised batch.
 
-A policy gradient changes the probabilities of answers that the model already gives. Nothing in it preserves what else
-the model has learned. So each step adds stage 2's loss, on the same puzzles as the policy's prompts in other views.
+A policy gradient preserves nothing but the answers that it rewards. So each step adds stage 2's loss, on the same
+puzzles as the policy's prompts in other views.
 
 Source: PPO-ptx in "Training language models to follow instructions with human feedback" (Ouyang et al. 2022,
 arXiv:2203.02155), which adds the loss of the pretraining.
@@ -33,14 +33,8 @@ class SupervisedMix:
     """One supervised batch per step, and its loss.
 
     The rows of a step depend on the seed and the step alone. So a continued run learns the same rows as an
-    uninterrupted one, and several processes divide the rows that one process would have.
-
-    Args:
-        run: settings, with `supervised_batch_size` (rows of a step) and `max_steps`.
-        data: rows and tokenizer.
-
-    Attributes:
-        passes: forward passes of a step; the caller sets it.
+    uninterrupted one, and several processes divide the rows that one process would have. The caller sets `passes`, the
+    forward passes of a step.
     """
 
     def __init__(self, run: PolicyRun, data: StageData):
@@ -59,36 +53,31 @@ class SupervisedMix:
 
     def rows(self, step: int) -> list[int]:
         """Row numbers of this process in one step."""
-        begin = step * self.settings.supervised_batch_size + process_index() * self.rows_per_process
-        return [self._row(number) for number in range(begin, begin + self.rows_per_process)]
-
-    def _row(self, number: int) -> int:
-        epoch, place = divmod(number, len(self.samples))
-        epoch += self.first_epoch
-        if self._order[0] != epoch:
-            sampler = EpochSampler(len(self.samples), self.settings.seed)
-            sampler.set_epoch(epoch)
-            self._order = (epoch, list(sampler))
-        return self._order[1][place]
+        begin, rows = step * self.settings.supervised_batch_size + process_index() * self.rows_per_process, []
+        for number in range(begin, begin + self.rows_per_process):
+            epoch, position = divmod(number, len(self.samples))
+            epoch += self.first_epoch
+            if self._order[0] != epoch:
+                sampler = EpochSampler(len(self.samples), self.settings.seed)
+                sampler.set_epoch(epoch)
+                self._order = (epoch, list(sampler))
+            rows.append(self._order[1][position])
+        return rows
 
     def divide(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Collate rows into one micro-batch per forward pass; fewer, if there are fewer rows."""
-        parts = np.array_split(np.arange(len(rows)), self.passes)
-        return [self.collator([rows[index] for index in part]) for part in parts if len(part)]
+        micro_batches = np.array_split(np.arange(len(rows)), self.passes)
+        return [self.collator([rows[index] for index in batch]) for batch in micro_batches if len(batch)]
 
     def _steps_from(self, step: int) -> Iterator[list[dict[str, Any]]]:
         import torch
 
-        loader = torch.utils.data.DataLoader(
-            self.samples,
-            batch_sampler=(self.rows(later) for later in range(step, self.settings.max_steps)),
-            collate_fn=self.divide,
-            num_workers=self.settings.dataloader_num_workers or 0,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=leaving_signals(),
-            generator=torch.Generator(),  # its own: the global one is for the training's draws
-        )
-        return iter(loader)
+        generator = torch.Generator()  # the global one is for the training's draws
+        return iter(torch.utils.data.DataLoader(
+            self.samples, batch_sampler=(self.rows(later) for later in range(step, self.settings.max_steps)),
+            collate_fn=self.divide, num_workers=self.settings.dataloader_num_workers or 0, generator=generator,
+            pin_memory=torch.cuda.is_available(), worker_init_fn=leaving_signals(),
+        ))  # fmt: skip
 
     def close(self) -> None:
         """End the processes that make batches, if there are any."""
@@ -99,12 +88,8 @@ class SupervisedMix:
     ) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """The loss of one micro-batch, divided by the learned tokens of the step.
 
-        The losses of a step add up to the mean over its learned tokens, where processes average their gradients.
-
-        Args:
-            model, device: the model in training mode, with `use_packed_attention`; its device.
-            step: optimizer steps before this one.
-            micro_batch: its number in the step, from 0, in order.
+        The losses of a step add up to the mean over its learned tokens, where processes average their gradients. Steps
+        and micro-batches count from 0 and are asked for in order. `model` has `use_packed_attention`.
 
         Returns:
             The loss to add to the policy's; and for the log, with the last micro-batch of the step, the step's mean
@@ -140,14 +125,3 @@ class SupervisedMix:
 def learned_tokens(batch: dict[str, Any]) -> int:
     """Tokens of a batch that its loss counts."""
     return int((batch["labels"] != IGNORE_INDEX).sum())
-
-
-def ends_with_training(mix: SupervisedMix) -> Any:
-    """A callback that closes a mix when the training ends, early or not."""
-    from transformers import TrainerCallback
-
-    class EndsWithTraining(TrainerCallback):
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            mix.close()
-
-    return EndsWithTraining()

@@ -15,7 +15,7 @@ from arc.grpo.prompts import PromptRows
 from arc.grpo.rollouts import make_rollouts, make_stopped_rollouts
 from arc.grpo.settings import PolicyRun
 from arc.grpo.sharing import samples_from_copy, shares_prompts
-from arc.grpo.supervised_mix import SupervisedMix, ends_with_training
+from arc.grpo.supervised_mix import SupervisedMix
 from arc.grpo.trial import PolicyTrial
 from arc.models.library_patches import plain_module, use_one_gpu
 from arc.models.lora import EMBEDDING_MODULES, train_in_float32
@@ -25,29 +25,24 @@ from arc.training.batch_planning import compile_layers, plan_batches
 from arc.training.data import StageData
 from arc.training.optimizers import MUON, optimizer_with_embedding_rate
 from arc.training.rows import lazy_dataset, planned_rows
-from arc.training.trainer import kept_in_checkpoints
+
+SAME_NAMES = ("num_generations", "temperature", "beta", "epsilon", "epsilon_high", "loss_type")  # in GRPOConfig
 
 
 def grpo_trainer(
     model: Any, run: PolicyRun, data: StageData, reward_functions: list[Callable[..., Any]], *,
     reward_weights: list[float], max_completion_length: int, chosen: np.ndarray | None = None,
 ) -> Any:  # fmt: skip
-    """trl's GRPOTrainer on the prompts of the samples.
+    """trl's GRPOTrainer on the prompts of the samples; Unsloth's version where its engine does not share prompts.
 
-    Where prompts are shared (see `shares_prompts`), both engines use trl's own class. How a step is divided is then
-    planned (see `plan_batches`), printed and stored as `run.plan`. Otherwise the Unsloth engine uses Unsloth's version.
+    Where prompts are shared (see `shares_prompts`), the plan of a step is made, printed and stored as `run.plan`.
 
-    Args:
-        model: a peft model.
-        run, data: settings, precision and folders; prompts and tokenizer.
-        reward_functions: each takes `completion_ids` and `key` and returns a number for each completion.
-        reward_weights: one for each function; a reward of weight 0 is logged only.
-        max_completion_length: tokens of the longest reply.
-        chosen: rows of the first epoch to train on, see `PromptRows`; None: all.
-
-    Returns:
-        The trainer. Its `computed` says whether completions come from a copy and whether prompts are shared.
+    Each reward function takes `completion_ids` and `key` and returns a number for each completion; one of weight 0 is
+    logged only. `chosen` rows are those of `PromptRows`. The trainer's `computed` says whether completions come from a
+    copy and whether prompts are shared.
     """
+    from arc.training.callbacks import Plan
+
     settings, engine = run.settings, run.precision.engine
     from_copy = samples_from_copy(model, settings, engine)
     shared, mix = shares_prompts(model, run), None
@@ -62,13 +57,9 @@ def grpo_trainer(
     optimizer = None  # trl makes one
     if set(settings.target_modules) & set(EMBEDDING_MODULES) or settings.optim == MUON:
         optimizer = optimizer_with_embedding_rate(model, arguments, settings.optim)
-    if shared:
-        trainer_class = type("SharingTrainer", (SharedPromptMixin, trl_trainer), {})
-        options = {"policy_settings": settings, "engine": engine, "mix": mix}
-    else:
-        trainer_class, options = type("StageTrainer", (StageMixin, trl_trainer), {}), {}
-    trainer = trainer_class(
-        callbacks=[kept_in_checkpoints(run), *([ends_with_training(mix)] if mix is not None else [])],
+    options = {"policy_settings": settings, "engine": engine, "mix": mix} if shared else {}
+    trainer = type("StageTrainer", (SharedPromptMixin if shared else StageMixin, trl_trainer), {})(
+        callbacks=[Plan(run)],
         model=model,
         reward_funcs=reward_functions,
         rollout_func=rollout_function(model, run, data, arguments, from_copy),
@@ -87,7 +78,7 @@ def grpo_trainer(
 def plan_step(trial: PolicyTrial, run: PolicyRun, mix: SupervisedMix | None) -> None:
     """Plan how a step is divided, print it and store it as `run.plan`, and in the mix."""
     steps = run.settings.max_steps
-    plan = plan_batches(trial, steps=steps, kept=run.kept_plan())
+    plan = plan_batches(trial, steps=steps, earlier=run.kept_plan())
     run.plan = replace(plan, seconds_per_step=None)  # it was timed without the sampling
     if mix is not None:
         mix.passes = plan.passes
@@ -95,10 +86,7 @@ def plan_step(trial: PolicyTrial, run: PolicyRun, mix: SupervisedMix | None) -> 
 
 
 def grpo_classes(engine: str, shared: bool) -> tuple[Any, Any]:
-    """trl's GRPOConfig and GRPOTrainer, as Unsloth has changed them or as trl wrote them.
-
-    Unsloth, which is imported by now on its engine, replaces both in trl. Its version cannot share prompts.
-    """
+    """GRPOConfig and GRPOTrainer of trl. Unsloth has replaced both, if it is imported, and cannot share prompts."""
     if engine == "unsloth" and shared:
         trainer = plain_module("trl.trainer.grpo_trainer").GRPOTrainer
         return plain_module("trl.trainer.grpo_config").GRPOConfig, trainer
@@ -112,13 +100,8 @@ def grpo_arguments(config_class: Any, run: PolicyRun, reward_weights: list[float
     settings = run.settings
     arguments = config_class(
         **common_arguments(run),
-        num_generations=settings.num_generations,
+        **{name: getattr(settings, name) for name in SAME_NAMES},
         max_completion_length=max_completion_length,
-        temperature=settings.temperature,
-        beta=settings.beta,
-        epsilon=settings.epsilon,
-        epsilon_high=settings.epsilon_high,
-        loss_type=settings.loss_type,
         reward_weights=reward_weights,
         mask_truncated_completions=False,  # a reply without an end has no reward; it must be unlearned, not ignored
     )
@@ -131,19 +114,16 @@ def rollout_function(
     model: Any, run: PolicyRun, data: StageData, arguments: Any, from_copy: bool
 ) -> Callable[..., Any] | None:
     """The function that samples completions for trl; None: trl samples with the model's own generate."""
-    settings, precision = run.settings, run.precision
+    settings = run.settings
     if not (from_copy or settings.stop_at_error):
         return None
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # trl warns that rollout_func may change
+    temperature, seed = settings.temperature, settings.seed
     if settings.stop_at_error:
-        return make_stopped_rollouts(
-            model, precision.engine, temperature=settings.temperature, seed=settings.seed,
-            batch_size=max(1, arguments.per_device_train_batch_size // settings.num_generations),
-        )  # fmt: skip
-    return make_rollouts(
-        model, data.tokenizer, dtype=precision.torch_dtype, max_new_tokens=arguments.max_completion_length,
-        temperature=settings.temperature, seed=settings.seed,
-    )  # fmt: skip
+        size = max(1, arguments.per_device_train_batch_size // settings.num_generations)
+        return make_stopped_rollouts(model, run.precision.engine, temperature=temperature, seed=seed, batch_size=size)
+    length, dtype = arguments.max_completion_length, run.precision.torch_dtype
+    return make_rollouts(model, data.tokenizer, dtype=dtype, max_new_tokens=length, temperature=temperature, seed=seed)
 
 
 def prompt_count(run: PolicyRun, data: StageData, chosen: np.ndarray | None) -> int:

@@ -26,12 +26,8 @@ class PolicyTrial(Trial[PolicySettings]):
     """Passes of the reinforcement learning.
 
     A batch is a tuple: one prompt for each completion, the completions, and the supervised batch (or None).
-
-    Args:
-        model, run, data: see `Trial`; the samples.
-        max_completion_length: tokens of the longest completion.
-        from_copy: completions are sampled from a copy of the model, which takes memory.
-        mix: the supervised batches; None: the policy's loss alone.
+    `max_completion_length` is in tokens; `from_copy` says that completions are sampled from a copy of the model, which
+    takes memory; without a `mix` the loss is the policy's alone.
     """
 
     padding_free = True

@@ -11,6 +11,10 @@ from arc.training.optimizers import BESIDE_MUON, MUON
 from arc.training.stage import StageContext
 
 MANY_SAMPLES = 32  # of a step of one process: from there on other processes make its batches
+SAME_NAMES = (  # in TrainingArguments
+    "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "adam_beta2", "weight_decay",
+    "max_grad_norm", "seed", "logging_steps",
+)  # fmt: skip
 
 
 def common_arguments(run: StageContext[RunSettings]) -> dict[str, Any]:
@@ -22,21 +26,13 @@ def common_arguments(run: StageContext[RunSettings]) -> dict[str, Any]:
     checkpointing = settings.gradient_checkpointing is not False
     if plan is not None:
         size, accumulation, checkpointing = plan.micro_batch_size, plan.passes, plan.gradient_checkpointing
-    arguments = {
+    arguments = {name: getattr(settings, name) for name in SAME_NAMES} | {
         "output_dir": str(run.work),
         "per_device_train_batch_size": size,
         "gradient_accumulation_steps": accumulation,
-        "num_train_epochs": settings.num_train_epochs,
-        "max_steps": settings.max_steps,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.lr_scheduler_type,
         "warmup_steps": settings.warmup_ratio,  # transformers 5 reads a number below 1 as a share of all steps
         "optim": BESIDE_MUON if settings.optim == MUON else settings.optim,
-        "adam_beta2": settings.adam_beta2,
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
         "use_cpu": not torch.cuda.is_available(),
-        "seed": settings.seed,
         "bf16": precision.dtype == "bfloat16",
         "fp16": precision.dtype == "float16",
         "gradient_checkpointing": checkpointing,
@@ -47,7 +43,6 @@ def common_arguments(run: StageContext[RunSettings]) -> dict[str, Any]:
         "dataloader_num_workers": settings.dataloader_num_workers or 0,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "accelerator_config": {"non_blocking": torch.cuda.is_available()},  # else each batch waits for the last step
-        "logging_steps": settings.logging_steps,
         "logging_first_step": True,
         "run_name": run.lora.name,  # the name of the run in W&B and other reporters
         "report_to": [] if settings.report_to == "none" else settings.report_to.split(","),
@@ -63,11 +58,7 @@ def loader_processes(settings: RunSettings, engine: str) -> int:
     """Processes that make batches ahead: as set, else 2 where the main process would keep a GPU waiting.
 
     The main process makes 64 samples in 4.4 ms on an idle core: as long as it takes to start a small model's forward
-    pass.
-
-    Args:
-        settings: of stage 1 or 2.
-        engine: "transformers" or "unsloth"; with Unsloth's rows such processes have not been tried.
+    pass. With Unsloth's rows such processes have not been tried.
     """
     import torch
 
@@ -80,8 +71,7 @@ def loader_processes(settings: RunSettings, engine: str) -> int:
 def divide_step(settings: RunSettings) -> tuple[int, int]:
     """Samples of a forward pass and forward passes of a step, in each process, where nothing is tried.
 
-    Raises:
-        ValueError: --micro_batch_size does not divide the samples of a process.
+    Raises ValueError if --micro_batch_size does not divide the samples of a process.
     """
     size, passes = divide_batch(settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
     samples, micro = size * passes, settings.micro_batch_size
@@ -93,11 +83,7 @@ def divide_step(settings: RunSettings) -> tuple[int, int]:
 
 
 def check_arguments(run: StageContext[RunSettings]) -> None:
-    """Check schedule, optimizer, reporters and flags of one engine, before a model is loaded.
-
-    Raises:
-        ValueError: a value that no trainer takes.
-    """
+    """Raise ValueError for a schedule, optimizer, reporter or flag that no trainer takes, before a model is loaded."""
     from transformers import TrainingArguments
     from transformers.integrations.integration_utils import get_reporting_integration_callbacks
     from transformers.trainer_utils import SchedulerType
@@ -118,9 +104,9 @@ def check_arguments(run: StageContext[RunSettings]) -> None:
     ):
         value, names = getattr(settings, name), [str(member.value) for member in known]
         if value not in names and (name, value) != ("optim", MUON):
-            more = f", or {MUON}" if name == "optim" else ""
+            muon = f", or {MUON}" if name == "optim" else ""
             near = ", ".join(difflib.get_close_matches(value, names) or usual)
-            raise ValueError(f"--{name} {value}: expected a name that transformers knows, such as {near}{more}")
+            raise ValueError(f"--{name} {value}: expected a name that transformers knows, such as {near}{muon}")
     try:
         arguments = TrainingArguments(**common_arguments(run))
         for callback in get_reporting_integration_callbacks(arguments.report_to):

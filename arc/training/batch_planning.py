@@ -1,9 +1,8 @@
 """How a step is computed on this machine: samples of a forward pass, checkpointing, packing, compiling.
 
-The settings alone decide what a step learns: a number of samples, in an order, with a loss that is a sum over their
-tokens. How a step is divided into forward passes changes only its time: small passes of a 1B model keep a large GPU
-waiting for its host. `plan_batches` tries passes of the model, takes the largest that fit the free memory, and times
-them.
+The settings alone decide what a step learns. How it is divided into forward passes changes only its time: small passes
+of a 1B model keep a large GPU waiting for its host. `plan_batches` tries passes of the model, takes the largest that
+fit the free memory, and times them.
 """
 
 from __future__ import annotations
@@ -24,21 +23,15 @@ from arc.training.trials import Trial
 COMPILE_FROM = 600.0  # seconds of training from which compiling pays: it takes a minute, and saves a third of the time
 
 
-def plan_batches(trial: Trial[RunSettings], *, steps: int, kept: BatchPlan | None = None) -> BatchPlan:
+def plan_batches(trial: Trial[RunSettings], *, steps: int, earlier: BatchPlan | None = None) -> BatchPlan:
     """Decide how a step is computed, by trying passes of the model; the model is left as the plan says.
 
     On CUDA the plan is the largest division of a step that fits the free memory: without checkpointing if that fits,
-    else the faster of the two. Settings that fix a choice are obeyed. On a CPU a step is divided as the settings say,
-    and only timed, where the trial wants that. All processes of a run decide alike.
+    else the faster of the two. On a CPU a step is divided as the settings say, and timed where the trial wants that.
+    All processes of a run decide alike.
 
-    Args:
-        trial: passes of the model that is about to be trained.
-        steps: of the training that is ahead: compiling pays in a long one.
-        kept: the plan of the checkpoint that the training continues from; it stays if it fits and no setting says
-            otherwise.
-
-    Raises:
-        torch.OutOfMemoryError: not even one sample fits.
+    Compiling pays where many `steps` are ahead. The `earlier` plan, of the checkpoint that the training continues from,
+    stays if it fits and settings allow. Raises torch.OutOfMemoryError if not even one sample fits.
     """
     import torch
 
@@ -53,7 +46,7 @@ def plan_batches(trial: Trial[RunSettings], *, steps: int, kept: BatchPlan | Non
         set_gradient_checkpointing(model, engine, on)
         return trial.fits(size, samples // size, must)
 
-    sizes, checkpointing = choices(settings, samples, cuda, kept)
+    sizes, checkpointing = choices(settings, samples, cuda, earlier)
     divisions: Sequence[tuple[int, bool, int | None]] = [(sizes[0], checkpointing[0], None)]
     if cuda:
         divisions = divisions_that_fit(sizes, checkpointing, samples, fits)
@@ -75,55 +68,43 @@ def plan_batches(trial: Trial[RunSettings], *, steps: int, kept: BatchPlan | Non
 
 
 def choices(
-    settings: RunSettings, samples: int, cuda: bool, kept: BatchPlan | None = None
+    settings: RunSettings, samples: int, cuda: bool, earlier: BatchPlan | None = None
 ) -> tuple[Sequence[int], Sequence[bool]]:
     """The choices that the settings leave: samples of a forward pass, and checkpointing; the best first.
 
-    Args:
-        settings: may fix either.
-        samples: of a step, in each process.
-        cuda: whether there is a GPU, whose memory can be tried.
-        kept: the plan so far, in a run that continues.
+    `samples` are those of a step in each process; `earlier` is the plan so far, in a run that continues.
     """
     if settings.micro_batch_size is not None:
         sizes = [settings.micro_batch_size]
     elif not cuda:
         sizes = [divide_batch(settings.per_device_train_batch_size, settings.gradient_accumulation_steps)[0]]
-    elif kept is not None and samples % kept.micro_batch_size == 0:
-        sizes = [size for size in divisors(samples) if size <= kept.micro_batch_size]
+    elif earlier is not None and samples % earlier.micro_batch_size == 0:
+        sizes = [size for size in divisors(samples) if size <= earlier.micro_batch_size]
     else:
         sizes = divisors(samples)
     if settings.gradient_checkpointing is not None:
         return sizes, [settings.gradient_checkpointing]
     if not cuda:
         return sizes, [True]  # as published: main memory cannot be tried without risk to the whole machine
-    return sizes, [True] if kept is not None and kept.gradient_checkpointing else [False, True]
+    return sizes, [True] if earlier is not None and earlier.gradient_checkpointing else [False, True]
 
 
 def divisions_that_fit(
-    sizes: Sequence[int],
-    checkpointing: Sequence[bool],
-    samples: int,
+    sizes: Sequence[int], checkpointing: Sequence[bool], samples: int,
     fits: Callable[[int, bool, bool], tuple[int | None, bool]],
-) -> list[tuple[int, bool, int | None]]:
+) -> list[tuple[int, bool, int | None]]:  # fmt: skip
     """The largest size that fits, for each way of checkpointing that may be the fastest.
 
-    Args:
-        sizes: samples of a forward pass, the largest first.
-        checkpointing: False, True or both, in the order in which they are tried.
-        samples: of a step.
-        fits: called with a size, checkpointing, and whether it is the last choice, which has to be taken; returns the
-            memory in bytes and whether the device has it.
-
-    Returns:
-        For each: size, checkpointing and memory.
+    `sizes` and `checkpointing` are in the order in which they are tried, `samples` those of a step. `fits` gets a size,
+    checkpointing, and whether it is the last choice, which has to be taken. It returns the memory in bytes and whether
+    the device has it. The result has size, checkpointing and memory of each.
     """
     divisions: list[tuple[int, bool, int | None]] = []
     for on in checkpointing:
         for size in sizes:
             must = not divisions and (size, on) == (sizes[-1], checkpointing[-1])
-            peak, good = fits(size, on, must)
-            if good:
+            peak, does_fit = fits(size, on, must)
+            if does_fit:
                 divisions.append((size, on, peak))
                 break
         if divisions and divisions[-1][0] == samples:
@@ -159,12 +140,7 @@ def _slowest(seconds: float) -> float:
 
 
 def compile_layers(model: Any, undo: bool = False) -> None:
-    """Compile each decoder layer of a model, in place, for rows of any length; the first step takes a minute longer.
-
-    Args:
-        model: any of transformers with decoder layers.
-        undo: run the layers uncompiled again.
-    """
+    """Compile each decoder layer of a model, in place, for rows of any length (or undo it); it takes a minute."""
     for module in model.modules():
         if hasattr(module, "self_attn") and hasattr(module, "mlp"):
             if undo:
@@ -174,13 +150,7 @@ def compile_layers(model: Any, undo: bool = False) -> None:
 
 
 def faster_way(plan: BatchPlan, precision: Precision, memory: int) -> str | None:
-    """A line about flags that are known to be faster than this plan; None if none are.
-
-    Args:
-        plan: the plan.
-        precision: engine and number format.
-        memory: of the GPU, in bytes.
-    """
+    """A line about flags that are known to be faster than this plan; None if none are. `memory` is in bytes."""
     if precision.engine != "unsloth" or not precision.load_in_4bit or not plan.padding_free:
         return None
     if plan.peak_bytes is None or plan.passes > 1 or plan.gradient_checkpointing or memory < 3 * plan.peak_bytes:

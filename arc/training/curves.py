@@ -45,12 +45,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def plot_metrics(metrics: str | Path, out: str | Path) -> None:
-    """Draw the curves of a metrics.jsonl into a PNG.
-
-    Args:
-        metrics: the file, one JSON object a line with "step" and numbers.
-        out: the PNG to write.
-    """
+    """Draw the curves of a metrics.jsonl (a JSON object a line, with "step" and numbers) into the PNG `out`."""
     from matplotlib.figure import Figure
 
     curves = find_curves(read_metrics(metrics))

@@ -55,19 +55,6 @@ class StageData:
         return self.encoder.encode(self.heldout, self.heldout.keys, max_tokens=max_tokens)
 
 
-def augmentation(settings: RunSettings) -> dict[str, Any]:
-    """The settings' augmentation as keyword arguments of the loader."""
-    choice = {"all": "all", "true": True, "false": False}
-    return {
-        "tp": choice[settings.tp.lower()],
-        "rt": choice[settings.rt.lower()],
-        "perm": settings.perm,
-        "keep_background": settings.keep_background,
-        "shfl_ex": settings.shfl_ex,
-        "perm_share": settings.perm_share,
-    }
-
-
 def stage_tokenizer(run: StageContext[RunSettings]) -> Any:
     """The tokenizer of a stage: its parent's, cut as the prepared base's will be where that is not made yet."""
     tokenizer = load_tokenizer(run.parent)
@@ -83,12 +70,8 @@ def stage_tokenizer(run: StageContext[RunSettings]) -> Any:
 def load_data(run: StageContext[RunSettings], solved_only: bool = False) -> StageData:
     """Load and split the data and make the rows that are trained on. What is left out is counted and printed.
 
-    Args:
-        run: gives the settings and what is started from.
-        solved_only: train on puzzles with solutions only; else the others are trained on by their demonstrations.
-
-    Raises:
-        ValueError, FileNotFoundError: bad data, or nothing that fits `max_seq_length`.
+    Puzzles without solutions are trained on by their demonstrations, unless `solved_only`. Raises ValueError or
+    FileNotFoundError for bad data, or if nothing fits `max_seq_length`.
     """
     settings, tokenizer = run.settings, stage_tokenizer(run)
     split = load_split(settings)
@@ -97,9 +80,12 @@ def load_data(run: StageContext[RunSettings], solved_only: bool = False) -> Stag
         if not len(split.train.keys):
             raise ValueError(f"{settings.dataset_dir}: no puzzle to train on has the outputs of its tests")
     encoder = SampleEncoder(tokenizer, **format_options(tokenizer.eos_token))
+    symmetries: dict[str, Any] = {"all": "all", "true": True, "false": False}
     samples = TrainingSamples(
-        split.train, encoder, settings.max_seq_length, seed=settings.seed, **augmentation(settings)
-    )
+        split.train, encoder, settings.max_seq_length, seed=settings.seed, tp=symmetries[settings.tp.lower()],
+        rt=symmetries[settings.rt.lower()], perm=settings.perm, keep_background=settings.keep_background,
+        shfl_ex=settings.shfl_ex, perm_share=settings.perm_share,
+    )  # fmt: skip
     if samples.dropped:
         print(
             f"left out: {len(samples.dropped):,} puzzles that do not fit --max_seq_length {settings.max_seq_length} "

@@ -21,14 +21,12 @@ COURSE = "course.json"  # beside the checkpoints: what decides the course of the
 
 
 def is_trained(run: StageContext[RunSettings]) -> bool:
-    """Whether the adapter exists and is what these settings make. With --overwrite, sets `run.to_move`.
+    """Whether the adapter exists and is what these settings make.
 
-    Raises:
-        ValueError: an artifact is damaged or outdated, and --overwrite is not set.
+    If an artifact is damaged or outdated, --overwrite sets `run.to_move`; without it ValueError is raised.
     """
-    stage, settings = run.stage, run.settings
-    if stage.parent == "prepared" and stage.prepared(settings).exists():
-        prepared = stage.prepared(settings)
+    settings, prepared = run.settings, run.stage.prepared(run.settings)
+    if run.stage.parent == "prepared" and prepared.exists():
         damage = find_damage(prepared)
         problem = f"{prepared} is damaged: {damage}" if damage else stale_base(prepared, settings)
         if problem and not settings.overwrite:
@@ -49,7 +47,7 @@ def is_trained(run: StageContext[RunSettings]) -> bool:
         raise ValueError(f"{run.lora} {problem}; --overwrite moves it aside (nothing is deleted) and makes it anew")
     if problem:
         print(f"{run.lora} {problem}: it will be moved aside")
-        # The checkpoints and the merge of a damaged adapter are still good: it is made again from the last of them.
+        # The checkpoints and the merge of a damaged adapter are still good: it is made again from the last checkpoint.
         run.to_move = [run.lora] if damage else existing([run.merged, run.work, run.lora])
     return not problem
 
@@ -70,15 +68,11 @@ def _adapter_outdated(run: StageContext[RunSettings]) -> str | None:
     earlier = find_outdated(run.lora)
     if earlier:
         return f"rests on something that has changed ({earlier})"
-    flags = settings.engine, settings.dtype, settings.load_in_4bit
-    asked = {
-        name: value
-        for (name, value), flag in zip(asdict(run.precision).items(), flags, strict=True)
-        if flag not in ("auto", None)
-    }
-    data, folders = None, settings.extra_dataset_dirs
-    missing = [folder for folder in folders if not Path(folder).is_dir()]
-    if missing and folders != recorded.get("settings", {}).get("extra_dataset_dirs", []):
+    flags = {"engine": settings.engine, "dtype": settings.dtype, "load_in_4bit": settings.load_in_4bit}
+    asked = {name: value for name, value in asdict(run.precision).items() if flags[name] not in ("auto", None)}
+    data = None
+    missing = [folder for folder in settings.extra_dataset_dirs if not Path(folder).is_dir()]
+    if missing and settings.extra_dataset_dirs != recorded.get("settings", {}).get("extra_dataset_dirs", []):
         raise FileNotFoundError(f"--extra_dataset_dirs: {missing[0]}: no such folder")
     if missing:  # as with a dataset that is gone: what was made of it is still good
         print(f"note: {missing[0]} is gone, so that the puzzles that {run.lora} was trained on are not compared")
@@ -91,8 +85,7 @@ def _adapter_outdated(run: StageContext[RunSettings]) -> str | None:
 def is_merged(run: StageContext[RunSettings]) -> bool:
     """Whether the merge exists and is that of this adapter onto the base that is asked for.
 
-    Raises:
-        ValueError: it is damaged or outdated, and --overwrite is not set.
+    If it is damaged or outdated, ValueError is raised, unless --overwrite is set.
     """
     if not run.merged.exists():
         return False
@@ -114,10 +107,9 @@ def is_merged(run: StageContext[RunSettings]) -> bool:
 
 
 def where_the_parent_is(run: StageContext[RunSettings]) -> Path | str:
-    """The base that the adapter was trained on. A whole output folder may have been moved since its path was written.
+    """The base that the adapter was trained on; raises FileNotFoundError if it is not there.
 
-    Raises:
-        FileNotFoundError: it is not there.
+    A whole output folder may have been moved since the base's path was written.
     """
     if run.starts_from is not None:
         return run.starts_from
@@ -134,11 +126,7 @@ def where_the_parent_is(run: StageContext[RunSettings]) -> Path | str:
 
 
 def check_course(run: StageContext[RunSettings], data: StageData) -> None:
-    """Refuse the checkpoints of a run with other settings or data; with --overwrite, add them to `run.to_move`.
-
-    Raises:
-        ValueError: the checkpoints do not fit, and --overwrite is not set.
-    """
+    """Raise ValueError for checkpoints of other settings or data; with --overwrite, add them to `run.to_move`."""
     path = run.work / COURSE
     if run.work in run.to_move or not path.is_file() or not complete_checkpoints(run.work, quiet=True):
         return

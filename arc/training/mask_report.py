@@ -17,16 +17,7 @@ BAR = 40  # characters of its longest bar
 
 
 def report_masks(run: StageContext[RunSettings], data: StageData, collator: InputMaskingDataCollator) -> None:
-    """Print one sample with its mask, the share of learned tokens, the lengths, and the steps of the training.
-
-    Args:
-        run: gives the settings.
-        data: the samples.
-        collator: decides which tokens are learned.
-
-    Raises:
-        ValueError: the collator refuses a sample.
-    """
+    """Print one sample with its mask, the share of learned tokens, the lengths, and the steps of the training."""
     from rich.console import Console
 
     settings, count, lengths = run.settings, len(data.samples), data.samples.lengths()
@@ -37,7 +28,11 @@ def report_masks(run: StageContext[RunSettings], data: StageData, collator: Inpu
     _print_sample(console, rows[0].get("key", "-"), *encoded[0], collator.tokenizer)
     share = sum(int(mask.sum()) for _, mask in encoded) / sum(len(mask) for _, mask in encoded)
     console.print(f"learned: {share:.1%} of the tokens ({len(rows)} samples looked at)")
-    _print_lengths(console, lengths)
+    console.print(f"tokens a sample: mean {lengths.mean():.0f}, shortest {lengths.min()}, longest {lengths.max()}")
+    counts, bounds = np.histogram(lengths, bins=min(BINS, max(1, len(np.unique(lengths)))))
+    for rows_of_bin, low, high in zip(counts, bounds[:-1], bounds[1:], strict=True):
+        bar = "█" * round(BAR * rows_of_bin / counts.max())
+        console.print(f"  {low:6.0f} to {high:6.0f}  {bar} {rows_of_bin / len(lengths):.1%}")
     tokens, steps = float(lengths.mean()), data.steps(settings)
     epochs = steps / data.steps_per_epoch(settings) if settings.max_steps > 0 else settings.num_train_epochs
     console.print(
@@ -61,11 +56,3 @@ def _print_sample(console: Any, key: str, ids: np.ndarray, learned: np.ndarray, 
     console.print(Text("One sample: ") + Text("⟦learned⟧", "bold green") + Text(" and ") + Text("masked", "dim"))
     console.print(f"key {key}")
     console.print(text)
-
-
-def _print_lengths(console: Any, lengths: np.ndarray) -> None:
-    counts, bounds = np.histogram(lengths, bins=min(BINS, max(1, len(np.unique(lengths)))))
-    console.print(f"tokens a sample: mean {lengths.mean():.0f}, shortest {lengths.min()}, longest {lengths.max()}")
-    for count, low, high in zip(counts, bounds[:-1], bounds[1:], strict=True):
-        bar = "█" * round(BAR * count / counts.max())
-        console.print(f"  {low:6.0f} to {high:6.0f}  {bar} {count / len(lengths):.1%}")

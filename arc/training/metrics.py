@@ -14,10 +14,7 @@ from arc.training.stage import StageContext
 def watch(trainer: Any, run: StageContext[RunSettings], measure: Callable[[], dict[str, float]] | None) -> None:
     """Add tokens/s and measurements on held-out puzzles to a trainer's logs, and write all logs to metrics.jsonl.
 
-    Args:
-        trainer: any trainer of the pipeline.
-        run: gives the folder and the intervals.
-        measure: called every `eval_steps` steps and at the end; its numbers are logged.
+    `measure` is called every `eval_steps` steps and at the end; its numbers are logged.
     """
     from arc.training.callbacks import Metrics
 

@@ -1,8 +1,8 @@
 """Muon for the matrices of the layers, AdamW for all else: `--optim muon`.
 
 Muon replaces the momentum of a matrix by the nearest matrix with equal singular values. A step then changes all
-directions, also those with small gradients. torch.optim.Muon computes one matrix after the other: about 4,000 launches
-of small kernels a step for the 168 matrices of a LoRA on 12 layers. Here all matrices of a shape are computed together.
+directions, also those with small gradients. torch.optim.Muon takes one matrix after the other: about 4,000 launches of
+small kernels a step for the 168 matrices of a LoRA on 12 layers. Here all matrices of a shape are computed together.
 """
 
 from __future__ import annotations
@@ -22,11 +22,7 @@ SMALLEST = 1e-7  # norm that a matrix is divided by
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """Set all singular values to about 1 (0.7 to 1.2) and keep the singular vectors, by Newton-Schulz iterations.
 
-    Args:
-        matrices: (count, rows, columns), of a floating type, in which it computes. Zeros stay zeros.
-
-    Returns:
-        The same shape and type.
+    `matrices` are (count, rows, columns), like the result, and of the floating type in which it computes. Zeros stay.
 
     Source:
         https://kellerjordan.github.io/posts/muon/; torch.optim.Muon, which differs in taking one matrix at a time.
@@ -50,18 +46,10 @@ def has_bfloat16() -> bool:
 class Muon(torch.optim.Optimizer):
     """Muon and AdamW as one optimizer, with one state and one list of groups, for schedules and checkpoints.
 
-    In groups with `use_muon`, Muon with Nesterov momentum steps the matrices; torch.optim.AdamW steps all else. An
-    update of Muon is scaled by 0.2 * sqrt(max(rows, columns)): its root mean square is then about AdamW's, so that
-    learning rates and weight decay mean the same to both. The iterations are computed in bfloat16 on GPUs that have
-    it, else in float32.
-
-    Args:
-        params: parameters, or groups of them, which may set each of the other arguments.
-        lr: learning rate.
-        betas, eps, fused: of AdamW.
-        weight_decay: decoupled, of both.
-        momentum: of Muon.
-        use_muon: whether Muon steps the matrices.
+    In groups with `use_muon`, Muon with Nesterov momentum steps the matrices; torch.optim.AdamW steps all else, with
+    `betas`, `eps` and `fused`. An update of Muon is scaled by 0.2 * sqrt(max(rows, columns)): its root mean square is
+    then about AdamW's, so that `lr` and the decoupled `weight_decay` mean the same to both. The iterations are computed
+    in bfloat16 on GPUs that have it, else in float32.
 
     Source:
         Liu et al. 2025, "Muon is Scalable for LLM Training", arXiv:2502.16982; torch.optim.Muon with

@@ -27,10 +27,8 @@ def optimizer_class(model: Any, arguments: Any, optim: str | None = None) -> tup
 def optimizer_with_embedding_rate(model: Any, arguments: Any, optim: str | None = None) -> Any:
     """An optimizer with Unsloth's two groups: LoRA at the main learning rate, embeddings (trained in full) at theirs.
 
-    Args:
-        model: a peft model.
-        arguments: of a trainer, with `embedding_learning_rate`.
-        optim: "muon": it steps LoRA's matrices; else the arguments' optimizer steps all.
+    `arguments` are a trainer's, with `embedding_learning_rate`. With `optim` "muon", Muon steps LoRA's matrices; else
+    the arguments' optimizer steps all.
     """
     cls, options = optimizer_class(model, arguments, optim)
     groups: dict[bool, list[Any]] = {False: [], True: []}
@@ -59,13 +57,7 @@ def optimizer_with_embedding_rate(model: Any, arguments: Any, optim: str | None 
 
 
 def optimizer_seconds(model: Any, cls: type, options: dict[str, Any], max_norm: float) -> float:
-    """Seconds of one optimizer step, measured on copies of trained weights; the weights stay as they are.
-
-    Args:
-        model: with its trainable weights.
-        cls, options: of the optimizer.
-        max_norm: gradients are clipped to it.
-    """
+    """Seconds of one optimizer step with clipping, measured on copies of trained weights, which stay as they are."""
     import torch
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,8 @@ class EpochSampler:
     """Rows of an epoch in a seeded order that depends on (seed, epoch) alone.
 
     Yields `epoch * rows + index`: a row number names its epoch, so that each epoch has views of its own in whatever
-    process a row is made. Several processes take turns with whole forward passes. Where an epoch does not divide
-    evenly, it is filled up with a row number of which nothing is learned (see `FilledSamples`).
-
-    Args:
-        rows: of an epoch.
-        seed: of the order.
-        multiple_of: an epoch is filled up to a multiple of this.
-        filler: the row number that it is filled up with.
+    process a row is made. Several processes take turns with whole forward passes. So an epoch is filled up to a
+    multiple of `multiple_of` with the number `filler`, of which nothing is learned (see `FilledSamples`).
     """
 
     def __init__(self, rows: int, seed: int, multiple_of: int = 1, filler: int = -1):
@@ -47,14 +42,10 @@ class EpochSampler:
 
 
 class FilledSamples:
-    """Samples, and one more row number that gives a short row of which nothing is learned.
+    """Samples, and one more row number, `filler`, that gives a short row of which nothing is learned.
 
     With it all processes have equally many forward passes, and no view is seen twice. The loss is a sum over the
     learned tokens of all processes, to which such a row adds nothing.
-
-    Args:
-        samples: rows by number.
-        filler: the additional number, above those of the samples.
     """
 
     TOKENS = 8
@@ -87,23 +78,15 @@ def lazy_dataset(rows: Any, count: int) -> Any:
 
     dataset = Dataset.from_dict({"row": list(range(count))})
     # Without the wrapper of datasets: for a fingerprint it pickles all puzzles (19 s under a profiler).
-    Dataset.set_format.__wrapped__(dataset, "custom", transform=_Rows(rows))
+    Dataset.set_format.__wrapped__(dataset, "custom", transform=partial(_columns, rows))
     return dataset
 
 
-class _Rows:
-    """Row numbers -> rows. A class, which can be pickled: processes that make batches may be no forks of this one."""
-
-    def __init__(self, rows: Any):
-        self.rows = rows
-
-    def __call__(self, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
-        samples, numbers = self.rows, batch["row"]
-        if hasattr(samples, "__getitems__"):
-            rows = samples.__getitems__(numbers)
-        else:
-            rows = [samples[number] for number in numbers]
-        return {name: [row[name] for row in rows] for name in rows[0]}
+def _columns(source: Any, batch: dict[str, list[int]]) -> dict[str, list[Any]]:
+    # Rows by their numbers. A module's function can be pickled: processes that make batches may be no forks.
+    is_list = not hasattr(source, "__getitems__")
+    rows = [source[number] for number in batch["row"]] if is_list else source.__getitems__(batch["row"])
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def planned_rows(run: StageContext[RunSettings], data: StageData, rows_per_step: int) -> int:

@@ -43,12 +43,7 @@ NO_PROBABILITIES = "probability tensor contains"  # torch.multinomial says so of
 
 
 class StageRun(StageContext[S]):
-    """One run of a stage: begin, train, save, merge. What is decided about it is its `StageContext`.
-
-    Args:
-        stage: the stage's names.
-        settings: resolved settings.
-    """
+    """One run of a stage: begin, train, save, merge. What is decided about it is its `StageContext`."""
 
     def __init__(self, stage: Stage, settings: S):
         """Look at what exists, without writing; a user's mistake ends the program with one message."""
@@ -67,8 +62,8 @@ class StageRun(StageContext[S]):
                 self.to_prepare = stage.prepared(settings)
             four_bit = ", base in 4 bits" if self.precision.load_in_4bit else ""
             several = f", {process_count()} processes" if process_count() > 1 else ""
-            formats = f"{self.precision.engine}, {self.precision.dtype}{four_bit}{several}"
-            print(f"{stage.script}: {parent} -> {self.lora} ({formats})")
+            engine, dtype = self.precision.engine, self.precision.dtype
+            print(f"{stage.script}: {parent} -> {self.lora} ({engine}, {dtype}{four_bit}{several})")
             print("versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
             if self.precision.load_in_4bit and read_manifest(parent).get("merged_onto") == "quantised":
                 print(
@@ -79,8 +74,7 @@ class StageRun(StageContext[S]):
     def begin(self, data: StageData) -> None:
         """Do the last checks, then lock the output folder and prepare the base if needed. A dry run ends here.
 
-        Args:
-            data: of the training; checkpoints of a run on other data, or with other settings, are refused.
+        Checkpoints of a run on other data, or with other settings, are refused.
         """
         with user_errors():
             check_course(self, data)
@@ -110,7 +104,12 @@ class StageRun(StageContext[S]):
         if self.to_prepare is not None:
             if self.to_prepare.exists():
                 raise FileExistsError(f"{self.to_prepare} was made by another run meanwhile: run the command again")
-            self._prepare(self.parent, self.to_prepare)
+            print(f"preparing {self.parent} -> {self.to_prepare}")
+            with self.machine_errors("preparing the base"), new_folder(self.to_prepare) as beside:
+                entries = prepare_base(self.parent, beside, self.settings.full_vocab)
+                if Path(self.parent).is_dir():
+                    entries["base_files"] = file_table(Path(self.parent), model_only=True)
+                write_manifest(beside, provenance("prepared", self.stage.script, self.settings, **entries))
             self.starts_from, self.to_prepare = self.to_prepare, None
             moved = len(self.to_move)
             check_course(self, data)  # now with the base
@@ -127,47 +126,29 @@ class StageRun(StageContext[S]):
         settings, precision = self.settings, self.precision
         checkpoints = complete_checkpoints(self.work, quiet=True)
         finished = bool(checkpoints) and _is_over(self.last_state())
-        counts = count_weights(
-            AutoConfig.from_pretrained(str(self.parent), trust_remote_code=False),
-            target_modules=settings.target_modules,
-            r=settings.lora_r,
-            vocabulary=None if self.to_prepare is None or settings.full_vocab else len(tokenizer),
-        )
+        config = AutoConfig.from_pretrained(str(self.parent), trust_remote_code=False)
+        vocabulary = None if self.to_prepare is None or settings.full_vocab else len(tokenizer)
+        counts = count_weights(config, target_modules=settings.target_modules, r=settings.lora_r, vocabulary=vocabulary)
         best = settings.save_total_limit + 1 if getattr(settings, "collapse_guard", False) else 0
         disk = disk_needs(
-            counts,
-            optim=settings.optim,
+            counts, optim=settings.optim, checkpoints_there=len(checkpoints), prepared=self.to_prepare is not None,
             checkpoints=0 if settings.save_steps == 0 or finished else settings.save_total_limit,
-            checkpoints_there=len(checkpoints),
             best=max(0, best - len(list(self.work.glob("best-*.safetensors")))),
-            prepared=self.to_prepare is not None,
-        )
+        )  # fmt: skip
         memory = memory_needs(counts, **asdict(precision), optim=settings.optim, processes=process_count())
         free = read_free(settings.output_dir)
         if free.memory_name == "main memory":
             free = replace(free, memory=free.memory // process_count())  # each has a copy of the model
         # What a killed run left half-written will be deleted.
-        left = [folder.with_name(folder.name + INCOMPLETE) for folder in (self.lora, self.merged)]
-        left += [path for path in self.work.glob("checkpoint-*") if path not in checkpoints]
-        size = sum(path.stat().st_size for folder in left for path in folder.rglob("*") if path.is_file())
+        incomplete = [folder.with_name(folder.name + INCOMPLETE) for folder in (self.lora, self.merged)]
+        incomplete += [path for path in self.work.glob("checkpoint-*") if path not in checkpoints]
+        size = sum(path.stat().st_size for folder in incomplete for path in folder.rglob("*") if path.is_file())
         shortages = find_shortages([disk, *memory], replace(free, disk=free.disk + size))
         if shortages:
             raise ValueError("\n".join(shortages))
 
-    def _prepare(self, base: Path | str, folder: Path) -> None:
-        print(f"preparing {base} -> {folder}")
-        with self.machine_errors("preparing the base"), new_folder(folder) as beside:
-            done = prepare_base(base, beside, self.settings.full_vocab)
-            if Path(base).is_dir():
-                done["base_files"] = file_table(Path(base), model_only=True)
-            write_manifest(beside, provenance("prepared", self.stage.script, self.settings, **done))
-
     def train(self, trainer: Any) -> None:
-        """Train, from the last complete checkpoint if there is one, and print a summary.
-
-        Args:
-            trainer: any trainer of the pipeline.
-        """
+        """Train, from the last complete checkpoint if there is one, and print a summary."""
         with user_errors():
             checkpoint = self.last_checkpoint()
             if checkpoint is not None:
@@ -187,12 +168,9 @@ class StageRun(StageContext[S]):
                 return
         with self.machine_errors("training"), StopSignals() as signals:
             guard(
-                trainer,
-                signals=signals,
-                save_seconds=SAVE_SECONDS if self.settings.save_steps is None else None,
-                steps_between_saves_multiple=generation_steps(trainer.args),
-                keep=self.settings.save_total_limit,
-            )
+                trainer, signals=signals, save_seconds=SAVE_SECONDS if self.settings.save_steps is None else None,
+                steps_between_saves_multiple=generation_steps(trainer.args), keep=self.settings.save_total_limit,
+            )  # fmt: skip
             try:
                 result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             except (NonFiniteAnswersError, RuntimeError) as error:  # stage 3 samples before the loss is checked
@@ -204,42 +182,32 @@ class StageRun(StageContext[S]):
 
     def machine_errors(self, doing: str) -> contextlib.AbstractContextManager[None]:
         """Turn trouble of the machine in the block into one message that says what is safe, see runs/troubles.py."""
+        in_use: dict[str, Any] = {}
+        if doing == "training":  # the settings, with the choices that were made where they leave one open
+            in_use = asdict(self.settings) | {"dtype": self.precision.dtype}
+            if self.plan is not None:
+                names = ("micro_batch_size", "gradient_checkpointing", "padding_free", "compile_layers")
+                in_use |= {name: getattr(self.plan, name) for name in names}
+                if self.settings.dataloader_num_workers is None:
+                    in_use["dataloader_num_workers"] = self.plan.loader_processes
+        artifacts = [self.stage.default_parent(self.settings), self.lora, self.merged]
         return machine_errors(
-            doing,
-            self._settings_in_use() if doing == "training" else {},
-            folder=self.settings.output_dir,
-            checkpoint=self.last_checkpoint,
-            artifacts=[self.stage.default_parent(self.settings), self.lora, self.merged],
+            doing, in_use, folder=self.settings.output_dir, checkpoint=self.last_checkpoint, artifacts=artifacts
         )
-
-    def _settings_in_use(self) -> dict[str, Any]:
-        # The settings, with the choices that were made where they leave one open.
-        names = ("micro_batch_size", "gradient_checkpointing", "padding_free", "compile_layers")
-        chosen = {name: getattr(self.plan, name) for name in names} if self.plan is not None else {}
-        if self.plan is not None and self.settings.dataloader_num_workers is None:
-            chosen["dataloader_num_workers"] = self.plan.loader_processes
-        return asdict(self.settings) | {"dtype": self.precision.dtype} | chosen
 
     def save(self, model: Any, data: StageData, **about: Any) -> None:
         """Write the adapter with its tokenizer, manifest, metrics, curves and probe (answers of the trained model).
 
-        Only the main process saves and merges; the others end here.
-
-        Args:
-            model: the trained peft model.
-            data: of the training.
-            about: more entries of the manifest.
+        Only the main process saves and merges; the others end here. `about` are more entries of the manifest.
         """
         from arc.training.curves import plot_metrics
 
         leave()
-        entries = {
-            "data_fingerprint": data.split.train.content_hash(),
-            "made_from": self.made_from,
-            "batches": self.plan.choice() if self.plan is not None else None,
-            **about,
-        }
-        manifest = provenance(self.stage.name, self.stage.script, self.settings, **entries)
+        batches = self.plan.choice() if self.plan is not None else None
+        manifest = provenance(
+            self.stage.name, self.stage.script, self.settings, data_fingerprint=data.split.train.content_hash(),
+            made_from=self.made_from, batches=batches, **about,
+        )  # fmt: skip
         with self.machine_errors("saving the adapter"), new_folder(self.lora) as beside:
             save_adapter(model, data.tokenizer, beside, base=self.parent, precision=self.precision, manifest=manifest)
             metrics = self.work / "metrics.jsonl"
@@ -274,16 +242,17 @@ class StageRun(StageContext[S]):
             clear_device_cache(garbage_collection=True)  # the memory of the trained model
             begin = time.perf_counter()
             with self._merge_errors(), self.machine_errors("merging"), new_folder(self.merged) as beside:
-                done = merge_and_check(self.lora, beside, base=parent, merge_base=self.settings.merge_base)
+                entries = merge_and_check(self.lora, beside, base=parent, merge_base=self.settings.merge_base)
                 # The settings are those of the adapter's manifest: this run's flags may differ.
                 manifest = {name: value for name, value in read_manifest(self.lora).items() if name != "files"}
-                manifest |= {"adapter": str(self.lora.resolve()), **done, "base": str(parent)}
+                manifest |= {"adapter": str(self.lora.resolve()), **entries, "base": str(parent)}
                 write_manifest(beside, {**manifest, "made_from": made_from(self.lora, self.merged)})
         finally:
             self.lock.release()
-        print(describe_check(done["check"]))
-        print(f"saved {self.merged}: merged onto the {done['merged_onto']} base in {time.perf_counter() - begin:.0f} s")
-        if done["merged_onto"] == "quantised":
+        print(describe_check(entries["check"]))
+        kind, seconds = entries["merged_onto"], time.perf_counter() - begin
+        print(f"saved {self.merged}: merged onto the {kind} base in {seconds:.0f} s")
+        if kind == "quantised":
             print(
                 "note: a next stage that quantises this model again loses its small changes (docs/artifacts.md); to "
                 "keep them, run this again with --merge_base original --overwrite"
@@ -293,32 +262,27 @@ class StageRun(StageContext[S]):
     def _merge_errors(self) -> Iterator[None]:
         try:
             yield
-        except ValueError as error:  # an adapter that does not fit its base, or of a kind that cannot be merged
+        except (ValueError, MergeError) as error:
             if os.environ.get("ARC_TRACEBACK"):
                 raise
-            fail(f"error: {self.lora} cannot be merged: {error}", 2)
-        except MergeError as error:
-            if os.environ.get("ARC_TRACEBACK"):
-                raise
-            fail(
-                f"error: the merge of {self.lora} failed its proof and was not kept: {error}\n"
-                "The adapter is as it was.",
-                1,
-            )
+            if isinstance(error, ValueError):  # the adapter does not fit its base, or cannot be merged at all
+                fail(f"error: {self.lora} cannot be merged: {error}", 2)
+            proof = f"error: the merge of {self.lora} failed its proof and was not kept: {error}"
+            fail(f"{proof}\nThe adapter is as it was.", 1)
 
 
 def _print_summary(state: Any, before: dict[str, Any], seconds: float) -> None:
     # Steps, time, loss and tokens of a training that began at the state `before`.
     import torch
 
-    losses = [record["loss"] for record in state.log_history if "loss" in record]
+    losses = [record["loss"] for record in state.log_history if "loss" in record] or [math.nan]
     tokens = state.num_input_tokens_seen - before["num_input_tokens_seen"]
     memory = ""
     if torch.cuda.is_available():
         memory = f", peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     print(
         f"trained {state.global_step - before['global_step']} steps to step {state.global_step} in "
-        f"{format_duration(seconds)}: last loss {losses[-1] if losses else math.nan:.4f}, {tokens:,} tokens, "
+        f"{format_duration(seconds)}: last loss {losses[-1]:.4f}, {tokens:,} tokens, "
         f"{tokens / max(seconds, 1e-9):,.0f} tokens/s{memory}"
     )
 
@@ -336,8 +300,8 @@ def _never_fatal(without: str) -> Iterator[None]:
 
 def _is_over(state: dict[str, Any]) -> bool:
     # Whether a training, by the state of its newest checkpoint, is done or was stopped for a reason (grpo/guard.py).
-    guards = (state.get("stateful_callbacks") or {}).values()
-    stopped = any(isinstance(kept, dict) and kept.get("reason") for kept in guards)
+    callbacks = (state.get("stateful_callbacks") or {}).values()
+    stopped = any(isinstance(stored, dict) and stored.get("reason") for stored in callbacks)
     return state["global_step"] == state["max_steps"] or stopped
 
 
@@ -353,14 +317,9 @@ def import_unsloth() -> None:
 
 def lora_options(settings: RunSettings) -> dict[str, Any]:
     """The settings' LoRA as keyword arguments of `add_lora`."""
-    return {
-        "target_modules": settings.target_modules,
+    same = ("target_modules", "lora_alpha", "lora_dropout", "use_rslora", "random_state", "max_seq_length")
+    return {name: getattr(settings, name) for name in same} | {
         "r": settings.lora_r,
-        "lora_alpha": settings.lora_alpha,
-        "lora_dropout": settings.lora_dropout,
-        "use_rslora": settings.use_rslora,
-        "random_state": settings.random_state,
-        "max_seq_length": settings.max_seq_length,
-        "gradient_checkpointing": settings.gradient_checkpointing is not False,  # until the plan decides
         "fold": settings.fold_lora,
+        "gradient_checkpointing": settings.gradient_checkpointing is not False,  # until the plan decides
     }

@@ -1,6 +1,6 @@
 """What is decided about a run of a stage: settings, precision, folders, the starting model, the batch plan.
 
-Data, trainers and batch planning take a `StageContext`. What acts on it (train, save, merge) is run.StageRun.
+Data, trainers and batch planning take a `StageContext`; `run.StageRun` acts on it (train, save, merge).
 """
 
 from __future__ import annotations
@@ -22,27 +22,16 @@ S = TypeVar("S", bound=RunSettings, covariant=True)  # settings of a stage
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a step is computed.
+    """How a step is computed."""
 
-    Args:
-        micro_batch_size: samples of a forward pass, in each process.
-        passes: forward passes of a step, in each process.
-        gradient_checkpointing: activations are recomputed in the backward pass.
-        padding_free: the samples of a pass stand in one row, see models/packing.py.
-        compile_layers: each layer is compiled.
-        peak_bytes: GPU memory of the longest pass and of what training adds to it; None: not tried.
-        seconds_per_step: of all passes and the optimizer; None: not timed.
-        loader_processes: processes that make batches ahead; 0: the main process makes them.
-    """
-
-    micro_batch_size: int
-    passes: int
+    micro_batch_size: int  # samples of a forward pass, in each process
+    passes: int  # forward passes of a step, in each process
     gradient_checkpointing: bool
-    padding_free: bool
+    padding_free: bool  # the samples of a pass stand in one row, see models/packing.py
     compile_layers: bool = False
-    peak_bytes: int | None = None
-    seconds_per_step: float | None = None
-    loader_processes: int = 0
+    peak_bytes: int | None = None  # GPU memory of the longest pass and of what training adds to it; None: not tried
+    seconds_per_step: float | None = None  # of all passes and the optimizer; None: not timed
+    loader_processes: int = 0  # that make batches ahead; 0: the main process makes them
 
     def choice(self) -> dict[str, Any]:
         """The plan without its measurements, for checkpoints and manifests: a rerun writes the same."""
@@ -50,12 +39,7 @@ class BatchPlan:
         return {name: value for name, value in asdict(self).items() if name not in measured}
 
     def describe(self, steps: int, rows: str = "samples") -> str:
-        """One line: the plan, and the estimated time of `steps` steps.
-
-        Args:
-            steps: of the training.
-            rows: the plural name of a batch's rows.
-        """
+        """One line: the plan, and the estimated time of `steps` steps; `rows` is the plural name of a batch's rows."""
         size = self.micro_batch_size
         words = [
             f"a step: {self.passes} forward {'passes' if self.passes > 1 else 'pass'} of {size} "
@@ -84,32 +68,17 @@ class BatchPlan:
 
 
 class StageContext(Generic[S]):
-    """What is decided about one run of a stage.
-
-    Args:
-        stage: the stage's names.
-        settings: resolved settings.
-
-    Attributes:
-        precision: engine and number formats of the training.
-        lora, merged: folders of the two artifacts.
-        work: folder of checkpoints and logs.
-        starts_from: the model that training starts from; None if the adapter exists already.
-        to_prepare: folder of the prepared base if it has to be made first, else None.
-        to_move: folders to move aside before anything is written (--overwrite).
-        made_from: name and fingerprint of the parent at the start of the training.
-        plan: how a step is computed; None until a trainer has decided.
-    """
+    """What is decided about one run of a stage. `work` is the folder of checkpoints and logs."""
 
     def __init__(self, stage: Stage, settings: S):
         self.stage, self.settings = stage, settings
         self.precision: Precision = resolve_precision(settings.engine, settings.dtype, settings.load_in_4bit)
         self.lora, self.merged, self.work = stage.lora(settings), stage.merged(settings), stage.checkpoints(settings)
-        self.starts_from: Path | str | None = None
-        self.to_prepare: Path | None = None
-        self.to_move: list[Path] = []
-        self.made_from: dict[str, str] = {}
-        self.plan: BatchPlan | None = None
+        self.starts_from: Path | str | None = None  # the model to train; None if the adapter exists already
+        self.to_prepare: Path | None = None  # folder of the prepared base, if it has to be made first
+        self.to_move: list[Path] = []  # folders to move aside before anything is written (--overwrite)
+        self.made_from: dict[str, str] = {}  # name and fingerprint of the parent at the start of the training
+        self.plan: BatchPlan | None = None  # how a step is computed; None until a trainer has decided
 
     def needs_training(self) -> bool:
         """Whether the adapter does not exist yet."""

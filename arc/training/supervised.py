@@ -17,14 +17,7 @@ from arc.training.trainer import sft_trainer
 def run_supervised_stage(
     stage: Stage, settings: SupervisedSettings, *, mask_inputs: bool, mask_first_n_examples: int = 0
 ) -> None:
-    """Train and merge, each unless its result exists.
-
-    Args:
-        stage: the stage's names.
-        settings: resolved settings.
-        mask_inputs: whether only outputs are learned.
-        mask_first_n_examples: leading outputs of each puzzle that are not learned either.
-    """
+    """Train and merge, each unless its result exists; the masks are those of `InputMaskingDataCollator`."""
     run = StageRun(stage, settings)
     if run.needs_training():
         with user_errors():

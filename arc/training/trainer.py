@@ -10,7 +10,7 @@ from arc.models.collator import InputMaskingDataCollator
 from arc.models.library_patches import let_run_ahead, use_one_gpu
 from arc.models.packing import can_pack, use_packed_attention
 from arc.runs.processes import process_count
-from arc.runs.settings import RunSettings, SupervisedSettings
+from arc.runs.settings import SupervisedSettings
 from arc.training.arguments import common_arguments, loader_processes
 from arc.training.batch_planning import faster_way, plan_batches
 from arc.training.data import StageData
@@ -28,23 +28,16 @@ else:
 class SupervisedTrainer(Trainer):
     """What this pipeline changes in an engine's trainer: order, learning rates, and fewer waits for the device.
 
-    Args:
-        run: settings and precision.
-        sampler: the order of the rows.
-        padded: the collator of measurements.
-        options: of the engine's trainer.
+    `padded` is the collator of measurements; `options` are those of the engine's trainer.
     """
 
     data_collator: Any
     optimizer: Any
 
     def __init__(
-        self,
-        run: StageContext[SupervisedSettings],
-        sampler: EpochSampler,
-        padded: InputMaskingDataCollator,
+        self, run: StageContext[SupervisedSettings], sampler: EpochSampler, padded: InputMaskingDataCollator,
         **options: Any,
-    ):
+    ):  # fmt: skip
         self.run, self.sampler, self.padded = run, sampler, padded
         self.tokens_on_device: Any = 0  # counted, but not asked for yet
         self.operations_per_token: int | None = None
@@ -100,20 +93,15 @@ def sft_trainer(
     """The trainer of a supervised stage: UnslothTrainer on the Unsloth engine, transformers' Trainer otherwise.
 
     Both have the same parameter groups (`embedding_learning_rate` for embed_tokens and lm_head), order and views. How a
-    step is computed is decided here (see `batch_planning.plan_batches`), printed, and set as `run.plan`.
-
-    Args:
-        model: a peft model.
-        run: settings, precision and folders; its plan is set.
-        data: samples, held-out puzzles and tokenizer.
-        collator: makes batches; packed from here on where the device can.
+    step is computed is decided here (see `batch_planning.plan_batches`), printed, and set as `run.plan`. From here on
+    the collator packs rows where the device can.
     """
     import torch
 
     from arc.training.callbacks import ContinuedEpoch, Plan
 
     settings, precision = run.settings, run.precision
-    heldout = data.heldout_rows(settings.max_seq_length)
+    heldout: Any = data.heldout_rows(settings.max_seq_length)
     measured = settings.eval_steps > 0 and len(heldout) > 0
     padded = copy.copy(collator)  # a measured loss is a mean over batches: packing would change it
     plan = run.plan = _plan_step(model, run, data, collator)
@@ -126,15 +114,14 @@ def sft_trainer(
         if faster:
             print(faster)
     samples: Any = data.samples
-    evaluation: Any = heldout
     sampler = EpochSampler(len(samples), settings.seed)
     filler = planned_rows(run, data, settings.samples_per_step)
     if process_count() > 1:
-        together = plan.micro_batch_size * process_count()
-        sampler = EpochSampler(len(samples), settings.seed, multiple_of=together, filler=filler)
+        multiple = plan.micro_batch_size * process_count()
+        sampler = EpochSampler(len(samples), settings.seed, multiple_of=multiple, filler=filler)
         samples = FilledSamples(samples, filler)
     if precision.engine == "unsloth":
-        samples, evaluation = lazy_dataset(samples, filler + 1), lazy_dataset(heldout, len(heldout))
+        samples, heldout = lazy_dataset(samples, filler + 1), lazy_dataset(heldout, len(heldout))
     return type("StageTrainer", (SupervisedTrainer, base), {})(
         run,
         sampler,
@@ -143,7 +130,7 @@ def sft_trainer(
         model=model,
         args=arguments,
         train_dataset=samples,
-        eval_dataset=evaluation if measured else None,
+        eval_dataset=heldout if measured else None,
         data_collator=collator,
         processing_class=data.tokenizer,
     )
@@ -160,14 +147,14 @@ def _plan_step(
         use_packed_attention(model, precision.engine)
     order = list(EpochSampler(len(data.samples), settings.seed))
     trial = SupervisedTrial(model, run, data.samples, collator, order)
-    plan = plan_batches(trial, steps=data.steps(settings) - run.steps_done(), kept=run.kept_plan())
+    plan = plan_batches(trial, steps=data.steps(settings) - run.steps_done(), earlier=run.kept_plan())
     return replace(plan, loader_processes=loader_processes(settings, precision.engine))
 
 
 def _engine_trainer(run: StageContext[SupervisedSettings], measured: bool) -> tuple[type, Any]:
     # The engine's class, and its arguments.
     settings = run.settings
-    arguments: Any = {
+    options: dict[str, Any] = {
         **common_arguments(run),
         "dataloader_num_workers": run.plan.loader_processes if run.plan is not None else 0,
         "per_device_eval_batch_size": settings.per_device_eval_batch_size,
@@ -180,7 +167,7 @@ def _engine_trainer(run: StageContext[SupervisedSettings], measured: bool) -> tu
         from transformers import Trainer as Base
         from transformers import TrainingArguments
 
-        arguments = TrainingArguments(**arguments)
+        arguments: Any = TrainingArguments(**options)
         arguments.embedding_learning_rate = settings.embedding_learning_rate
     else:
         from unsloth import UnslothTrainer as Base
@@ -190,14 +177,7 @@ def _engine_trainer(run: StageContext[SupervisedSettings], measured: bool) -> tu
             embedding_learning_rate=settings.embedding_learning_rate,
             dataset_kwargs={"skip_prepare_dataset": True},
             max_length=settings.max_seq_length,
-            **arguments,
+            **options,
         )
     use_one_gpu(arguments)
     return Base, arguments
-
-
-def kept_in_checkpoints(run: StageContext[RunSettings]) -> Any:
-    """A callback that writes the batch plan into the checkpoints, see `callbacks.Plan`."""
-    from arc.training.callbacks import Plan
-
-    return Plan(run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -31,26 +31,21 @@ Batch = dict[str, Any]
 class Trial(ABC, Generic[S]):
     """Forward and backward passes of a model that is about to be trained. They leave no trace.
 
-    Subclasses define the passes: `longest`, `typical`, `tokens`, `tokens_per_step` and `loss`.
-
-    Args:
-        model: with its adapters, before an optimizer is made.
-        run: settings and precision.
-        more: bytes of GPU memory that training takes besides passes, optimizer and exchange between processes.
+    `other_bytes` is the GPU memory that training takes besides passes, optimizer and exchange between processes.
     """
 
     padding_free = False
-    tells_time = True  # whether a step is timed also where there is nothing to choose
+    tells_time = True  # a step is timed also where there is nothing to choose
 
-    def __init__(self, model: Any, run: StageContext[S], more: int = 0):
+    def __init__(self, model: Any, run: StageContext[S], other_bytes: int = 0):
         self.model, self.run = model, run
         self.device = next(model.parameters()).device
         counts = count_weights(
             model.config, target_modules=run.settings.target_modules, r=run.settings.lora_r, vocabulary=None
         )
         # Training adds to a pass: the optimizer's state, and the gradients that processes exchange.
-        self.more = more + (0 if "paged" in run.settings.optim else optimizer_bytes(counts, run.settings.optim))
-        self.more += 4 * counts.trained if process_count() > 1 else 0
+        self.other_bytes = other_bytes + (4 * counts.trained if process_count() > 1 else 0)
+        self.other_bytes += 0 if "paged" in run.settings.optim else optimizer_bytes(counts, run.settings.optim)
 
     @abstractmethod
     def longest(self, size: int) -> Any:
@@ -75,10 +70,8 @@ class Trial(ABC, Generic[S]):
     def fits(self, size: int, passes: int, must: bool = False) -> tuple[int | None, bool]:
         """GPU memory in bytes of passes of `size` of the longest rows, and whether all processes have it.
 
-        Args:
-            size: rows of a pass.
-            passes: of a step: from the second on, the gradients of earlier passes stand beside the activations.
-            must: raise the error of a process without the memory.
+        `passes` are those of a step: in the second one, the gradients of the first stand beside the activations. With
+        `must`, a process without the memory raises its error.
         """
         import torch
 
@@ -88,13 +81,13 @@ class Trial(ABC, Generic[S]):
         peak: int | None = None
         try:
             self.passes([self.longest(size)] * min(passes, 2))
-            peak = torch.cuda.max_memory_allocated() + self.more
+            peak = torch.cuda.max_memory_allocated() + self.other_bytes
         except RuntimeError as error:
             if not is_out_of_memory(error) or must:
                 raise
         self.release()
-        good = must or (peak is not None and peak <= FILLED * room)
-        return peak, not agree(int(not good))[0]
+        does_fit = must or (peak is not None and peak <= FILLED * room)
+        return peak, not agree(int(not does_fit))[0]
 
     def seconds_per_step(self, plan: BatchPlan) -> float:
         """Seconds of all passes of a step in this process, without the optimizer."""
@@ -113,19 +106,13 @@ class Trial(ABC, Generic[S]):
         """Seconds of forward and backward passes of batches; gradients add up, random states are restored."""
         import torch
 
-        precision = self.run.precision
+        precision, cuda = self.run.precision, self.device.type == "cuda"
+        mixed = cuda and precision.dtype != "float32"
         self.model.train()
-        autocast: Callable[[], Any] = nullcontext
-        if precision.dtype != "float32" and self.device.type == "cuda":
-
-            def autocast() -> Any:
-                return torch.autocast("cuda", precision.torch_dtype)
-
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng([self.device] if cuda else []):
             begin = synchronised_time()
             for batch in batches:
-                with autocast():
+                with torch.autocast("cuda", precision.torch_dtype) if mixed else nullcontext():
                     loss = self.loss(batch)
                 loss.backward()
             return synchronised_time() - begin
@@ -140,23 +127,12 @@ class Trial(ABC, Generic[S]):
 
 
 class SupervisedTrial(Trial[SupervisedSettings]):
-    """Passes of a supervised stage.
-
-    Args:
-        model, run: see `Trial`.
-        samples: rows and their lengths.
-        collator: makes batches, padded or packed.
-        order: row numbers in training order; the first are timed.
-    """
+    """Passes of a supervised stage. `order` are row numbers in training order; the first are timed."""
 
     def __init__(
-        self,
-        model: Any,
-        run: StageContext[SupervisedSettings],
-        samples: TrainingSamples,
-        collator: InputMaskingDataCollator,
-        order: Sequence[int],
-    ):
+        self, model: Any, run: StageContext[SupervisedSettings], samples: TrainingSamples,
+        collator: InputMaskingDataCollator, order: Sequence[int],
+    ):  # fmt: skip
         super().__init__(model, run)
         self.samples, self.collator, self.order = samples, collator, order
         self.padding_free = collator.packed_for is not None
@@ -170,10 +146,8 @@ class SupervisedTrial(Trial[SupervisedSettings]):
     def typical(self, size: int) -> list[Batch]:
         """The first batches."""
         batches = [self.order[at * size : (at + 1) * size] for at in range(1 + TIMED_BATCHES)]
-        return [self._batch(rows) for rows in batches if len(rows) == size] or [self._batch(self.order[:1])]
-
-    def _batch(self, rows: Sequence[int]) -> Batch:
-        return self.collator(self.samples.__getitems__(list(rows)))
+        batches = [rows for rows in batches if len(rows) == size] or [self.order[:1]]
+        return [self.collator(self.samples.__getitems__(list(rows))) for rows in batches]
 
     def tokens(self, batch: Batch) -> int:
         """Tokens without padding."""

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import train_grpo
 from arc.grpo import supervised_mix as supervised_mix_module
-from arc.grpo import trainer
 from arc.grpo.prompts import PromptRows
 from arc.grpo.supervised_mix import SupervisedMix
 from arc.grpo.trial import PolicyTrial
@@ -210,7 +209,7 @@ def test_its_processes_end_with_the_training_wherever_that_stops(tmp_path, polic
 
     made, begin = [], SupervisedMix.__init__
     monkeypatch.setattr(SupervisedMix, "__init__", lambda self, *args: (made.append(self), begin(self, *args))[1])
-    monkeypatch.setattr(trainer, "kept_in_checkpoints", lambda run: StopsAfterTwo())
+    monkeypatch.setattr("arc.training.callbacks.Plan", lambda run: StopsAfterTwo())
     records, _, _ = trained(tmp_path, *policy, *STOPPED, *MIXED, "--dataloader_num_workers", 1, "--max_steps", 9)
     assert [record["supervised_loss"] > 0 for record in records] == [True, True]
     assert made[0]._steps is None and not multiprocessing.active_children()
