@@ -5,9 +5,10 @@
     ds = ArcDataset.load_from_local_json("dataset")          # a folder of JSON files
     ds.keys[:3]                                              # names of puzzles and test inputs
     views = ds.views(seed=42, tp="all", rt="all", perm=True, shfl_ex=True)
-    key, task = ds.get_task(views.key(epoch=0, index=5), **format_options("<|eot_id|>"))
+    options = format_options("<|eot_id|>")                   # the text format; its end token is the tokenizer's
+    key, task = ds.get_task(views.key(epoch=0, index=5), **options)
     print(task["text"])                                      # what a model reads
-    grid, correct, info = ds.decode(task["reply"], lines_sep="\\n", key=key)
+    grid, correct, info = ds.decode(task["reply"], options["lines_sep"], key=key, reply_end=options["reply_end"])
 
     split = ds.holdout(examples=64, tasks=4, seed=42)        # split.train, split.seen, split.unseen
     find_leaks(split.unseen, split.train)                    # puzzles that both have, in any symmetry and colours

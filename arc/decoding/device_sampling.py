@@ -268,9 +268,12 @@ def by_prompt(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rows_to_keep(alive: np.ndarray) -> np.ndarray:
-    """Rows that go on: those that are alive, bool (rows,), filled up with others to a half of all, a quarter and so on.
+    """Indices of the rows to keep, int64, unsorted: the live ones, filled up to a half of all, a quarter, and so on.
 
-    Each number of rows needs a graph, so there shall be few numbers.
+    Args:
+        alive: whether each row goes on, bool (rows,).
+
+    At least 8 rows stay. Each number of rows needs a graph of its own, so there are few such numbers.
     """
     rows = size = len(alive)
     while size % 2 == 0 and size // 2 >= max(8, alive.sum()):

@@ -46,8 +46,8 @@ def share_prompts(
     """One row of all different prompts and all replies; the last reply is padded to a multiple of MULTIPLE.
 
     Args:
-        prompts: token ids of each reply's prompt, int64 (tokens,), at least two; equal prompts are shared.
-        replies: token ids, int64 (tokens,), at least one.
+        prompts: token ids of each reply's prompt, int64 (tokens,), two tokens or more each; equal prompts are shared.
+        replies: token ids, int64 (tokens,), one token or more each.
 
     Returns:
         `input_ids` and `position_ids`, int64 (1, tokens); the segments; the order of the replies in the row. The logits

@@ -1,8 +1,10 @@
 """The door `arc_loader`: light to import, and with the names that users import."""
 
 import os
+import re
 import subprocess
 import sys
+import textwrap
 
 import arc_loader
 from tests.helpers import ROOT
@@ -27,3 +29,12 @@ def test_every_name_of_the_door_is_there():
     assert {"ArcDataset", "Holdout", "find_reply_spans", "format_options", "seeded_rng", "view_keys"} <= {
         *arc_loader.__all__
     }
+
+
+def test_the_example_of_the_door_runs(demo_dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dataset").symlink_to(demo_dataset)
+    example = textwrap.dedent("\n".join(re.findall(r"^    .*|^$", arc_loader.__doc__, flags=re.MULTILINE)))
+    names = {}
+    exec(example.replace("tasks=4", "tasks=2"), names)
+    assert names["correct"] is True and len(names["split"].seen.keys) == 64
