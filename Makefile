@@ -73,8 +73,10 @@ TEST_ENVIRONMENT = OMP_NUM_THREADS=$(TEST_THREADS) OPENBLAS_NUM_THREADS=$(TEST_T
 test: env lint
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest $(PYTEST_FLAGS)
 
+# Its tests share little that is slow to make, so that a process which is done may take tests of another one's files.
+CHECK_FLAGS ?= -q -n $(WORKERS) --dist worksteal
 check: env lint
-	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest $(PYTEST_FLAGS) -m "not gpu and not training"
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest $(CHECK_FLAGS) -m "not gpu and not training"
 
 # Only the files with such tests are read: they need pytest alone beside requirements.txt.
 test-gpu:
